@@ -1,0 +1,44 @@
+# `make train` and `make test` are all a fresh machine needs: python3 >= 3.11, a C compiler and make.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+UV := $(shell command -v uv 2>/dev/null || echo $(VENV)/bin/uv)
+RECIPE ?= recipes/digits/hsvit.toml
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: env train test test-slow lint types lock clean
+
+env: $(VENV)/.locked
+
+# The marker is newer than the lock only after a complete install, so an interrupted one is repeated.
+$(VENV)/.locked: requirements.lock pyproject.toml
+	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), f"python3 >= 3.11 is needed, this is {sys.version.split()[0]}: make PYTHON=..."'
+	$(PYTHON) -m venv --clear $(VENV)
+	command -v uv >/dev/null || $(BIN)/python -m pip install -q uv
+	$(UV) pip install -q --python $(BIN)/python --require-hashes -r requirements.lock
+	$(UV) pip install -q --python $(BIN)/python --no-deps -e .
+	touch $@
+
+train: env
+	$(BIN)/deepspeed --num_accelerators 2 --module hsvit_ds.train $(RECIPE)
+
+test: env lint types
+	$(BIN)/python -m pytest
+
+test-slow: env
+	$(BIN)/python -m pytest -m slow
+
+lint: env
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: env
+	$(BIN)/mypy
+
+# Versions and hashes, no URLs, for every Python and platform the project runs on.
+lock: env
+	$(UV) pip compile -q --universal --generate-hashes --no-emit-index-url --no-annotate --no-header \
+		--all-extras --python-version 3.11 pyproject.toml -o requirements.lock
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache

@@ -1,0 +1,367 @@
+"""Checkpoints in one canonical form, whatever the grid, the ZeRO stage or the number of ranks.
+
+A folder `step-00000123` holds for every submodule and for the head (or for the whole model) fp32 weights with
+BatchNorm's buffers, optimizer moments by parameter name, and the EMA, as safetensors, and `manifest.json` with the
+position, the recipe, versions and a hash of every file. A snapshot is taken in host memory; a thread writes it to a
+folder of another name, which becomes visible by one rename after everything is on disk.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import shutil
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from .ema import EMA
+from .engine import Engine
+from .errors import RefusedError
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+Named = dict[str, Tensor]
+Files = dict[str, Named]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    every_steps: int = 0
+    """Steps between checkpoints; 0: at the end of every epoch only."""
+    keep_last: int = 2
+    """Newest checkpoints that stay."""
+    keep_best: bool = True
+    """Keep the one with the best val/top1 too."""
+
+    def __post_init__(self) -> None:
+        if self.every_steps < 0:
+            raise ValueError(f"every_steps = {self.every_steps}: must not be negative")
+        if self.keep_last < 1:
+            raise ValueError(f"keep_last = {self.keep_last}: must be at least 1")
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where a run stands: `step` steps of epoch `epoch` are done, `total` in all."""
+
+    epoch: int
+    step: int
+    total: int
+
+
+class Checkpoints:
+    """Saves and loads the state of one run.
+
+    Args:
+        folder: of the run's checkpoints, on a file system that all ranks share.
+        recipe: nested table of the resolved recipe, kept in the manifest.
+        mlflow_run: gives the id of the MLflow run, once it is known.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        folder: Path,
+        engine: Engine,
+        ema: EMA | None,
+        recipe: Mapping[str, Any],
+        mlflow_run: Callable[[], str | None] = lambda: None,
+    ) -> None:
+        self.config, self.folder, self.engine, self.ema = config, folder, engine, ema
+        self.recipe, self.mlflow_run, self.grid = recipe, mlflow_run, engine.grid
+        self._thread: threading.Thread | None = None
+        self._failure: str | None = None
+        self.grid.agree(self._clean)
+
+    def _clean(self) -> None:
+        """Remove what an interrupted save left behind."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for partial in self.folder.glob("*.partial"):
+            shutil.rmtree(partial)
+
+    # Saving
+
+    def save(self, position: Position, top1: float | None = None) -> None:
+        """Snapshot the state to host memory and write it in the background. Collective.
+
+        top1: val/top1 of this state, where it was evaluated.
+        """
+        self.wait()
+        files = self._snapshot()
+        about = {
+            "format": FORMAT,
+            "position": vars(position),
+            "top1": top1,
+            "recipe": self.recipe,
+            "mlflow_run": self.mlflow_run(),
+            "versions": {
+                "python": platform.python_version(),
+                **{name: version(name) for name in ("hsvit-ds", "torch", "deepspeed")},
+            },
+        }
+        name = f"step-{position.total:08d}"
+        self._thread = threading.Thread(target=self._write, args=(name, files, about))
+        self._thread.start()
+
+    def wait(self) -> str | None:
+        """End the save in flight; the reason if it failed (on every rank), None otherwise."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        failure, self._failure = self._failure, None
+        return failure
+
+    def _snapshot(self) -> Files:
+        """{file name: tensors in host memory} of what this rank writes. Collective."""
+        shards, files = self.engine.shards, Files()
+        weights = [*shards.gather(shards.masters), *shards.gather_frozen()]
+        for name, tensor in [*weights, *self.engine.module.named_buffers()]:
+            self._put(files, "", name, name, tensor)
+        for key, flats in shards.moments().items():
+            # The step is one number for a whole flat tensor, a moment has an element for each of its own.
+            numbers = ((f.name, flat) for flat, fs in zip(flats, shards.layout, strict=True) for f in fs)
+            for name, tensor in shards.gather(flats) if flats[0].dim() else numbers:
+                self._put(files, ".optimizer", name, f"{key}/{name}", tensor)
+        if self.ema is not None:
+            for name, tensor in [*shards.gather(self.ema.flats), *self.ema.buffers.items()]:
+                self._put(files, ".ema", name, name, tensor)
+        return files
+
+    def _put(self, files: Files, kind: str, name: str, key: str, tensor: Tensor) -> None:
+        shared = not name.startswith("submodules.")
+        if not (self.grid.writes_shared if shared else self.grid.writes_submodules):
+            return
+        for part, piece in self._split(name, tensor):
+            tensors = files.setdefault(f"{part}{kind}.safetensors", {})
+            tensors[key] = piece.to("cpu", copy=True).contiguous()
+
+    def _split(self, name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
+        """(part, its share of the tensor): a submodule's parameters stack the rank's submodules on the first axis."""
+        here = self._here
+        if not name.startswith("submodules."):
+            yield ("model" if here is None else "head"), tensor
+            return
+        assert here is not None
+        pieces = tensor.chunk(len(here)) if tensor.dim() else [tensor] * len(here)
+        for submodule, piece in zip(here, pieces, strict=True):
+            yield f"submodule-{submodule:03d}", piece
+
+    @property
+    def _here(self) -> range | None:
+        submodules = getattr(self.engine.module, "submodules", None)
+        return submodules.here if submodules is not None else None
+
+    def _write(self, name: str, files: Files, about: dict[str, Any]) -> None:
+        """In the thread: write, agree that every rank has, publish. The group `files` is this thread's alone."""
+        partial, group = self.folder / f"{name}.partial", self.grid.files_group
+        outcome: dict[str, Any] = {"files": {}, "error": None}
+        try:
+            partial.mkdir(parents=True, exist_ok=True)
+            for file, tensors in files.items():
+                data = save(tensors)
+                _write_synced(partial / file, data)
+                outcome["files"][file] = {"sha256": _hash(data), "bytes": len(data)}
+        except OSError as error:
+            outcome["error"] = f"rank {self.grid.rank}: {error}"
+        outcomes: list[Any] = [None] * self.grid.size
+        dist.all_gather_object(outcomes, outcome, group=group)
+        failure = next((o["error"] for o in outcomes if o["error"]), None)
+        if failure is None and self.grid.is_main:
+            about["files"] = {file: entry for o in outcomes for file, entry in o["files"].items()}
+            try:
+                self._publish(name, partial, about)
+            except OSError as problem:
+                failure = str(problem)
+        box = [failure]
+        dist.broadcast_object_list(box, src=0, group=group)
+        self._failure = box[0]
+
+    def _publish(self, name: str, partial: Path, about: dict[str, Any]) -> None:
+        _write_synced(partial / MANIFEST, json.dumps(about, indent=1).encode())
+        _sync_folder(partial)
+        final = self.folder / name
+        if final.exists():  # of an interrupted run that had not yet made it its latest
+            shutil.rmtree(final)
+        partial.rename(final)
+        self._point("latest", name)
+        best = self._named("best")
+        if about["top1"] is not None and self.config.keep_best:
+            best_top1 = read_manifest(best)["top1"] if best is not None else None
+            if best_top1 is None or about["top1"] > best_top1:
+                self._point("best", name)
+                best = final
+        steps = sorted(self.folder.glob("step-????????"))
+        for old in steps[: -self.config.keep_last]:
+            if old != best:
+                shutil.rmtree(old)
+
+    def _point(self, pointer: str, name: str) -> None:
+        temporary = self.folder / f"{pointer}.partial-file"
+        _write_synced(temporary, name.encode())
+        temporary.rename(self.folder / pointer)
+        _sync_folder(self.folder)
+
+    def _named(self, pointer: str) -> Path | None:
+        return pointed(self.folder, pointer)
+
+    # Loading
+
+    @torch.no_grad()
+    def load(self) -> Position | None:
+        """Restore the latest checkpoint on this grid and stage; None where the run has none. Collective."""
+        latest = self.grid.agree(lambda: pointed(self.folder, "latest"))
+        if latest is None:
+            return None
+        manifest, weights, moments, averages = self.grid.together(lambda: self._read_all(latest))
+        shards = self.engine.shards
+        shards.scatter(shards.masters, weights)
+        shards.scatter_frozen(weights)
+        for name, buffer in self.engine.module.named_buffers():
+            buffer.copy_(weights[name])
+        shards.publish()
+        self._set_moments(moments)
+        if self.ema is not None:
+            shards.scatter(self.ema.flats, averages)
+            for name, buffer in self.ema.buffers.items():
+                buffer.copy_(averages[name])
+        return Position(**manifest["position"])
+
+    def _read_all(self, folder: Path) -> tuple[dict[str, Any], Named, Named, Named]:
+        """(manifest, weights, moments, EMA), checked against this run before anything is changed."""
+        manifest = read_manifest(folder)
+        self._check_recipe(folder, manifest)
+        weights = self._read(folder, manifest, "")
+        self._check_shapes(folder, weights)
+        averages = self._read(folder, manifest, ".ema") if self.ema is not None else {}
+        return manifest, weights, self._read(folder, manifest, ".optimizer"), averages
+
+    def _set_moments(self, saved: Named) -> None:
+        shards = self.engine.shards
+        for key in sorted({name.split("/", 1)[0] for name in saved}):
+            named = {n.split("/", 1)[1]: t for n, t in saved.items() if n.startswith(f"{key}/")}
+            if all(tensor.dim() == 0 for tensor in named.values()):
+                for index, fragments in enumerate(shards.layout):
+                    shards.set_moment(key, index, named[fragments[0].name].to(self.grid.device))
+                continue
+            flats = [torch.zeros_like(master) for master in shards.masters]
+            shards.scatter(flats, named)
+            for index, flat in enumerate(flats):
+                shards.set_moment(key, index, flat)
+
+    def _read(self, folder: Path, manifest: Mapping[str, Any], kind: str) -> Named:
+        """Whole tensors by name for this rank: its submodules stacked, the head as it is."""
+        here = self._here
+        parts = ["model"] if here is None else ["head", *(f"submodule-{m:03d}" for m in here)]
+        stacks: dict[str, list[Tensor]] = {}
+        for part in parts:
+            file = f"{part}{kind}.safetensors"
+            if file in manifest["files"]:
+                for name, tensor in read_file(folder, file, manifest).items():
+                    stacks.setdefault(name, []).append(tensor)
+            elif not kind:  # there are no moments before the first step
+                raise RefusedError(f"{folder / MANIFEST} names no {file}: of another architecture")
+        return {name: torch.cat(pieces) if pieces[0].dim() else pieces[0] for name, pieces in stacks.items()}
+
+    def _check_recipe(self, folder: Path, manifest: Mapping[str, Any]) -> None:
+        """Refuse a checkpoint of another architecture, optimizer or order, key by key."""
+        saved, mine = manifest["recipe"], json.loads(json.dumps(self.recipe))
+        fixed = {
+            "model": None,
+            "optimizer": {"name"},
+            "run": {"global_batch", "seed"},
+            "ema": {"decay"},
+            "data": {"name", "window"},
+        }
+        different = [
+            f"{table}.{key} is {saved[table].get(key)!r} there and {mine[table].get(key)!r} here"
+            for table, keys in fixed.items()
+            for key in sorted(set(saved[table]) | set(mine[table]))
+            if (keys is None or key in keys) and saved[table].get(key) != mine[table].get(key)
+        ]
+        if different:
+            raise RefusedError(
+                f"{folder} does not fit this recipe: {'; '.join(different)}. Resume with the run's own "
+                "recipe.toml, or start a new run without --resume"
+            )
+
+    def _check_shapes(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
+        shards = self.engine.shards
+        shapes = {f.name: f.shape for fragments in shards.layout for f in fragments}
+        shapes |= {f.name: f.shape for _, f in shards.frozen}
+        shapes |= {name: buffer.shape for name, buffer in self.engine.module.named_buffers()}
+        wrong = [
+            f"{name}: {tuple(weights[name].shape) if name in weights else 'missing'}, not {tuple(shape)}"
+            for name, shape in shapes.items()
+            if name not in weights or weights[name].shape != shape
+        ]
+        wrong += [f"{name}: not in this model" for name in sorted(set(weights) - set(shapes))]
+        if wrong:
+            raise RefusedError(f"{folder} is of another architecture: {'; '.join(wrong[:4])}")
+
+
+def pointed(folder: Path, pointer: str) -> Path | None:
+    """The checkpoint that the file `pointer` ("latest" or "best") names, None where there is no such file."""
+    try:
+        target = folder / (folder / pointer).read_text().strip()
+    except FileNotFoundError:
+        return None
+    if not target.is_dir():
+        others = ", ".join(p.name for p in sorted(folder.glob("step-????????"))) or "none"
+        raise RefusedError(f"{folder / pointer} names {target.name}, which is missing; checkpoints there: {others}")
+    return target
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+    except (OSError, ValueError) as error:
+        raise RefusedError(f"{folder / MANIFEST}: not readable ({error})") from error
+    if manifest.get("format") != FORMAT:
+        raise RefusedError(f"{folder / MANIFEST}: format {manifest.get('format')!r}, this version reads {FORMAT}")
+    return manifest
+
+
+def read_file(folder: Path, file: str, manifest: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The tensors of a checkpoint file whose size and hash are those of the manifest."""
+    path, entry = folder / file, manifest["files"][file]
+    remedy = "restore the file, or delete this checkpoint and name an older one in the file `latest`"
+    try:
+        data = path.read_bytes()
+        if len(data) != entry["bytes"]:
+            raise RefusedError(f"{path}: {len(data)} bytes, not {entry['bytes']}; {remedy}")
+        if _hash(data) != entry["sha256"]:
+            raise RefusedError(f"{path}: changed since it was saved (sha256 differs); {remedy}")
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise RefusedError(f"{path}: not readable ({error}); {remedy}") from error
+
+
+def _hash(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def _write_synced(path: Path, data: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

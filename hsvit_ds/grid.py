@@ -1,0 +1,266 @@
+"""Where a rank stands: replicas x submodule ranks, their process groups, and all rank logic.
+
+rank = replica * submodule_ranks + submodule_rank, so that the ranks of a replica are neighbours on a host. `Grid` is
+also the `mpu` that DeepSpeed asks for: a replica's ranks are its model-parallel group, the ranks that hold the same
+submodules its data-parallel group.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .errors import RefusedError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    submodule_ranks: int = 1
+    """Ranks that share one model (S); divides model.submodules and the world size."""
+    backend: str = "auto"
+    """"gloo", "nccl", or "auto": nccl with a GPU for every rank of the host, gloo otherwise."""
+    timeout: float = 600.0
+    """Seconds a collective may take before the rank gives up."""
+
+    def __post_init__(self) -> None:
+        if self.submodule_ranks < 1:
+            raise ValueError(f"submodule_ranks = {self.submodule_ranks}: must be at least 1")
+        if self.backend not in ("auto", "gloo", "nccl"):
+            raise ValueError(f'backend = "{self.backend}": must be "auto", "gloo" or "nccl"')
+        if self.timeout <= 0:
+            raise ValueError(f"timeout = {self.timeout}: must be above 0 seconds")
+
+
+class Channel:
+    """Collectives of one kind over one group, with the bytes this rank has put in counted."""
+
+    def __init__(self, group: dist.ProcessGroup, size: int) -> None:
+        self.group, self.size, self.bytes = group, size, 0
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        """Sum `x` over the group, in place."""
+        self.bytes += x.nbytes
+        dist.all_reduce(x, group=self.group)
+        return x
+
+    def take(self) -> int:
+        """The bytes since the last call."""
+        taken, self.bytes = self.bytes, 0
+        return taken
+
+    def all_gather(self, x: Tensor) -> Tensor:
+        """[size, *x.shape]: every rank's `x`, in the order of ranks."""
+        self.bytes += x.nbytes
+        parts = [torch.empty_like(x) for _ in range(self.size)]
+        dist.all_gather(parts, x.contiguous(), group=self.group)
+        return torch.stack(parts)
+
+
+class _SumForward(torch.autograd.Function):
+    """Forward sum over ranks, backward the identity: every rank of a replica computes the same loss, so the gradient
+    at the sum is already whole everywhere; summing it again would multiply submodule gradients by the rank count."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, channel: Channel) -> Tensor:
+        return channel.all_reduce(x.clone())
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
+
+
+def world_size() -> int:
+    """Ranks that the launcher announced; 1 without a launcher."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def replicas(world: int, submodule_ranks: int, submodules: int) -> int:
+    """Whole models among `world` ranks; refuses what cannot be divided, with the arithmetic."""
+    if submodules % submodule_ranks:
+        what = "more submodule ranks than submodules" if submodule_ranks > submodules else ""
+        raise RefusedError(
+            f"grid.submodule_ranks = {submodule_ranks} does not divide model.submodules = {submodules}"
+            f"{': ' + what if what else ''}; use one of {_divisors(submodules)}"
+        )
+    if world % submodule_ranks:
+        raise RefusedError(
+            f"grid.submodule_ranks = {submodule_ranks} does not divide the {world} ranks started: "
+            f"start a multiple of {submodule_ranks}, or set submodule_ranks to one of "
+            f"{[d for d in _divisors(submodules) if world % d == 0]}"
+        )
+    return world // submodule_ranks
+
+
+def _divisors(n: int) -> list[int]:
+    return [d for d in range(1, n + 1) if n % d == 0]
+
+
+class Grid:
+    """This rank's place, and the groups around it.
+
+    Groups (with a timeout, which DeepSpeed's own lack): `world`, `replica` (one model), `data` (the same submodules in
+    every replica), and `files`, gloo, for the checkpoint writer's thread alone.
+    """
+
+    def __init__(self, config: Config, submodules: int) -> None:
+        self.size = world_size()
+        self.rank = int(os.environ.get("RANK", "0"))
+        self.local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+        self.submodule_ranks = config.submodule_ranks
+        self.replicas = replicas(self.size, config.submodule_ranks, submodules)
+        self.replica, self.submodule_rank = divmod(self.rank, config.submodule_ranks)
+        share = submodules // config.submodule_ranks
+        self.submodules = range(self.submodule_rank * share, (self.submodule_rank + 1) * share)
+        self.timeout = timedelta(seconds=config.timeout)
+        self.device = self._device()
+        self.backend = config.backend
+        if config.backend == "auto":
+            self.backend = "nccl" if self.device.type == "cuda" else "gloo"
+        self._join()
+        s, r = self.submodule_ranks, self.replicas
+        self.replica_ranks = [self.replica * s + i for i in range(s)]
+        self.data_ranks = [i * s + self.submodule_rank for i in range(r)]
+        self.world_group = dist.new_group(timeout=self.timeout)
+        self.replica_group = self._group([[i * s + j for j in range(s)] for i in range(r)])
+        self.data_group = self._group([[i * s + j for i in range(r)] for j in range(s)])
+        self.files_group = dist.new_group(timeout=self.timeout, backend="gloo")
+        self.exchanges = Channel(self.replica_group, s)
+        self.norms = Channel(self.data_group, r)
+        self.images = Channel(self.replica_group, s)
+
+    def _device(self) -> torch.device:
+        if not torch.cuda.is_available():
+            return torch.device("cpu")
+        index = self.local_rank % torch.cuda.device_count()  # two ranks may share a GPU over gloo
+        torch.cuda.set_device(index)
+        return torch.device("cuda", index)
+
+    def _join(self) -> None:
+        if dist.is_initialized():
+            return
+        if "MASTER_ADDR" in os.environ:
+            dist.init_process_group(self.backend, timeout=self.timeout)
+        else:  # no launcher: one process, and no port that could be taken
+            store = dist.HashStore()
+            dist.init_process_group(self.backend, store=store, rank=0, world_size=1, timeout=self.timeout)
+
+    def _group(self, lists: list[list[int]]) -> dist.ProcessGroup:
+        """Every rank makes every group, in the same order, and keeps its own."""
+        groups = [dist.new_group(ranks, timeout=self.timeout) for ranks in lists]
+        mine: dist.ProcessGroup = groups[next(i for i, ranks in enumerate(lists) if self.rank in ranks)]
+        return mine
+
+    # Rank logic
+
+    @property
+    def is_main(self) -> bool:
+        """The one rank that prints, tracks and publishes checkpoints."""
+        return self.rank == 0
+
+    @property
+    def writes_submodules(self) -> bool:
+        """Replica 0 writes the submodules that all replicas hold alike."""
+        return self.replica == 0
+
+    @property
+    def writes_shared(self) -> bool:
+        """One rank writes what every rank holds alike (the head)."""
+        return self.rank == 0
+
+    def exchange(self, x: Tensor) -> Tensor:
+        """Sum [B, D] over the submodule ranks of the replica: the one message of an HSViT forward, none backward."""
+        return _SumForward.apply(x, self.exchanges) if self.submodule_ranks > 1 else x
+
+    def share_images(self, images: Tensor) -> Tensor:
+        """[B / S, ...] uint8 of each submodule rank, in the order of ranks, to [B, ...] on all of them."""
+        return self.images.all_gather(images).flatten(0, 1)
+
+    def barrier(self) -> None:
+        dist.barrier(self.world_group)
+
+    def broadcast(self, value: T) -> T:
+        """Rank 0's picklable value, on every rank."""
+        box = [value]
+        dist.broadcast_object_list(box, src=0, group=self.world_group, device=self._object_device())
+        return box[0]
+
+    def agree(self, action: Callable[[], T]) -> T:
+        """Run `action` on rank 0 alone and give every rank its value, or its refusal."""
+        result: Any = None
+        if self.is_main:
+            try:
+                result = action()
+            except RefusedError as error:
+                result = error
+        result = self.broadcast(result)
+        if isinstance(result, RefusedError):
+            raise result
+        return result  # type: ignore[no-any-return]
+
+    def together(self, action: Callable[[], T]) -> T:
+        """Run `action` on every rank; where one is refused, all are, for the first one's reason."""
+        result, refusal = None, None
+        try:
+            result = action()
+        except RefusedError as error:
+            refusal = str(error)
+        refusals: list[Any] = [None] * self.size
+        dist.all_gather_object(refusals, refusal, group=self.world_group)
+        first = next((reason for reason in refusals if reason is not None), None)
+        if first is not None:
+            raise RefusedError(first)
+        return result  # type: ignore[return-value]
+
+    def sum_over_replicas(self, x: Tensor) -> Tensor:
+        """Sum over the replicas, in place; a replica's ranks hold the same value."""
+        dist.all_reduce(x, group=self.data_group)
+        return x
+
+    def sum_over_submodule_ranks(self, x: Tensor) -> Tensor:
+        dist.all_reduce(x, group=self.replica_group)
+        return x
+
+    def _object_device(self) -> torch.device:
+        return self.device if self.backend == "nccl" else torch.device("cpu")
+
+    def close(self) -> None:
+        """Leave together: without the barrier gloo was seen to abort at exit."""
+        if dist.is_initialized():
+            self.barrier()
+            dist.destroy_process_group()
+
+    # The mpu interface of DeepSpeed
+
+    def get_data_parallel_group(self) -> dist.ProcessGroup:
+        return self.data_group
+
+    def get_data_parallel_rank(self) -> int:
+        return self.replica
+
+    def get_data_parallel_world_size(self) -> int:
+        return self.replicas
+
+    def get_data_parallel_group_ranks(self) -> list[int]:
+        return self.data_ranks
+
+    def get_model_parallel_group(self) -> dist.ProcessGroup:
+        return self.replica_group
+
+    def get_model_parallel_rank(self) -> int:
+        return self.submodule_rank
+
+    def get_model_parallel_world_size(self) -> int:
+        return self.submodule_ranks
+
+    get_tensor_model_parallel_group = get_model_parallel_group
+    get_tensor_model_parallel_rank = get_model_parallel_rank
+    get_tensor_model_parallel_world_size = get_model_parallel_world_size

@@ -1,0 +1,171 @@
+"""Weights from and to other programs: the published HSViT code's, and single-file models of this project."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from .errors import RefusedError
+from .models.hsvit import Config as HSViTConfig
+from .models.hsvit import HSViT
+
+
+def import_hsvit(
+    state_dict: Mapping[str, Any],
+    *,
+    image_size: int,
+    pool_strides: tuple[int, ...],
+    heads: int = 8,
+) -> HSViT:
+    """Build an `HSViT` (M = 1) from weights of the published code (arXiv 2404.05196, github xuchenhao001/HSViT).
+
+    Args:
+        state_dict: the model's, or a Lightning checkpoint that nests it under "state_dict" with "model." in front.
+        image_size, pool_strides, heads: what the shapes do not tell; everything else is inferred from them.
+
+    Raises:
+        RefusedError: keys that are missing or left over (listed), or an image size that does not fit the projection.
+    """
+    weights = {k: v for k, v in state_dict.get("state_dict", state_dict).items()}
+    if any(k.startswith("model.model.") for k in weights):
+        weights = {k.removeprefix("model."): v for k, v in weights.items()}
+    weights = {k: v for k, v in weights.items() if not k.endswith("num_batches_tracked")}
+    config, channels, classes = _infer(weights, image_size, pool_strides, heads)
+    model = HSViT(config, image_size=image_size, channels=channels, classes=classes)
+    found: dict[str, Tensor] = {}
+    for ours, theirs in _key_map(config).items():
+        parts = [weights.pop(key, None) for key in theirs]
+        missing = [key for key, part in zip(theirs, parts, strict=True) if part is None]
+        if missing:
+            raise RefusedError(f"the published weights lack {', '.join(missing)}")
+        target = model.state_dict()[ours]
+        value = torch.stack(parts) if len(parts) > 1 else parts[0]
+        if value.numel() != target.numel():
+            raise RefusedError(
+                f"{theirs[0]} has shape {tuple(parts[0].shape)}, which does not fit {tuple(target.shape)} of a model "
+                f"for {image_size} px with pool strides {list(pool_strides)}"
+            )
+        found[ours] = value.reshape(target.shape)
+    if weights:
+        raise RefusedError(f"unknown keys in the published weights: {', '.join(sorted(weights))}")
+    model.load_state_dict(found)
+    return model
+
+
+def _infer(
+    weights: Mapping[str, Tensor], image_size: int, pool_strides: tuple[int, ...], heads: int
+) -> tuple[HSViTConfig, int, int]:
+    """Everything the shapes tell: (config, image channels, classes)."""
+    convs: list[torch.Size] = []
+    while (key := f"model.conv2d_layers.{len(convs)}.layer.0.convolution.weight") in weights:
+        convs.append(weights[key].shape)
+    depth = 0
+    while f"model.attn_encoders.0.{depth}.attn_block.layer_norm.weight" in weights:
+        depth += 1
+    head = weights.get("classifier.mlp_head.1.weight")
+    cls = weights.get("model.cls_token_embeddings")
+    if not convs or head is None or cls is None:
+        raise RefusedError(
+            "these are not weights of the published HSViT code: no model.conv2d_layers, "
+            f"model.cls_token_embeddings or classifier.mlp_head among {len(weights)} keys"
+        )
+    try:
+        config = HSViTConfig(
+            kernels=tuple(shape[0] for shape in convs),
+            kernel_sizes=tuple(shape[2] for shape in convs),
+            pool_strides=pool_strides,
+            groups=cls.shape[0],
+            depth=depth,
+            heads=heads,
+            embedding=cls.shape[-1],
+        ).resolved(image_size)
+    except ValueError as error:
+        raise RefusedError(str(error)) from error
+    return config, convs[0][1], head.shape[0]
+
+
+def _key_map(config: HSViTConfig) -> dict[str, list[str]]:
+    """Our name to the published names that are stacked into it."""
+    names: dict[str, list[str]] = {}
+    for block in range(len(config.kernels)):
+        for unit in (0, 1):
+            ours = f"submodules.trunk.{block}."
+            theirs = f"model.conv2d_layers.{block}.layer.{unit}."
+            names[f"{ours}conv{unit + 1}.weight"] = [f"{theirs}convolution.weight"]
+            for leaf in ("weight", "bias", "running_mean", "running_var"):
+                names[f"{ours}norm{unit + 1}.{leaf}"] = [f"{theirs}normalization.{leaf}"]
+    for leaf in ("weight", "bias"):
+        names[f"submodules.projection_{leaf}"] = [f"model.embed_projection.0.{leaf}"]
+        names[f"head.norm.{leaf}"] = [f"classifier.mlp_head.0.{leaf}"]
+        names[f"head.linear.{leaf}"] = [f"classifier.mlp_head.1.{leaf}"]
+    names["submodules.cls"] = ["model.cls_token_embeddings"]
+    names["submodules.positions"] = ["model.position_embeddings"]
+    stacked = {
+        "norm_weight": "layer_norm.weight",
+        "norm_bias": "layer_norm.bias",
+        "qkv_weight": "self_attn.in_proj_weight",
+        "qkv_bias": "self_attn.in_proj_bias",
+        "out_weight": "self_attn.out_proj.weight",
+        "out_bias": "self_attn.out_proj.bias",
+    }
+    for ours, theirs in stacked.items():
+        names[f"submodules.{ours}"] = [
+            f"model.attn_encoders.{g}.{a}.attn_block.{theirs}"
+            for g in range(config.groups)
+            for a in range(config.depth)
+        ]
+    return names
+
+
+def read_foreign(path: Path) -> Mapping[str, Any]:
+    """Read another program's weights without running code that the file may carry."""
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise RefusedError(f"{path}: no such file") from error
+    except (SafetensorError, RuntimeError, EOFError, OSError) as error:
+        raise RefusedError(f"{path}: not a readable weights file ({error})") from error
+    except pickle.UnpicklingError as error:
+        raise RefusedError(
+            f"{path}: holds more than tensors and is not unpickled, as that could run its code; "
+            "save its state_dict alone with torch.save"
+        ) from error
+    if not isinstance(loaded, Mapping):
+        raise RefusedError(f"{path}: holds a {type(loaded).__name__}, not a state dict")
+    return loaded
+
+
+def save_model(model: HSViT, path: Path) -> None:
+    """Write one whole model to a safetensors file that `load_model` rebuilds."""
+    about = {
+        "config": asdict(model.config),
+        "image_size": model.image_size,
+        "channels": model.channels,
+        "classes": model.classes,
+    }
+    tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    save_file(tensors, path, metadata={"hsvit": json.dumps(about)})
+
+
+def load_model(path: Path) -> HSViT:
+    """The model in a file of `save_model`, in eval mode."""
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata() or {}
+    if "hsvit" not in metadata:
+        raise RefusedError(f'{path}: not a model file of hsvit-ds (no "hsvit" in its metadata)')
+    about = json.loads(metadata["hsvit"])
+    config: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in about.pop("config").items()}
+    model = HSViT(HSViTConfig(**config), **about)
+    model.load_state_dict(load_file(path))
+    return model.eval()

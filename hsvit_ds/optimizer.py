@@ -1,0 +1,121 @@
+"""The optimizer, which parameters decay, and the learning rate of every step."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from timm.scheduler.cosine_lr import CosineLRScheduler
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    name: str = "adamw"
+    """"adamw" (fused on CUDA) or "sgd"."""
+    lr: float = 1e-3
+    """Learning rate after warm-up."""
+    min_lr: float = 0.0
+    """Learning rate at the end of the cosine."""
+    weight_decay: float = 0.01
+    """Decoupled weight decay (AdamW), or L2 (SGD)."""
+    decay: str = "matrices"
+    """"matrices": biases, norms, CLS and positions do not decay; "all": everything does, as in the published code."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW's."""
+    eps: float = 1e-8
+    """AdamW's."""
+    momentum: float = 0.9
+    """SGD's."""
+    schedule: str = "step"
+    """The cosine moves every "step" or every "epoch"."""
+    warmup_epochs: float = 0.0
+    """Linear warm-up from 0, in epochs; the cosine follows it and ends with the run."""
+    clip: float = 0.0
+    """Largest global gradient norm; 0 switches clipping off. The published recipe uses 0.01."""
+
+    def __post_init__(self) -> None:
+        choices = {
+            "name": ("adamw", "sgd"),
+            "decay": ("matrices", "all"),
+            "schedule": ("step", "epoch"),
+        }
+        for key, allowed in choices.items():
+            if getattr(self, key) not in allowed:
+                raise ValueError(f'{key} = "{getattr(self, key)}": must be one of {allowed}')
+        for key in ("lr", "min_lr", "weight_decay", "eps", "momentum", "warmup_epochs", "clip"):
+            if getattr(self, key) < 0:
+                raise ValueError(f"{key} = {getattr(self, key)}: must not be negative")
+
+
+_UNDECAYED = re.compile(r"(^|[._])(bias|cls|positions)$|norm\d*[._]weight$")
+
+
+def decays(name: str, parameter: Tensor) -> bool:
+    """Matrices and convolutions decay; biases, norms, CLS, positions and other vectors do not."""
+    return parameter.dim() > 1 and _UNDECAYED.search(name) is None
+
+
+def parameter_groups(model: nn.Module, config: Config) -> list[dict]:
+    """The trained parameters in one or two groups, with their names for the checkpoint and the start-up line."""
+    groups: dict[bool, dict[str, Tensor]] = {True: {}, False: {}}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            groups[config.decay == "all" or decays(name, parameter)][name] = parameter
+    return [
+        {
+            "params": list(named.values()),
+            "names": list(named),
+            "weight_decay": config.weight_decay if decayed else 0.0,
+        }
+        for decayed, named in groups.items()
+        if named
+    ]
+
+
+def describe(groups: Sequence[dict]) -> str:
+    """One line on what decays, printed at start: people reproduce papers by it."""
+    parts = []
+    for group in groups:
+        numbers = sum(p.numel() for p in group["params"])
+        parts.append(f"weight decay {group['weight_decay']:g} on {len(group['params'])} tensors ({numbers:,} numbers)")
+    return ", ".join(parts)
+
+
+def build(groups: list[dict], config: Config, device: torch.device) -> torch.optim.Optimizer:
+    # DeepSpeed's own optimizers would compile an extension at start-up.
+    params = [{k: v for k, v in group.items() if k != "names"} for group in groups]
+    if config.name == "sgd":
+        return torch.optim.SGD(params, lr=config.lr, momentum=config.momentum)
+    fused = device.type == "cuda"
+    return torch.optim.AdamW(params, lr=config.lr, betas=config.betas, eps=config.eps, fused=fused)
+
+
+class Schedule:
+    """The learning rate as a function of the step alone, so that a resumed run needs nothing stored."""
+
+    def __init__(self, config: Config, epochs: int, steps_per_epoch: int) -> None:
+        self.config, self.steps_per_epoch = config, steps_per_epoch
+        self.by_epoch = config.schedule == "epoch"
+        unit = 1 if self.by_epoch else steps_per_epoch
+        warmup = round(config.warmup_epochs * unit)
+        # timm's scheduler wants an optimizer; a parameter of its own keeps it a pure function of the step.
+        self._group = torch.optim.SGD([torch.zeros(1)], lr=config.lr)
+        self._cosine = CosineLRScheduler(
+            self._group,
+            t_initial=max(epochs * unit - warmup, 1),
+            lr_min=config.min_lr,
+            warmup_t=warmup,
+            warmup_prefix=True,
+            t_in_epochs=self.by_epoch,
+        )
+
+    def lr(self, step: int) -> float:
+        """Learning rate of step `step` (from 0)."""
+        if self.by_epoch:
+            self._cosine.step(step // self.steps_per_epoch)
+        else:
+            self._cosine.step_update(step)
+        return float(self._group.param_groups[0]["lr"])

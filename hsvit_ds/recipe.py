@@ -1,0 +1,279 @@
+"""What a run is: the components' Configs in one TOML file, read, checked, and completed by what can be derived."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import tomllib
+import typing
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+import torch
+from pydantic import TypeAdapter, ValidationError
+
+from . import checkpoint, ema, engine, grid, optimizer, tracking
+from .data import augment, reader
+from .data.order import Order, Share
+from .errors import RefusedError
+from .models import hsvit
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    name: str = ""
+    """Of the folder and the MLflow run; by default from the recipe's path (digits/hsvit.toml: "digits-hsvit")."""
+    root: str = "runs"
+    """Folder of all runs; this one gets `root`/`name`-NNN."""
+    seed: int = 0
+    """Of the initial weights and of everything random."""
+    epochs: int = 10
+    global_batch: int = 64
+    """Images of one optimizer step, over all replicas and micro batches."""
+    micro_batch: int = 0
+    """Images of one forward on a replica; 0: the global batch divided by the replicas, without accumulation."""
+    bn_batch: int = 0
+    """Consecutive images of the global batch that BatchNorm takes its statistics over; 0: all of them."""
+    log_every: int = 10
+    """Steps between logged metrics."""
+    eval_every: int = 1
+    """Epochs between evaluations on the validation split."""
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "global_batch", "log_every", "eval_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} = {getattr(self, name)}: must be at least 1")
+        for name in ("micro_batch", "bn_batch"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} = {getattr(self, name)}: must not be negative")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    run: Run = field(default_factory=Run)
+    model: hsvit.Config
+    data: reader.Config = field(default_factory=reader.Config)
+    augment: augment.Config = field(default_factory=augment.Config)
+    optimizer: optimizer.Config = field(default_factory=optimizer.Config)
+    ema: ema.Config = field(default_factory=ema.Config)
+    grid: grid.Config = field(default_factory=grid.Config)
+    engine: engine.Config = field(default_factory=engine.Config)
+    checkpoint: checkpoint.Config = field(default_factory=checkpoint.Config)
+    tracking: tracking.Config = field(default_factory=tracking.Config)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What follows from a recipe and the number of ranks."""
+
+    ranks: int
+    replicas: int
+    micro_batch: int
+    """Images of one forward on a replica."""
+    accumulation: int
+    """Micro batches of one step (A)."""
+    steps_per_epoch: int
+    steps: int
+    bn_runs: int
+    """Runs of BatchNorm's statistics in a micro batch."""
+    bn_synced: bool
+    """Whether one run spans the replicas."""
+    bf16: bool
+    parameters: int
+    flops: int
+    """Of one image, forward, 2 a multiply-add."""
+
+    def order(self, recipe: Recipe) -> Order:
+        shards = reader.facts(recipe.data).samples["train"]
+        return Order(shards, recipe.data.window, recipe.run.global_batch, recipe.run.seed)
+
+    def share(self, recipe: Recipe, replica: int) -> Share:
+        return Share(recipe.run.global_batch, self.accumulation, self.replicas, replica)
+
+
+def read(path: Path, overrides: list[str] | None = None) -> Recipe:
+    """The recipe in a TOML file, with `key.path=value` overrides; refuses what is unknown or of a wrong type."""
+    try:
+        text = path.read_text()
+    except OSError as error:
+        raise RefusedError(f"{path}: cannot be read ({error.strerror})") from error
+    try:
+        table = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise RefusedError(f"{path}: not valid TOML: {error}") from error
+    for override in overrides or []:
+        _override(table, override)
+    recipe = _build(table, str(path))
+    if not recipe.run.name:
+        name = f"{path.resolve().parent.name}-{path.stem}"
+        recipe = replace(recipe, run=replace(recipe.run, name=name))
+    return recipe
+
+
+def from_table(table: dict[str, Any], where: str) -> Recipe:
+    """The recipe in a nested table, as a checkpoint keeps it."""
+    return _build(table, where)
+
+
+def to_table(recipe: Recipe) -> dict[str, Any]:
+    """A nested table of every key."""
+    return dataclasses.asdict(recipe)
+
+
+def flat(recipe: Recipe) -> dict[str, Any]:
+    """{"model.groups": 16, …}: the recipe as MLflow parameters."""
+
+    def walk(table: dict[str, Any], prefix: str) -> dict[str, Any]:
+        out: dict[str, Any] = {}
+        for key, value in table.items():
+            if isinstance(value, dict):
+                out |= walk(value, f"{prefix}{key}.")
+            else:
+                out[prefix + key] = list(value) if isinstance(value, tuple) else value
+        return out
+
+    return walk(to_table(recipe), "")
+
+
+def dumps(recipe: Recipe) -> str:
+    return tomli_w.dumps(to_table(recipe))
+
+
+def _override(table: dict[str, Any], text: str) -> None:
+    path, sign, value = text.partition("=")
+    keys = path.strip().split(".")
+    if not sign or not all(keys):
+        raise RefusedError(f'override "{text}": must have the form key.path=value')
+    try:
+        parsed = tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        parsed = value.strip()  # a bare word is a string, as on any command line
+    for key in keys[:-1]:
+        table = table.setdefault(key, {})
+        if not isinstance(table, dict):
+            raise RefusedError(f'override "{text}": {key} is not a table')
+    table[keys[-1]] = parsed
+
+
+def _build(table: dict[str, Any], where: str) -> Recipe:
+    _refuse_unknown(table, Recipe, "", where)
+    try:
+        # As JSON pydantic is strict about types and still takes a TOML array for a tuple.
+        return TypeAdapter(Recipe).validate_json(json.dumps(table), strict=True)
+    except ValidationError as error:
+        lines = [_explain(e) for e in error.errors()]
+        raise RefusedError(f"{where}: {'; '.join(lines)}") from error
+    except TypeError as error:  # a TOML date, which JSON does not have
+        raise RefusedError(f"{where}: {error}") from error
+
+
+def _explain(error: Any) -> str:
+    key = ".".join(str(part) for part in error["loc"])
+    message = str(error["msg"]).removeprefix("Value error, ")
+    if error["type"] == "value_error":
+        return f"[{key}] {message}"
+    if error["type"] == "missing":
+        return f"{key} is missing"
+    return f"{key} = {error['input']!r}: {message[:1].lower()}{message[1:]}"
+
+
+def _refuse_unknown(table: dict[str, Any], config: Any, prefix: str, where: str) -> None:
+    hints = typing.get_type_hints(config)
+    for key, value in table.items():
+        if key not in hints:
+            near = difflib.get_close_matches(key, hints, n=1)
+            elsewhere = [n for n, t in typing.get_type_hints(Recipe).items() if key in _fields(t)]
+            hint = f'did you mean "{prefix}{near[0]}"?' if near else ""
+            if not hint and elsewhere:
+                hint = f'did you mean "{elsewhere[0]}.{key}"?'
+            raise RefusedError(f'{where}: unknown key "{prefix}{key}"; {hint or "known: " + ", ".join(sorted(hints))}')
+        if dataclasses.is_dataclass(hints[key]) and isinstance(value, dict):
+            _refuse_unknown(value, hints[key], f"{prefix}{key}.", where)
+
+
+def _fields(config: Any) -> set[str]:
+    return {f.name for f in dataclasses.fields(config)} if dataclasses.is_dataclass(config) else set()
+
+
+def resolve(recipe: Recipe, ranks: int) -> tuple[Recipe, Plan]:
+    """The recipe with everything derived filled in, and the plan for `ranks` ranks; refuses what cannot be."""
+    facts = reader.facts(recipe.data)
+    try:
+        model = recipe.model.resolved(facts.image_size)
+    except ValueError as error:
+        raise RefusedError(f"[model] {error}") from error
+    replicas = grid.replicas(ranks, recipe.grid.submodule_ranks, model.submodules)
+    micro, accumulation = _batches(recipe.run, replicas)
+    reader.check_share(recipe.data, facts, recipe.grid.submodule_ranks, micro)
+    _check_blocks(recipe, micro)
+    runs, synced = _bn_runs(recipe.run, replicas, micro, accumulation)
+    steps = facts.count("train") // recipe.run.global_batch
+    if steps == 0:
+        raise RefusedError(
+            f"run.global_batch = {recipe.run.global_batch} is more than the {facts.count('train')} training images"
+        )
+    precision = recipe.engine.precision
+    if precision == "auto":
+        precision = "bf16" if torch.cuda.is_available() else "fp32"
+    with torch.device("meta"):
+        shape = hsvit.HSViT(model, image_size=facts.image_size, channels=facts.channels, classes=facts.classes)
+    recipe = replace(
+        recipe,
+        model=model,
+        run=replace(recipe.run, micro_batch=micro),
+        engine=replace(recipe.engine, precision=precision),
+    )
+    # Contradicting expert keys are refused before anything starts.
+    engine.deepspeed_config(recipe.engine, recipe.optimizer.clip, precision == "bf16", micro)
+    return recipe, Plan(
+        ranks=ranks,
+        replicas=replicas,
+        micro_batch=micro,
+        accumulation=accumulation,
+        steps_per_epoch=steps,
+        steps=steps * recipe.run.epochs,
+        bn_runs=runs,
+        bn_synced=synced,
+        bf16=precision == "bf16",
+        parameters=sum(p.numel() for p in shape.parameters()),
+        flops=model.flops(facts.image_size, facts.channels, facts.classes),
+    )
+
+
+def _batches(run: Run, replicas: int) -> tuple[int, int]:
+    """(micro batch, accumulation)."""
+    if run.global_batch % replicas:
+        raise RefusedError(f"run.global_batch = {run.global_batch} is not divisible by {replicas} replicas")
+    share = run.global_batch // replicas
+    micro = run.micro_batch or share
+    if share % micro:
+        raise RefusedError(
+            f"run.micro_batch = {micro} does not divide a replica's part of the global batch, "
+            f"{run.global_batch} / {replicas} replicas = {share}"
+        )
+    return micro, share // micro
+
+
+def _check_blocks(recipe: Recipe, micro: int) -> None:
+    block = recipe.augment.mix_block
+    if recipe.augment.mixes and micro % block:
+        raise RefusedError(f"augment.mix_block = {block} does not divide the micro batch of {micro}")
+
+
+def _bn_runs(run: Run, replicas: int, micro: int, accumulation: int) -> tuple[int, bool]:
+    """(runs in a micro batch, whether one run spans all replicas)."""
+    batch = run.bn_batch or run.global_batch
+    if batch > micro:
+        if batch != micro * replicas:
+            raise RefusedError(
+                f"run.bn_batch = {run.bn_batch}: BatchNorm over {batch} images needs them in one forward, but a "
+                f"micro batch has {micro} on each of {replicas} replicas and {accumulation} are accumulated; "
+                f"set run.bn_batch to {micro * replicas}, or to a divisor of {micro}"
+            )
+        return 1, True
+    if micro % batch:
+        raise RefusedError(f"run.bn_batch = {batch} does not divide the micro batch of {micro}")
+    return micro // batch, False

@@ -1,0 +1,104 @@
+"""What a person sees of a run: a progress line, plain lines, a closing table and the curves."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
+from rich.table import Table
+
+from .tracking import read_metrics
+
+CURVES = "curves.png"
+
+
+class Reporter:
+    """Rank 0's voice: one moving line on a terminal, a line an interval elsewhere; silent on other ranks."""
+
+    def __init__(self, speaks: bool, steps: int, done: int) -> None:
+        self.speaks, self.steps, self.first, self.started = speaks, steps, done, time.perf_counter()
+        self.console = Console(highlight=False, soft_wrap=True)
+        self._progress: Progress | None = None
+        if speaks and sys.stdout.isatty():
+            self._progress = Progress(
+                TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
+                BarColumn(bar_width=24),
+                TaskProgressColumn(),
+                TextColumn("{task.fields[state]}"),
+                console=self.console,
+            )
+            self._task = self._progress.add_task("", total=steps, completed=done, state="")
+            self._progress.start()
+
+    def say(self, line: str) -> None:
+        if self.speaks:
+            self.console.print(line, markup=False)
+
+    def step(self, done: int, metrics: Mapping[str, float]) -> None:
+        """Report that `done` steps of the run are done."""
+        if not self.speaks:
+            return
+        spent = time.perf_counter() - self.started
+        left = spent / max(done - self.first, 1) * (self.steps - done)
+        state = (
+            f"loss {metrics['train/loss']:.4f}  {metrics['perf/images_per_sec']:.0f} images/s  {duration(left)} left"
+        )
+        if self._progress is not None:
+            self._progress.update(self._task, completed=done, state=state)
+        else:
+            self.say(f"step {done}/{self.steps}  {state}")
+
+    def close(self) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
+
+    def summary(self, rows: Mapping[str, str]) -> None:
+        """The closing table."""
+        self.close()
+        if self.speaks:
+            table = Table(show_header=False)
+            for name, value in rows.items():
+                table.add_row(name, value)
+            self.console.print(table)
+
+
+def duration(seconds: float) -> str:
+    """Seconds as 12s, 3m05s or 2h07m."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole}s"
+    if whole < 3600:
+        return f"{whole // 60}m{whole % 60:02d}s"
+    return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
+
+
+def draw_curves(folder: Path, title: str) -> Path:
+    """A PNG of loss, learning rate, gradient norm and accuracy over the steps of a run, from its JSONL file."""
+    from matplotlib.figure import Figure
+
+    lines = read_metrics(folder)
+    panels = [
+        ("loss", ["train/loss", "val/loss"], "log"),
+        ("top-1 accuracy, %", ["val/top1", "ema/val_top1"], "linear"),
+        ("gradient norm before clipping", ["train/grad_norm"], "log"),
+        ("learning rate", ["train/lr"], "linear"),
+    ]
+    figure = Figure(figsize=(10, 6.5), layout="constrained")
+    figure.suptitle(title)
+    for axes, (label, names, scale) in zip(figure.subplots(2, 2).flat, panels, strict=True):
+        for name in names:
+            points = [(line["step"], line[name]) for line in lines if name in line]
+            if points:
+                marker = "o" if len(points) < 30 else None
+                axes.plot(*zip(*points, strict=True), label=name, marker=marker, markersize=3)
+        axes.set(xlabel="step", ylabel=label, yscale=scale)
+        axes.grid(alpha=0.3)
+        if len(axes.lines) > 1:
+            axes.legend()
+    figure.savefig(folder / CURVES, dpi=120)
+    return folder / CURVES

@@ -1,0 +1,69 @@
+"""Train a recipe: `deepspeed --module hsvit_ds.train RECIPE [key=value …]`, `torchrun -m`, or `python -m`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from . import __version__
+from .errors import RefusedError, shown
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser("hsvit_ds.train", description=__doc__)
+    parser.add_argument("recipe", type=Path)
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="over the recipe's keys")
+    parser.add_argument("--resume", action="store_true", help="continue the newest run of this name")
+    parser.add_argument("--debug", action="store_true", help="show stack traces of refusals")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # deepspeed's launcher
+    return parser.parse_intermixed_args(argv)
+
+
+def check_kernels() -> None:
+    """Refuse a package that merely has our name, before anything of it is used."""
+    import hsvit_kernels
+
+    found = getattr(hsvit_kernels, "__version__", None)
+    if found != __version__ or not hasattr(hsvit_kernels, "grouped_attention"):
+        where = getattr(hsvit_kernels, "__file__", None) or "a folder without __init__.py"
+        raise RefusedError(
+            f"hsvit_kernels at {where} is not the package of hsvit-ds {__version__} (its version: {found}); "
+            "take it off PYTHONPATH or uninstall it, then reinstall hsvit-ds"
+        )
+
+
+def claim_folder(root: Path, name: str, resume: bool, recipe_text: str) -> Path:
+    """The run's folder: the newest `name`-NNN for `resume`, otherwise a new one; refused where it is not writable."""
+    existing = sorted(root.glob(f"{name}-[0-9][0-9][0-9]"))
+    number = int(existing[-1].name[-3:]) if existing else 0
+    folder = existing[-1] if resume and existing else root / f"{name}-{number + 1:03d}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "recipe.toml").write_text(recipe_text)
+    except OSError as error:
+        raise RefusedError(f"run folder {folder}: {error.strerror}; set run.root") from error
+    return folder
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse(argv)
+    with shown(2, args.debug):
+        check_kernels()
+        from . import recipe as recipes
+        from .grid import Grid, world_size
+
+        recipe, plan = recipes.resolve(recipes.read(args.recipe, args.overrides), world_size())
+        grid = Grid(recipe.grid, recipe.model.submodules)
+        folder = grid.agree(
+            lambda: claim_folder(Path(recipe.run.root), recipe.run.name, args.resume, recipes.dumps(recipe))
+        )
+        from .trainer import Trainer
+
+        trainer = Trainer(recipe, plan, grid, folder, args.resume)
+    with shown(1, args.debug):
+        trainer.fit()
+        grid.close()
+
+
+if __name__ == "__main__":
+    main()

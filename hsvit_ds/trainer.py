@@ -1,0 +1,217 @@
+"""The loop, on one screen: set up, train epochs, evaluate, checkpoint, report."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from . import recipe as recipes
+from .checkpoint import Checkpoints, Position
+from .data import reader as readers
+from .data.reader import Batch
+from .ema import EMA
+from .engine import BatchStatistics, Engine, StepResult
+from .errors import RefusedError
+from .evaluation import evaluate
+from .grid import Grid
+from .models.hsvit import HSViT
+from .optimizer import Schedule, describe
+from .recipe import Plan, Recipe
+from .report import Reporter, draw_curves, duration
+from .tasks.supervised import Supervised
+from .tracking import Tracker, Untracked
+
+# Dense bf16 TFLOP/s of one GPU, by a part of its name (vendors' data sheets), for perf/mfu.
+_PEAK_TFLOPS = {"A100": 312, "H100": 989, "H200": 989, "B200": 2250, "L40S": 362}
+
+
+@dataclass
+class Interval:
+    """What happened since the last logged step."""
+
+    results: list[StepResult]
+    seconds: list[float]
+    waited: float
+
+
+class Trainer:
+    """One run on this rank.
+
+    Args:
+        recipe, plan: resolved. folder: of the run. resume: continue its latest checkpoint.
+    """
+
+    def __init__(self, recipe: Recipe, plan: Plan, grid: Grid, folder: Path, resume: bool) -> None:
+        self.recipe, self.plan, self.grid, self.folder = recipe, plan, grid, folder
+        facts = readers.facts(recipe.data)
+        model = HSViT(
+            recipe.model,
+            image_size=facts.image_size,
+            channels=facts.channels,
+            classes=facts.classes,
+            here=grid.submodules,
+            exchange=grid.exchange,
+            seed=recipe.run.seed,
+        )
+        self.engine = Engine(
+            model,
+            recipe.engine,
+            recipe.optimizer,
+            grid,
+            micro_batch=plan.micro_batch,
+            accumulation=plan.accumulation,
+            batch_statistics=BatchStatistics(plan.bn_runs, plan.bn_synced),
+            bf16=plan.bf16,
+        )
+        self.schedule = Schedule(recipe.optimizer, recipe.run.epochs, plan.steps_per_epoch)
+        self.task = Supervised(recipe.augment, facts)
+        self.reader = readers.Reader(recipe.data, plan.order(recipe), plan.share(recipe, grid.replica), grid)
+        self.ema = None
+        if recipe.ema.decay:
+            self.ema = EMA(recipe.ema.decay, self.engine.shards, self.engine.module)
+        self.tracker: Tracker | Untracked = Untracked()
+        self.checkpoints = Checkpoints(
+            recipe.checkpoint,
+            folder / "checkpoints",
+            self.engine,
+            self.ema,
+            recipes.to_table(recipe),
+            lambda: self.tracker.run_id(),
+        )
+        restored = self.checkpoints.load() if resume else None
+        self.start = restored or Position(0, 0, 0)
+        if grid.is_main:
+            last_step = self.start.total if resume else None
+            self.tracker = Tracker(recipe.tracking, folder, folder.name, recipes.flat(recipe), last_step)
+        self.report = Reporter(grid.is_main, plan.steps, self.start.total)
+        self.interval = Interval([], [], 0.0)
+
+    def fit(self) -> dict[str, float]:
+        """Train to the end; the last evaluation's metrics, the test split's included."""
+        run, began = self.recipe.run, time.perf_counter()
+        self._announce()
+        try:
+            for epoch in range(self.start.epoch, run.epochs):
+                self._train_epoch(epoch, self.start.step if epoch == self.start.epoch else 0)
+                is_last = epoch + 1 == run.epochs
+                top1 = None
+                if is_last or (epoch + 1) % run.eval_every == 0:
+                    top1 = self._evaluate("val", (epoch + 1) * self.plan.steps_per_epoch)["val/top1"]
+                self._save(Position(epoch + 1, 0, (epoch + 1) * self.plan.steps_per_epoch), top1)
+            final = self._evaluate("test", self.plan.steps)
+            failure = self.checkpoints.wait()
+            if failure is not None:
+                raise RefusedError(f"the last checkpoint could not be saved: {failure}")
+        except BaseException:
+            self.report.close()
+            self.tracker.close("FAILED")
+            raise
+        self._finish(final, time.perf_counter() - began)
+        return final
+
+    def _train_epoch(self, epoch: int, first_step: int) -> None:
+        steps, every = self.plan.steps_per_epoch, self.recipe.checkpoint.every_steps
+        waited_since = time.perf_counter()
+        for step, batches in enumerate(self.reader.train(epoch, first_step), first_step):
+            waited = time.perf_counter() - waited_since
+            total = epoch * steps + step + 1
+            result = self._step(batches, total - 1)
+            if result.applied and self.ema is not None:
+                self.ema.update()
+            self.interval.waited += waited
+            self.interval.results.append(result)
+            self.interval.seconds.append(time.perf_counter() - waited_since)
+            if total % self.recipe.run.log_every == 0 or total == self.plan.steps:
+                self._log(total)
+            if every and total % every == 0 and step + 1 < steps:
+                self._save(Position(epoch, step + 1, total))
+            waited_since = time.perf_counter()
+
+    def _step(self, batches: list[Batch], step: int) -> StepResult:
+        return self.engine.step(
+            lambda: (self.task.losses(self.engine, batch) for batch in batches),
+            self.task.passes,
+            self.schedule.lr(step),
+        )
+
+    def _evaluate(self, split: str, step: int) -> dict[str, float]:
+        found = {f"{split}/{k}": v for k, v in evaluate(self.engine, self.reader, split).items()}
+        if self.ema is not None:
+            with self.ema.in_place():
+                averaged = evaluate(self.engine, self.reader, split)
+            found |= {f"ema/{split}_{k}": v for k, v in averaged.items()}
+        self.tracker.log(found, step)
+        self.report.say(
+            f"epoch {step // self.plan.steps_per_epoch}  "
+            + "  ".join(f"{name} {value:.2f}" for name, value in found.items() if "top1" in name)
+        )
+        return found
+
+    def _save(self, position: Position, top1: float | None = None) -> None:
+        failure = self.checkpoints.wait()
+        if failure is not None:
+            self.report.say(f"warning: a checkpoint could not be saved, the run goes on: {failure}")
+        self.checkpoints.save(position, top1)
+
+    def _log(self, step: int) -> None:
+        """Bring an interval's metrics from the device, once, and hand them to the tracker."""
+        done, self.interval = self.interval, Interval([], [], 0.0)
+        losses = torch.stack([result.loss for result in done.results]).mean()
+        loss = float(self.grid.sum_over_replicas(losses)) / self.plan.replicas
+        seconds = sum(done.seconds)
+        images = self.recipe.run.global_batch * len(done.seconds)
+        metrics = {
+            "train/loss": loss,
+            "train/grad_norm": done.results[-1].grad_norm,
+            "train/lr": self.schedule.lr(step - 1),
+            "train/skipped_steps": float(self.engine.skipped_steps),
+            "perf/images_per_sec": images / seconds,
+            "perf/step_ms_p50": 1000 * statistics.median(done.seconds),
+            "perf/data_wait": done.waited / seconds,
+            **self.engine.traffic(len(done.seconds)),
+        }
+        if (peak := _peak_flops(self.grid.device)) is not None:
+            flops = 3 * self.plan.flops * images / seconds / self.plan.ranks
+            metrics["perf/mfu"] = flops / peak
+        self.tracker.log(metrics, step)
+        self.report.step(step, metrics)
+
+    def _announce(self) -> None:
+        p, g = self.plan, self.grid
+        self.report.say(
+            f"{self.folder}: {p.parameters:,} parameters, {p.flops / 1e6:,.2f} MFLOPs an image; "
+            f"{p.replicas} replicas x {g.submodule_ranks} submodule ranks on {g.device.type} ({g.backend}), "
+            f"ZeRO-{self.recipe.engine.zero_stage}, {'bf16 autocast' if p.bf16 else 'fp32'}"
+        )
+        self.report.say(
+            f"global batch {self.recipe.run.global_batch} = {p.replicas} replicas x {p.accumulation} "
+            f"micro batches x {p.micro_batch}; {p.steps_per_epoch} steps an epoch, {p.steps} in all; "
+            f"{describe(self.engine.parameter_groups)}"
+        )
+        if self.start.total:
+            s = self.start
+            self.report.say(f"resumed at step {s.total}: epoch {s.epoch}, step {s.step} of it")
+
+    def _finish(self, final: dict[str, float], seconds: float) -> None:
+        if self.grid.is_main:
+            self.tracker.artifact(draw_curves(self.folder, self.folder.name))
+            self.tracker.artifact(self.folder / "recipe.toml")
+        self.tracker.close("FINISHED")
+        rows = {name: f"{value:.4g}" for name, value in final.items()}
+        rows |= {"time": duration(seconds), "run": str(self.folder)}
+        rows |= {
+            "curves": str(self.folder / "curves.png"),
+            "MLflow run": self.tracker.run_id() or "-",
+        }
+        self.report.summary(rows)
+
+
+def _peak_flops(device: torch.device) -> float | None:
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((1e12 * peak for part, peak in _PEAK_TFLOPS.items() if part in name), None)

@@ -85,7 +85,7 @@ def mix(images: Tensor, soft: Tensor, draw: Draw, config: Config) -> tuple[Tenso
     if config.mixup and config.cutmix:
         cuts = luck[:, 1] < 0.5
     alpha = torch.where(cuts, config.cutmix, config.mixup).double()
-    ratio = torch.from_numpy(betaincinv(alpha, alpha, luck[:, 2]))
+    ratio = torch.as_tensor(betaincinv(alpha.numpy(), alpha.numpy(), luck[:, 2].numpy()))
     ratio = torch.where(luck[:, 0] < config.mix_probability, ratio, 1.0)
     height, width = images.shape[2:]
     box = _boxes(ratio, luck[:, 3:], height, width) & cuts.view(-1, 1, 1)

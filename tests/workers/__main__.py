@@ -1,0 +1,14 @@
+"""`python -m tests.workers NAME FOLDER`: one rank of a multi-rank test."""
+
+import importlib
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+name, folder = sys.argv[1], Path(sys.argv[2])
+worker = importlib.import_module(f"tests.workers.{name}")
+result = worker.main(json.loads((folder / "arguments.json").read_text()), folder)
+torch.save(result, folder / f"rank{os.environ['RANK']}.pt")

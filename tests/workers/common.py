@@ -1,0 +1,66 @@
+"""What the workers share: a trainer of a small model, and its state in the canonical form."""
+
+from __future__ import annotations
+
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from hsvit_ds import recipe as recipes
+from hsvit_ds.grid import Grid, world_size
+from hsvit_ds.trainer import Trainer
+
+ROOT = Path(__file__).parent.parent.parent
+# Dropout, dropped submodules, mixing, smoothing, clipping, two parameter groups and odd shapes: all on.
+SMALL = [
+    'model.variant=""',
+    "model.kernels=[8,16]",
+    "model.pool_strides=[4,2]",
+    "model.groups=4",
+    "model.depth=2",
+    "model.heads=3",
+    "model.embedding=15",
+    "model.dropout=0.2",
+    "model.submodules=2",
+    "model.submodule_drop=0.2",
+    "augment.mixup=0.8",
+    "augment.cutmix=1.0",
+    "augment.mix_block=4",
+    "augment.shift=2",
+    "augment.label_smoothing=0.1",
+    "optimizer.clip=0.5",
+    "optimizer.lr=0.01",
+    "run.global_batch=16",
+    "tracking.mlflow=false",
+]
+
+_grids: dict[int, Grid] = {}
+
+
+def trainer(folder: Path, overrides: list[str], resume: bool = False) -> Trainer:
+    """A trainer of the digits recipe, made small, on all ranks of this worker."""
+    recipe = recipes.read(ROOT / "recipes/digits/hsvit.toml", [*SMALL, *overrides])
+    recipe, plan = recipes.resolve(recipe, world_size())
+    ranks = recipe.grid.submodule_ranks
+    if ranks not in _grids:
+        _grids[ranks] = Grid(recipe.grid, recipe.model.submodules)
+    folder.mkdir(parents=True, exist_ok=True)
+    return Trainer(recipe, plan, _grids[ranks], folder, resume)
+
+
+def steps(run: Trainer, count: int) -> list[float]:
+    """Run `count` steps from the start of epoch 0; their gradient norms."""
+    norms = []
+    for step, batches in enumerate(islice(run.reader.train(0, 0), count)):
+        result = run._step(batches, step)
+        assert result.applied
+        norms.append(result.grad_norm)
+    return norms
+
+
+def state(run: Trainer) -> dict[str, Tensor]:
+    """{file/tensor: value} of what this rank would save."""
+    files: dict[str, Any] = run.checkpoints._snapshot()
+    return {f"{file}/{name}": tensor for file, tensors in files.items() for name, tensor in tensors.items()}

@@ -50,12 +50,14 @@ def trainer(folder: Path, overrides: list[str], resume: bool = False) -> Trainer
     return Trainer(recipe, plan, _grids[ranks], folder, resume)
 
 
-def steps(run: Trainer, count: int) -> list[float]:
-    """Run `count` steps from the start of epoch 0; their gradient norms."""
-    norms = []
-    for step, batches in enumerate(islice(run.reader.train(0, 0), count)):
+def steps(run: Trainer, stop: int) -> list[float]:
+    """Run the steps of epoch 0 from where the run stands to `stop`; their gradient norms."""
+    norms, first = [], run.start.step
+    for step, batches in enumerate(islice(run.reader.train(0, first), stop - first), first):
         result = run._step(batches, step)
         assert result.applied
+        if run.ema is not None:
+            run.ema.update()
         norms.append(result.grad_norm)
     return norms
 

@@ -1,0 +1,181 @@
+"""A run stopped anywhere and resumed equals the uninterrupted one; nothing broken is ever loaded."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from hsvit_ds.checkpoint import pointed
+
+from .ranks import finish, start, work
+from .workers.common import SMALL
+
+RECIPE = "recipes/digits/hsvit.toml"
+EMA = ["ema.decay=0.9", "optimizer.name=adamw"]
+
+
+def segment(folder: Path, start: int, stop: int, ranks: int, stage: int = 1, frozen: bool = False) -> dict[str, Any]:
+    overrides = [*EMA, f"grid.submodule_ranks={ranks}", f"engine.zero_stage={stage}"]
+    return {"folder": str(folder), "start": start, "stop": stop, "overrides": overrides, "frozen": frozen}
+
+
+def merged(states: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    return {key: tensor for rank in states for key, tensor in rank.items()}
+
+
+@pytest.fixture(scope="module")
+def resumed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Tensor]]:
+    """Final states of runs that changed their placement twice, and of the uninterrupted ones."""
+    base = tmp_path_factory.mktemp("resumed")
+    ranks, grid, stages = base / "ranks", base / "grid", base / "stages"
+    work("segments", 4, base / "a", [segment(grid, 0, 3, 2)])
+    two = work(
+        "segments",
+        2,
+        base / "b",
+        [
+            segment(base / "whole", 0, 9, 2),
+            segment(grid, 3, 9, 2),
+            segment(base / "whole stages", 0, 9, 1, 1, frozen=True),
+            segment(stages, 0, 3, 1, 1, frozen=True),
+            segment(stages, 3, 6, 1, 3, frozen=True),
+            segment(stages, 6, 9, 1, 0, frozen=True),
+            segment(ranks, 0, 3, 2),
+        ],
+    )
+    work("segments", 1, base / "c", [segment(ranks, 3, 6, 1)])
+    back = work("segments", 2, base / "d", [segment(ranks, 6, 9, 2)])
+    names = ("whole", "2 x 2 to 2 x 1", "whole stages", "", "", "ZeRO-1 to ZeRO-3 to ZeRO-0", "")
+    states = {name: merged([rank[i] for rank in two]) for i, name in enumerate(names)}
+    return states | {"2 ranks to 1 and back": merged([rank[0] for rank in back])}
+
+
+@pytest.mark.parametrize(
+    ("name", "whole"),
+    [
+        ("2 ranks to 1 and back", "whole"),
+        ("2 x 2 to 2 x 1", "whole"),
+        ("ZeRO-1 to ZeRO-3 to ZeRO-0", "whole stages"),
+    ],
+)
+def test_a_resume_on_another_placement_equals_the_uninterrupted_run(
+    name: str, whole: str, resumed: dict[str, dict[str, Tensor]]
+) -> None:
+    found, expected = resumed[name], resumed[whole]
+    assert found.keys() == expected.keys()
+    assert any(".ema." in key for key in expected)
+    assert any("exp_avg_sq/" in key for key in expected)
+    for key, tensor in expected.items():
+        torch.testing.assert_close(found[key], tensor, rtol=1e-5, atol=1e-5, msg=lambda m, k=key: f"{k}: {m}")
+
+
+def test_a_frozen_part_stays_bit_equal(resumed: dict[str, dict[str, Tensor]]) -> None:
+    state = resumed["ZeRO-1 to ZeRO-3 to ZeRO-0"]
+    frozen = [k for k in state if k.endswith("safetensors/trunk.0.conv1.weight") and "optimizer" not in k]
+    frozen = [k for k in state if "submodules.trunk.0.conv1.weight" in k]
+    assert len(frozen) == 2  # a submodule each; no moments, and the EMA averages trained parameters only
+    for key in frozen:
+        assert torch.equal(state[key], resumed["whole stages"][key])
+
+
+def train_arguments(root: Path, *more: str) -> list[str]:
+    overrides = [*SMALL, "ema.decay=0.9", "run.epochs=1", "checkpoint.every_steps=10", f"run.root={root}"]
+    return [RECIPE, *overrides, *more]
+
+
+def files(folder: Path) -> dict[str, Tensor]:
+    return {
+        f"{path.name}/{key}": tensor
+        for path in sorted(folder.glob("*.safetensors"))
+        for key, tensor in load_file(path).items()
+    }
+
+
+def latest(root: Path) -> Path | None:
+    return pointed(root / "digits-hsvit-001" / "checkpoints", "latest")
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("uninterrupted")
+    finish(start("hsvit_ds.train", train_arguments(root), 2))
+    return root
+
+
+def test_a_run_killed_in_mid_epoch_and_resumed_is_bit_equal(uninterrupted: Path, tmp_path: Path) -> None:
+    ranks = start("hsvit_ds.train", train_arguments(tmp_path), 2)
+    deadline = time.monotonic() + 120
+    while (found := latest(tmp_path)) is None or found.name < "step-00000020":
+        assert time.monotonic() < deadline, "no checkpoint after 120 s"
+        assert all(rank.poll() is None for rank in ranks), ranks[0].communicate()[0]
+        time.sleep(0.05)
+    for rank in ranks:
+        rank.kill()
+        rank.wait()
+    killed_at = latest(tmp_path)
+    assert killed_at is not None
+    assert "step-00000020" <= killed_at.name < "step-00000071"
+    output = finish(start("hsvit_ds.train", train_arguments(tmp_path, "--resume"), 2))
+    assert f"resumed at step {int(killed_at.name[-8:])}" in output
+    whole, parts = latest(uninterrupted), latest(tmp_path)
+    assert whole is not None
+    assert parts is not None
+    expected, found_files = files(whole), files(parts)
+    assert expected.keys() == found_files.keys()
+    for key, tensor in expected.items():
+        assert torch.equal(found_files[key], tensor), key
+    lines = [
+        [json.loads(line) for line in (root / "digits-hsvit-001/metrics.jsonl").read_text().splitlines()]
+        for root in (uninterrupted, tmp_path)
+    ]
+    losses = [{line["step"]: line["train/loss"] for line in run if "train/loss" in line} for run in lines]
+    assert losses[0].keys() == losses[1].keys()
+    assert len(lines[0]) == len(lines[1]), "a step is logged twice or not at all"
+
+
+BROKEN = {
+    "truncated": ("bytes, not", lambda file: file.write_bytes(file.read_bytes()[:-100])),
+    "flipped byte": (
+        "sha256 differs",
+        lambda file: file.write_bytes(file.read_bytes()[:-1] + bytes([file.read_bytes()[-1] ^ 1])),
+    ),
+    "missing file": ("No such file", lambda file: file.unlink()),
+    "missing manifest": ("manifest.json: not readable", lambda file: (file.parent / "manifest.json").unlink()),
+    "missing folder": ("which is missing", lambda file: shutil.rmtree(file.parent)),
+}
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_a_broken_checkpoint_is_refused_in_one_line(kind: str, uninterrupted: Path, tmp_path: Path) -> None:
+    message, damage = BROKEN[kind]
+    root = tmp_path / "runs"
+    shutil.copytree(uninterrupted, root)
+    folder = latest(root)
+    assert folder is not None
+    damage(folder / "submodule-001.safetensors")
+    refused(train_arguments(root, "--resume", "grid.submodule_ranks=1"), message)
+
+
+def test_a_checkpoint_of_another_architecture_is_refused(uninterrupted: Path, tmp_path: Path) -> None:
+    root = tmp_path / "runs"
+    shutil.copytree(uninterrupted, root)
+    arguments = train_arguments(root, "--resume", "grid.submodule_ranks=1", "model.depth=1")
+    refused(arguments, "model.depth is 2 there and 1 here")
+
+
+def refused(arguments: list[str], message: str) -> None:
+    (rank,) = start("hsvit_ds.train", arguments, 1)
+    output = rank.communicate(timeout=120)[0]
+    assert rank.returncode == 2, output
+    errors = [line for line in output.splitlines() if line.startswith("hsvit: error:")]
+    assert len(errors) == 1
+    assert message in errors[0]
+    assert "Traceback" not in output

@@ -233,7 +233,7 @@ class Engine:
         self._skipped_in_a_row += 1
         if self._skipped_in_a_row <= self.config.max_skipped_steps:
             return
-        raise FloatingPointError(
+        raise RefusedError(
             f"{self._skipped_in_a_row} steps in a row had a non-finite gradient "
             f"(engine.max_skipped_steps = {self.config.max_skipped_steps}); rank {self.grid.rank}: "
             f"loss {float(loss):g}, {self._diagnose(passes)}"

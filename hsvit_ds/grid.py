@@ -148,8 +148,16 @@ class Grid:
         if dist.is_initialized():
             return
         if "MASTER_ADDR" in os.environ:
-            dist.init_process_group(self.backend, timeout=self.timeout)
+            try:
+                dist.init_process_group(self.backend, timeout=self.timeout)
+            except dist.DistNetworkError as error:
+                where = f"{os.environ['MASTER_ADDR']}:{os.environ.get('MASTER_PORT')}"
+                raise RefusedError(
+                    f"the ranks cannot meet at {where} ({str(error).splitlines()[0]}); is the port in use? "
+                    "Give the launcher another --master_port"
+                ) from error
         else:  # no launcher: one process, and no port that could be taken
+            os.environ["LOCAL_RANK"] = "0"  # DeepSpeed insists
             store = dist.HashStore()
             dist.init_process_group(self.backend, store=store, rank=0, world_size=1, timeout=self.timeout)
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from timm.scheduler.cosine_lr import CosineLRScheduler
 from torch import Tensor, nn
 
 
@@ -93,29 +93,21 @@ def build(groups: list[dict], config: Config, device: torch.device) -> torch.opt
     return torch.optim.AdamW(params, lr=config.lr, betas=config.betas, eps=config.eps, fused=fused)
 
 
+@dataclass(frozen=True)
 class Schedule:
     """The learning rate as a function of the step alone, so that a resumed run needs nothing stored."""
 
-    def __init__(self, config: Config, epochs: int, steps_per_epoch: int) -> None:
-        self.config, self.steps_per_epoch = config, steps_per_epoch
-        self.by_epoch = config.schedule == "epoch"
-        unit = 1 if self.by_epoch else steps_per_epoch
-        warmup = round(config.warmup_epochs * unit)
-        # timm's scheduler wants an optimizer; a parameter of its own keeps it a pure function of the step.
-        self._group = torch.optim.SGD([torch.zeros(1)], lr=config.lr)
-        self._cosine = CosineLRScheduler(
-            self._group,
-            t_initial=max(epochs * unit - warmup, 1),
-            lr_min=config.min_lr,
-            warmup_t=warmup,
-            warmup_prefix=True,
-            t_in_epochs=self.by_epoch,
-        )
+    config: Config
+    epochs: int
+    steps_per_epoch: int
 
     def lr(self, step: int) -> float:
-        """Learning rate of step `step` (from 0)."""
-        if self.by_epoch:
-            self._cosine.step(step // self.steps_per_epoch)
-        else:
-            self._cosine.step_update(step)
-        return float(self._group.param_groups[0]["lr"])
+        """Learning rate of step `step` (from 0): linear warm-up from 0, then half a cosine to min_lr at the end."""
+        c, by_epoch = self.config, self.config.schedule == "epoch"
+        unit = 1 if by_epoch else self.steps_per_epoch
+        now = step // self.steps_per_epoch if by_epoch else step
+        warmup = round(c.warmup_epochs * unit)
+        if now < warmup:
+            return c.lr * (now + 1) / warmup
+        progress = (now - warmup) / max(self.epochs * unit - warmup, 1)
+        return c.min_lr + (c.lr - c.min_lr) * (1 + math.cos(math.pi * progress)) / 2

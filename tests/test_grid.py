@@ -48,4 +48,6 @@ def test_a_grid_equals_one_process(case: str, one_process: dict[str, Any], ranks
     assert written.keys() == expected["state"].keys()
     tolerance = TOLERANCE["sgd" if "sgd" in case else "adamw"]
     for key, tensor in expected["state"].items():
-        torch.testing.assert_close(written[key], tensor, rtol=tolerance, atol=tolerance, msg=lambda m, k=key: f"{k}: {m}")
+        torch.testing.assert_close(
+            written[key], tensor, rtol=tolerance, atol=tolerance, msg=lambda m, k=key: f"{k}: {m}"
+        )

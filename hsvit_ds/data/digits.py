@@ -7,7 +7,6 @@ from functools import cache
 import torch
 import torch.nn.functional as F
 from hsvit_kernels.random import sequence
-from sklearn.datasets import load_digits
 from torch import Tensor
 
 SIDE = 32
@@ -19,6 +18,8 @@ _SPLIT_KEY = 20240408  # fixed for good: results of different versions stay comp
 @cache
 def split(name: str) -> tuple[Tensor, Tensor]:
     """(images uint8 [N, 1, 32, 32], labels int64 [N]) of "train", "val" or "test"."""
+    from sklearn.datasets import load_digits  # here, as it takes 2 s: a recipe is read without it
+
     digits = load_digits()
     shuffled = sequence(_SPLIT_KEY, count=len(digits.target)).argsort(stable=True)
     start, stop = SPLITS[name]

@@ -57,8 +57,8 @@ def grouped_attention(
 ) -> Tensor:
     """All groups at once, batched on the leading axis; `hsvit_kernels.grouped_attention` documents the arguments."""
     groups, depth = qkv_weight.shape[:2]
-    batch, width = tokens.shape[0], tokens.shape[2]
-    x = tokens.unflatten(1, (groups, -1)).transpose(0, 1)
+    batch, count, width = tokens.shape
+    x = tokens.unflatten(1, (groups, count // groups)).transpose(0, 1)
     x = torch.cat((cls[:, None, None].expand(-1, batch, -1, -1).to(x.dtype), x), dim=2)
     x = x + positions[:, None].to(x.dtype)
     here = range(first_group, first_group + groups)
@@ -76,11 +76,13 @@ def grouped_attention(
         y = y * norm_weight[:, layer, None, None].to(y.dtype) + norm_bias[:, layer, None, None].to(y.dtype)
         weight, shift = qkv_weight[:, layer], bias[:, layer, None]
         if rows == y.shape[2]:
-            q, k, v = _linear(y, weight, shift).unflatten(-1, (3, heads, -1)).unbind(-3)
+            q, k, v = _linear(y, weight, shift).unflatten(-1, (3, heads, width // heads)).unbind(-3)
         else:
             q = _linear(y[:, :, :rows], weight[:, :width], shift[..., :width])
-            q = q.unflatten(-1, (heads, -1))
-            k, v = _linear(y, weight[:, width:], shift[..., width:]).unflatten(-1, (2, heads, -1)).unbind(-3)
+            q = q.unflatten(-1, (heads, width // heads))
+            k, v = (
+                _linear(y, weight[:, width:], shift[..., width:]).unflatten(-1, (2, heads, width // heads)).unbind(-3)
+            )
         o = _attend(q.transpose(2, 3), k.transpose(2, 3), v.transpose(2, 3), keep, keep_scale(dropout))
         o = _linear(o.transpose(2, 3).flatten(-2), out_weight[:, layer], out_bias[:, layer, None])
         x = x[:, :, :rows] + o
@@ -90,7 +92,7 @@ def grouped_attention(
 def _linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """x [G, B, T, D] times weight [G, N, D] plus bias [G, 1, N], a group at a time in one batched product."""
     flat = torch.baddbmm(bias.to(x.dtype), x.flatten(1, 2), weight.to(x.dtype).transpose(1, 2))
-    return flat.view(*x.shape[:3], -1)
+    return flat.view(*x.shape[:3], weight.shape[1])
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, keep: Tensor | None, scale: float) -> Tensor:

@@ -1,0 +1,102 @@
+"""A recipe says what is wrong with it in one line, and every recipe of the tree runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from hsvit_ds import recipe as recipes
+from hsvit_ds.cli import app
+from hsvit_ds.errors import RefusedError
+from hsvit_ds.grid import Grid
+from hsvit_ds.models.hsvit import HSViT
+from hsvit_ds.trainer import Trainer
+
+from .ranks import ROOT
+
+DIGITS = ROOT / "recipes/digits/hsvit.toml"
+ALL = sorted((ROOT / "recipes").rglob("*.toml"))
+
+
+@pytest.mark.parametrize("path", ALL, ids=lambda p: str(p.relative_to(ROOT / "recipes")))
+def test_every_recipe_resolves_builds_and_steps(path: Path, tmp_path: Path) -> None:
+    recipe, plan = recipes.resolve(recipes.read(path), recipes.read(path).grid.submodule_ranks)
+    with torch.device("meta"):
+        model = HSViT(recipe.model, image_size=32, channels=1, classes=10)
+    assert sum(p.numel() for p in model.parameters()) == plan.parameters
+    small = recipes.read(path, ["grid.submodule_ranks=1", "run.global_batch=8", "tracking.mlflow=false"])
+    small, plan = recipes.resolve(small, 1)
+    run = Trainer(small, plan, Grid(small.grid, small.model.submodules), tmp_path, resume=False)
+    result = run._step(next(run.reader.train(0, 0)), 0)
+    assert result.applied
+    assert result.loss.isfinite()
+
+
+def test_the_resolved_recipe_resolves_to_itself(tmp_path: Path) -> None:
+    recipe, plan = recipes.resolve(recipes.read(DIGITS, ["run.global_batch=64", "model.dropout=0"]), 2)
+    (tmp_path / "recipe.toml").write_text(recipes.dumps(recipe))
+    assert recipes.resolve(recipes.read(tmp_path / "recipe.toml"), 2) == (recipe, plan)
+
+
+def test_hsvit_recipe_prints_what_it_resolves() -> None:
+    result = CliRunner().invoke(app, ["recipe", str(DIGITS), "run.global_batch=64"])
+    assert result.exit_code == 0
+    printed = recipes.tomllib.loads(result.stdout)
+    assert printed["run"]["global_batch"] == 64
+    assert printed["model"]["kernels"] == [64, 128]
+    assert "# accumulation = 1" in result.stdout
+
+
+def test_accumulation_is_derived() -> None:
+    overrides = ["run.global_batch=96", "run.micro_batch=8", "run.bn_batch=8"]
+    _, plan = recipes.resolve(recipes.read(DIGITS, overrides), 8)
+    assert (plan.replicas, plan.micro_batch, plan.accumulation, plan.bn_runs) == (4, 8, 3, 1)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("model.drpout=0.1", 'unknown key "model.drpout"; did you mean "model.dropout"?'),
+        ("modle.dropout=0.1", 'unknown key "modle"; did you mean "model"?'),
+        ("run.lr=0.1", 'unknown key "run.lr"; did you mean "optimizer.lr"?'),
+        ("run.epochs=ten", "run.epochs = 'ten': input should be a valid integer"),
+        ("run.epochs=1.5", "run.epochs = 1.5: input should be a valid integer"),
+        ("run.epochs=true", "run.epochs = True: input should be a valid integer"),
+        ("run.epochs=0", "[run] epochs = 0: must be at least 1"),
+        ("model.kernels=64", "model.kernels = 64: input should be a valid"),
+        ("model.submodules=3", "[model] submodules = 3 does not divide groups = 16"),
+        ("run.global_batch=33", "run.global_batch = 33 is not divisible by 2 replicas"),
+        ("run.micro_batch=7", "run.micro_batch = 7 does not divide a replica's part of the global batch, 32 / 2"),
+        ("run.micro_batch=4", "run.bn_batch = 0: BatchNorm over 32 images needs them in one forward"),
+        ("run.global_batch=4096", "run.global_batch = 4096 is more than the 1150 training images"),
+        ("grid.submodule_ranks=4", "more submodule ranks than submodules"),
+        ("augment.mixup=1.0 augment.mix_block=5", "augment.mix_block = 5 does not divide the micro batch of 16"),
+        ("engine.deepspeed.gradient_clipping=5.0", "engine.deepspeed.gradient_clipping = 5.0 contradicts 1.0"),
+        ("engine.deepspeed.zero_optimization.stage=3", "engine.deepspeed.zero_optimization.stage = 3 contradicts 1"),
+        ("run.epochs", 'override "run.epochs": must have the form key.path=value'),
+    ],
+)
+def test_bad_input_is_refused_in_one_line(override: str, message: str) -> None:
+    with pytest.raises(RefusedError) as caught:
+        recipes.resolve(recipes.read(DIGITS, override.split()), 4)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_and_a_broken_file_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(RefusedError, match=r"none\.toml: cannot be read \(No such file"):
+        recipes.read(tmp_path / "none.toml")
+    (tmp_path / "broken.toml").write_text("model = [")
+    with pytest.raises(RefusedError, match=r"broken\.toml: not valid TOML"):
+        recipes.read(tmp_path / "broken.toml")
+
+
+def test_expert_keys_reach_deepspeed() -> None:
+    from hsvit_ds.engine import deepspeed_config
+
+    recipe = recipes.read(DIGITS, ["engine.deepspeed.zero_optimization.reduce_bucket_size=1000"])
+    config = deepspeed_config(recipe.engine, 1.0, bf16=False, micro_batch=8)
+    assert config["zero_optimization"] == {"stage": 1, "reduce_bucket_size": 1000}

@@ -25,6 +25,13 @@ class Config:
     """MLflow's tracking URI; by default sqlite in the folder of all runs. Several hosts: a server's http URI."""
     experiment: str = "hsvit-ds"
 
+    def __post_init__(self) -> None:
+        if "@" in self.uri.partition("://")[2].partition("/")[0]:
+            raise ValueError(
+                "uri holds a user name or password, which would be saved with the run: set MLFLOW_TRACKING_USERNAME "
+                "and MLFLOW_TRACKING_PASSWORD in the environment"
+            )
+
 
 class Tracker:
     """Rank 0's metrics; every other rank has an `Untracked`.
@@ -93,7 +100,7 @@ class Tracker:
                 else:
                     client.set_terminated(run, value)
         except Exception as error:  # whatever a remote service does must not touch the run
-            _warn(f"MLflow at {_masked(uri)} is not usable, {METRICS} has everything: {_first_line(error)}")
+            _warn(f"MLflow at {uri} is not usable, {METRICS} has everything: {_first_line(error)}")
 
     def _open(self, uri: str, experiment: str, name: str, recipe: Mapping[str, Any]) -> tuple[Any, str]:
         """(client, id of the run: the one before for a resumed run)."""
@@ -155,12 +162,6 @@ def _forget_after(path: Path, step: int) -> None:
     temporary = path.with_suffix(".partial")
     temporary.write_text("".join(kept))
     temporary.rename(path)
-
-
-def _masked(uri: str) -> str:
-    """The URI without a password in it."""
-    scheme, sign, rest = uri.partition("://")
-    return f"{scheme}{sign}{rest.rpartition('@')[2]}" if sign else uri
 
 
 def _first_line(error: Exception) -> str:

@@ -70,24 +70,11 @@ def test_ranks_own_their_submodules(one_process: dict[str, Any], ranks: list[dic
     assert not torch.equal(first["submodules.qkv_weight"], second["submodules.qkv_weight"])
 
 
-@pytest.fixture(scope="module")
-def collectives(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """One step of rank 0 on a 2 x 2 grid."""
-    cases = {
-        f"{stage} {name}": [f"engine.zero_stage={stage}", "grid.submodule_ranks=2", *batch]
-        for stage in STAGES
-        for name, batch in BATCHES.items()
-    }
-    return work("collectives", 4, tmp_path_factory.mktemp("collectives"), cases)[0]
-
-
-@pytest.mark.parametrize("batch", BATCHES)
-@pytest.mark.parametrize("stage", STAGES)
-def test_a_step_has_one_exchange_a_forward_and_one_gradient_reduction(
-    stage: int, batch: str, collectives: dict[str, Any]
-) -> None:
-    step = collectives[f"{stage} {batch}"]
-    micro_batches = 2 if batch == "accumulation" else 1
+@pytest.mark.parametrize("case", [case for case in CASES if "sgd, " in case])
+def test_a_step_has_one_exchange_a_forward_and_one_gradient_reduction(case: str, ranks: list[dict[str, Any]]) -> None:
+    step = ranks[0][case]
+    replicas = len(ranks) // 2
+    micro_batches = 1 if "global" in case else 4 // replicas
     exchanges = [n for name, group, n in step["calls"] if group == "replica" and n > 1]
     assert exchanges == [step["exchanged"]] * micro_batches
     reductions = ("all_reduce", "reduce", "reduce_scatter", "reduce_scatter_tensor")

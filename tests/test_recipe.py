@@ -76,6 +76,7 @@ def test_accumulation_is_derived() -> None:
         ("augment.mixup=1.0 augment.mix_block=5", "augment.mix_block = 5 does not divide the micro batch of 16"),
         ("engine.deepspeed.gradient_clipping=5.0", "engine.deepspeed.gradient_clipping = 5.0 contradicts 1.0"),
         ("engine.deepspeed.zero_optimization.stage=3", "engine.deepspeed.zero_optimization.stage = 3 contradicts 1"),
+        ("tracking.uri=http://me:secret@host/", "[tracking] uri holds a user name or password"),
         ("run.epochs", 'override "run.epochs": must have the form key.path=value'),
     ],
 )
@@ -84,6 +85,7 @@ def test_bad_input_is_refused_in_one_line(override: str, message: str) -> None:
         recipes.resolve(recipes.read(DIGITS, override.split()), 4)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+    assert "secret" not in str(caught.value)
 
 
 def test_a_missing_and_a_broken_file_are_refused(tmp_path: Path) -> None:

@@ -1,17 +1,61 @@
-"""Five steps of every case: gradient norms and the canonical state."""
+"""Five steps of every case: initial weights, gradient norms, the canonical state, and the collectives of step two."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
+import torch
+import torch.distributed as dist
+
 from .common import state, steps, trainer
+
+COLLECTIVES = (
+    "all_reduce",
+    "reduce",
+    "broadcast",
+    "all_gather",
+    "all_gather_into_tensor",
+    "reduce_scatter",
+    "reduce_scatter_tensor",
+)
+calls: list[tuple[str, Any, int]] = []
+
+
+def counted(name: str) -> Any:
+    """torch.distributed's collective, which also notes (name, group, numbers)."""
+    original = getattr(dist, name)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        tensors = [a for a in [*args, *kwargs.values()] if isinstance(a, torch.Tensor)]
+        if tensors:
+            calls.append((name, kwargs.get("group"), max(t.numel() for t in tensors)))
+        return original(*args, **kwargs)
+
+    return call
 
 
 def main(arguments: dict[str, list[str]], folder: Path) -> dict[str, Any]:
-    results = {}
-    for name, overrides in arguments.items():
-        run = trainer(folder / name, overrides)
-        weights = {k: v.clone() for k, v in run.engine.module.named_parameters() if v.numel()}
-        results[name] = {"initial": weights, "norms": steps(run, 5), "state": state(run)}
-    return results
+    for name in COLLECTIVES:  # before DeepSpeed takes references to them
+        setattr(dist, name, counted(name))
+    return {name: one_case(trainer(folder / name, overrides)) for name, overrides in arguments.items()}
+
+
+def one_case(run: Any) -> dict[str, Any]:
+    initial = {k: v.clone() for k, v in run.engine.module.named_parameters() if v.numel()}
+    norms = steps(run, 1)
+    run.start = type(run.start)(0, 1, 1)
+    calls.clear()
+    norms += steps(run, 2)
+    names = {run.grid.replica_group: "replica", run.grid.data_group: "data"}
+    second_step = [(name, names.get(group, "other"), numbers) for name, group, numbers in calls]
+    run.start = type(run.start)(0, 2, 2)
+    norms += steps(run, 5)
+    return {
+        "initial": initial,
+        "norms": norms,
+        "state": state(run),
+        "calls": second_step,
+        "trained": sum(f.shape.numel() for fragments in run.engine.shards.layout for f in fragments),
+        "exchanged": run.plan.micro_batch * run.recipe.model.embedding,
+    }

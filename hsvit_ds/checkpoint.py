@@ -93,12 +93,12 @@ class Checkpoints:
 
     # Saving
 
-    def save(self, position: Position, top1: float | None = None) -> None:
+    def save(self, position: Position, top1: float | None = None) -> str | None:
         """Snapshot the state to host memory and write it in the background. Collective.
 
-        top1: val/top1 of this state, where it was evaluated.
+        top1: val/top1 of this state, where it was evaluated. Returns why the save before this one failed, if it did.
         """
-        self.wait()
+        failure = self.wait()
         files = self._snapshot()
         about = {
             "format": FORMAT,
@@ -112,8 +112,10 @@ class Checkpoints:
             },
         }
         name = f"step-{position.total:08d}"
-        self._thread = threading.Thread(target=self._write, args=(name, files, about))
+        # A daemon: a run that fails must not wait for ranks that are gone.
+        self._thread = threading.Thread(target=self._write, args=(name, files, about), daemon=True)
         self._thread.start()
+        return failure
 
     def wait(self) -> str | None:
         """End the save in flight; the reason if it failed (on every rank), None otherwise."""
@@ -175,35 +177,41 @@ class Checkpoints:
                 outcome["files"][file] = {"sha256": _hash(data), "bytes": len(data)}
         except OSError as error:
             outcome["error"] = f"rank {self.grid.rank}: {error}"
-        outcomes: list[Any] = [None] * self.grid.size
-        dist.all_gather_object(outcomes, outcome, group=group)
-        failure = next((o["error"] for o in outcomes if o["error"]), None)
-        if failure is None and self.grid.is_main:
-            about["files"] = {file: entry for o in outcomes for file, entry in o["files"].items()}
-            try:
-                self._publish(name, partial, about)
-            except OSError as problem:
-                failure = str(problem)
-        box = [failure]
-        dist.broadcast_object_list(box, src=0, group=group)
-        self._failure = box[0]
+        try:
+            outcomes: list[Any] = [None] * self.grid.size
+            dist.all_gather_object(outcomes, outcome, group=group)
+            failure = next((o["error"] for o in outcomes if o["error"]), None)
+            if failure is None and self.grid.is_main:
+                about["files"] = {file: entry for o in outcomes for file, entry in o["files"].items()}
+                failure = self._publish(name, partial, about)
+            box = [failure]
+            dist.broadcast_object_list(box, src=0, group=group)
+            self._failure = box[0]
+        except RuntimeError as error:
+            self._failure = f"rank {self.grid.rank} lost the others while saving: {error}"
 
-    def _publish(self, name: str, partial: Path, about: dict[str, Any]) -> None:
-        _write_synced(partial / MANIFEST, json.dumps(about, indent=1).encode())
-        _sync_folder(partial)
-        final = self.folder / name
-        if final.exists():  # of an interrupted run that had not yet made it its latest
-            shutil.rmtree(final)
-        partial.rename(final)
-        self._point("latest", name)
-        best = self._named("best")
-        if about["top1"] is not None and self.config.keep_best:
-            best_top1 = read_manifest(best)["top1"] if best is not None else None
-            if best_top1 is None or about["top1"] > best_top1:
-                self._point("best", name)
-                best = final
-        steps = sorted(self.folder.glob("step-????????"))
-        for old in steps[: -self.config.keep_last]:
+    def _publish(self, name: str, partial: Path, about: dict[str, Any]) -> str | None:
+        """Make a complete folder visible, then forget old ones; why it failed, if it did."""
+        try:
+            _write_synced(partial / MANIFEST, json.dumps(about, indent=1).encode())
+            _sync_folder(partial)
+            final = self.folder / name
+            if final.exists():  # of an interrupted run that had not yet made it its latest
+                shutil.rmtree(final)
+            partial.rename(final)
+            self._point("latest", name)
+            self._keep(final, about["top1"])
+        except OSError as error:
+            return str(error)
+        return None
+
+    def _keep(self, newest: Path, top1: float | None) -> None:
+        """Point to the best, and delete all but it and the last few."""
+        best = pointed(self.folder, "best")
+        if top1 is not None and self.config.keep_best and (best is None or top1 > read_manifest(best)["top1"]):
+            self._point("best", newest.name)
+            best = newest
+        for old in sorted(self.folder.glob("step-????????"))[: -self.config.keep_last]:
             if old != best:
                 shutil.rmtree(old)
 
@@ -212,9 +220,6 @@ class Checkpoints:
         _write_synced(temporary, name.encode())
         temporary.rename(self.folder / pointer)
         _sync_folder(self.folder)
-
-    def _named(self, pointer: str) -> Path | None:
-        return pointed(self.folder, pointer)
 
     # Loading
 

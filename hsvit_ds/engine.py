@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -121,6 +122,8 @@ class Engine:
     ) -> None:
         self.config, self.grid, self.accumulation = config, grid, accumulation
         self.clip = optimizer_config.clip
+        if grid.device.type == "cpu":
+            os.environ.setdefault("DS_ACCELERATOR", "cpu")  # silences a warning on every rank
         import deepspeed  # here, as it takes 6 s: a recipe is read and refused without it
         from deepspeed.utils import groups as deepspeed_groups
 

@@ -122,7 +122,9 @@ class Tracker:
             client.set_terminated(before, "RUNNING")
             return client, before
         run = client.create_run(experiment_id, run_name=name).info.run_id
-        client.log_batch(run, params=[Param(k, str(v)[:6000]) for k, v in recipe.items()])
+        params = [Param(key, str(value)) for key, value in recipe.items()]
+        for start in range(0, len(params), 100):  # MLflow's limit of a call
+            client.log_batch(run, params=params[start : start + 100])
         return client, run
 
     def _send_metrics(self, client: Any, run: str, value: Any) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from . import __version__
 from .errors import RefusedError, shown
+from .tracking import METRICS
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -36,10 +37,14 @@ def claim_folder(root: Path, name: str, resume: bool, recipe_text: str) -> Path:
     """The run's folder: the newest `name`-NNN for `resume`, otherwise a new one; refused where it is not writable."""
     existing = sorted(root.glob(f"{name}-[0-9][0-9][0-9]"))
     number = int(existing[-1].name[-3:]) if existing else 0
-    folder = existing[-1] if resume and existing else root / f"{name}-{number + 1:03d}"
+    continues = resume and existing
+    folder = existing[-1] if continues else root / f"{name}-{number + 1:03d}"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "recipe.toml").write_text(recipe_text)
+        if continues:  # keeps the recipe it was started with
+            (folder / METRICS).open("a").close()
+        else:
+            folder.mkdir(parents=True)
+            (folder / "recipe.toml").write_text(recipe_text)
     except OSError as error:
         raise RefusedError(f"run folder {folder}: {error.strerror}; set run.root") from error
     return folder

@@ -152,10 +152,9 @@ class Trainer:
         return found
 
     def _save(self, position: Position, top1: float | None = None) -> None:
-        failure = self.checkpoints.wait()
+        failure = self.checkpoints.save(position, top1)
         if failure is not None:
             self.report.say(f"warning: a checkpoint could not be saved, the run goes on: {failure}")
-        self.checkpoints.save(position, top1)
 
     def _log(self, step: int) -> None:
         """Bring an interval's metrics from the device, once, and hand them to the tracker."""

@@ -13,11 +13,13 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from hsvit_ds.checkpoint import pointed
+import hsvit_ds.checkpoint
+from hsvit_ds.checkpoint import Position, pointed
 from hsvit_ds.train import main
+from hsvit_ds.trainer import Trainer
 
 from .ranks import finish, start, work
-from .workers.common import SMALL
+from .workers.common import SMALL, trainer
 
 RECIPE = "recipes/digits/hsvit.toml"
 EMA = ["ema.decay=0.9", "optimizer.name=adamw"]
@@ -140,6 +142,56 @@ def test_a_run_killed_in_mid_epoch_and_resumed_is_bit_equal(uninterrupted: Path,
     losses = [{line["step"]: line["train/loss"] for line in run if "train/loss" in line} for run in lines]
     assert losses[0].keys() == losses[1].keys()
     assert len(lines[0]) == len(lines[1]), "a step is logged twice or not at all"
+
+
+def small(folder: Path) -> Trainer:
+    return trainer(folder, ["grid.submodule_ranks=1", "checkpoint.keep_last=2"])
+
+
+def test_the_last_and_the_best_checkpoints_stay(tmp_path: Path) -> None:
+    checkpoints = small(tmp_path).checkpoints
+    for step, top1 in enumerate([50.0, 90.0, None, 80.0, 85.0], 1):
+        assert checkpoints.save(Position(0, step, step), top1) is None
+    assert checkpoints.wait() is None
+    names = {path.name for path in (tmp_path / "checkpoints").iterdir()}
+    assert names == {"latest", "best", "step-00000002", "step-00000004", "step-00000005"}
+    assert pointed(tmp_path / "checkpoints", "best") == tmp_path / "checkpoints/step-00000002"
+
+
+def test_a_save_that_fails_leaves_the_one_before_and_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoints = small(tmp_path).checkpoints
+    checkpoints.save(Position(0, 1, 1))
+    checkpoints.wait()
+    written = hsvit_ds.checkpoint._write_synced
+
+    def full_disk(path: Path, data: bytes) -> None:
+        if path.name.startswith("submodule-001"):
+            raise OSError(28, "No space left on device", str(path))
+        written(path, data)
+
+    monkeypatch.setattr(hsvit_ds.checkpoint, "_write_synced", full_disk)
+    checkpoints.save(Position(0, 2, 2))
+    failure = checkpoints.wait()
+    assert failure is not None
+    assert "No space left on device" in failure
+    assert pointed(tmp_path / "checkpoints", "latest") == tmp_path / "checkpoints/step-00000001"
+    monkeypatch.undo()
+    assert (tmp_path / "checkpoints/step-00000002.partial").exists()
+    again = small(tmp_path).checkpoints
+    assert not list((tmp_path / "checkpoints").glob("*.partial"))
+    assert again.load() == Position(0, 1, 1)
+
+
+def test_a_manifest_tells_where_a_checkpoint_comes_from(tmp_path: Path) -> None:
+    run = small(tmp_path)
+    run.checkpoints.save(Position(0, 1, 1), 12.5)
+    run.checkpoints.wait()
+    manifest = json.loads((tmp_path / "checkpoints/step-00000001/manifest.json").read_text())
+    assert manifest["position"] == {"epoch": 0, "step": 1, "total": 1}
+    assert manifest["top1"] == 12.5
+    assert manifest["recipe"]["model"]["groups"] == 4
+    assert {"python", "hsvit-ds", "torch", "deepspeed"} == manifest["versions"].keys()
+    assert {"head.safetensors", "submodule-000.safetensors", "submodule-001.safetensors"} == manifest["files"].keys()
 
 
 BROKEN = {

@@ -58,9 +58,8 @@ def test_the_lock_holds_every_requirement_with_hashes_and_no_url() -> None:
 
 
 def test_versions_agree() -> None:
-    import hsvit_kernels
-
     import hsvit_ds
+    import hsvit_kernels
 
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert hsvit_ds.__version__ == hsvit_kernels.__version__ == project["version"]

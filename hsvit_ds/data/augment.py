@@ -6,9 +6,10 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from hsvit_kernels.random import Draw, Site
 from scipy.special import betaincinv
 from torch import Tensor
+
+from hsvit_kernels.random import Draw, Site
 
 from .reader import Batch, Facts
 

@@ -6,8 +6,9 @@ from functools import cache
 
 import torch
 import torch.nn.functional as F
-from hsvit_kernels.random import sequence
 from torch import Tensor
+
+from hsvit_kernels.random import sequence
 
 SIDE = 32
 MEAN, STD = (0.3053,), (0.3237,)  # of the training split at 32 px, in units of full scale

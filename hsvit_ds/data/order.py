@@ -9,8 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from hsvit_kernels.random import Site, sequence
 from torch import Tensor
+
+from hsvit_kernels.random import Site, sequence
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-from hsvit_kernels.random import Draw
 from torch import Tensor
+
+from hsvit_kernels.random import Draw
 
 from ..errors import RefusedError
 from ..grid import Grid

@@ -18,9 +18,10 @@ from dataclasses import dataclass, replace
 import torch
 import torch.nn.functional as F
 from einops import rearrange
+from torch import Tensor, nn
+
 from hsvit_kernels import grouped_attention
 from hsvit_kernels.random import Draw, Site, keep_scale, key, threshold
-from torch import Tensor, nn
 
 from .batchnorm import BatchNorm2d
 

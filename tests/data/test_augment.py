@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hsvit_kernels.random import Draw
 from torch import Tensor
 
 from hsvit_ds.data.augment import Config, mix, normalise, shift, targets
+from hsvit_kernels.random import Draw
 
 DRAW = Draw.of(1, 2, 0, image=torch.arange(512))
 BOTH = Config(mixup=0.8, cutmix=1.0, mix_block=4)

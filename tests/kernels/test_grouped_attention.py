@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
+
 from hsvit_kernels import grouped_attention, reference
 from hsvit_kernels.random import Draw, keep_scale, threshold
-from torch import Tensor, nn
 
 NAMES = ("cls", "positions", "norm_weight", "norm_bias", "qkv_weight", "qkv_bias", "out_weight", "out_bias")
 

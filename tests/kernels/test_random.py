@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from hsvit_kernels import random
 from hsvit_kernels.random import Draw, Site
 

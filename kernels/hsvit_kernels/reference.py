@@ -5,6 +5,9 @@ Shape letters: B images, G groups, T tokens of a group with CLS, D embedding wid
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -14,28 +17,38 @@ from .random import Draw, Site, keep_scale, threshold
 SLOTS_A_CALL = 16  # one hash call gives the bytes of 16 (layer, head) slots
 
 
-def attention_keep(
-    draw: Draw, probability: float, layer: int, heads: int, groups: range, queries: int, tokens: int
-) -> Tensor:
-    """Which attention weights of `layer` survive dropout: bool [G, B, h, queries, T].
+@dataclass(frozen=True)
+class Keep:
+    """Which attention weights survive dropout: the one definition of the mask.
 
-    The one definition of the mask. Slot layer * heads + head picks byte slot % 16 of the call counted by
-    ((group * 2**8 + slot // 16) * 2**8 + row) * 2**8 + column, in wrapping 32-bit arithmetic; `groups` are global
-    indices. So it depends on (key, image, group, layer, head, row, column) only.
+    Slot layer * heads + head picks byte slot % 16 of the call counted by ((group * 2**8 + slot // 16) * 2**8 + row) *
+    2**8 + column, in wrapping 32-bit arithmetic; `groups` are global indices. So a weight's fate depends on (key,
+    image, group, layer, head, row, column) only.
     """
-    device = draw.key.device
-    first = layer * heads
-    calls = torch.arange(first // SLOTS_A_CALL, (first + heads - 1) // SLOTS_A_CALL + 1, device=device)
-    group = torch.arange(groups.start, groups.stop, device=device).view(-1, 1, 1, 1)
-    row = torch.arange(queries, device=device).view(-1, 1)
-    column = torch.arange(tokens, device=device)
-    counter = ((group * 256 + calls.view(-1, 1, 1)) * 256 + row) * 256 + column
-    words = draw.words(Site.ATTENTION, counter.to(torch.int32))  # [4, B, G, calls, queries, T]
-    offset = first - SLOTS_A_CALL * (first // SLOTS_A_CALL)
-    bytes_ = words.view(torch.uint8).unflatten(-1, (tokens, 4))
-    bytes_ = bytes_.permute(2, 1, 3, 0, 6, 4, 5).flatten(2, 4)  # [G, B, calls * 16, queries, T]
-    keep: Tensor = bytes_[:, :, offset : offset + heads] >= threshold(probability)
-    return keep
+
+    draw: Draw
+    probability: float
+    layer: int
+    heads: int
+    groups: range
+    rows: int
+    tokens: int
+
+    def mask(self, images: slice) -> Tensor:
+        """bool [images, G, h, rows, T]."""
+        device, first = self.draw.key.device, self.layer * self.heads
+        last = first + self.heads - 1
+        calls = torch.arange(first // SLOTS_A_CALL, last // SLOTS_A_CALL + 1, device=device)
+        group = torch.arange(self.groups.start, self.groups.stop, device=device).view(-1, 1, 1, 1)
+        row = torch.arange(self.rows, device=device).view(-1, 1)
+        counter = ((group * 256 + calls.view(-1, 1, 1)) * 256 + row) * 256 + torch.arange(self.tokens, device=device)
+        draw = self.draw.slice(images.start, images.stop)
+        words = draw.words(Site.ATTENTION, counter.to(torch.int32))  # [4, B, G, calls, rows, T]
+        offset = first % SLOTS_A_CALL
+        bytes_ = words.view(torch.uint8).unflatten(-1, (self.tokens, 4))
+        bytes_ = bytes_.permute(1, 2, 3, 0, 6, 4, 5).flatten(2, 4)  # [B, G, calls * 16, rows, T]
+        mask: Tensor = bytes_[:, :, offset : offset + self.heads] >= threshold(self.probability)
+        return mask
 
 
 def grouped_attention(
@@ -71,21 +84,15 @@ def grouped_attention(
         rows = 1 if layer == depth - 1 else x.shape[2]  # only CLS leaves the last layer
         keep = None
         if dropout and draw is not None:
-            keep = attention_keep(draw, dropout, layer, heads, here, rows, x.shape[2])
+            keep = Keep(draw, dropout, layer, heads, here, rows, x.shape[2])
         y = F.layer_norm(x, (width,), eps=eps)
         y = y * norm_weight[:, layer, None, None].to(y.dtype) + norm_bias[:, layer, None, None].to(y.dtype)
         weight, shift = qkv_weight[:, layer], bias[:, layer, None]
-        if rows == y.shape[2]:
-            q, k, v = _linear(y, weight, shift).unflatten(-1, (3, heads, width // heads)).unbind(-3)
-        else:
-            q = _linear(y[:, :, :rows], weight[:, :width], shift[..., :width])
-            q = q.unflatten(-1, (heads, width // heads))
-            k, v = (
-                _linear(y, weight[:, width:], shift[..., width:]).unflatten(-1, (2, heads, width // heads)).unbind(-3)
-            )
-        o = _attend(q.transpose(2, 3), k.transpose(2, 3), v.transpose(2, 3), keep, keep_scale(dropout))
-        o = _linear(o.transpose(2, 3).flatten(-2), out_weight[:, layer], out_bias[:, layer, None])
-        x = x[:, :, :rows] + o
+        q = _linear(y[:, :, :rows], weight[:, :width], shift[..., :width])
+        k, v = _linear(y, weight[:, width:], shift[..., width:]).chunk(2, dim=-1)
+        by_image = (t.unflatten(-1, (heads, width // heads)).permute(1, 0, 3, 2, 4) for t in (q, k, v))
+        o = _Attention.apply(*by_image, keep).permute(1, 0, 3, 2, 4).flatten(-2)
+        x = x[:, :, :rows] + _linear(o, out_weight[:, layer], out_bias[:, layer, None])
     return x[:, :, 0].transpose(0, 1)
 
 
@@ -95,9 +102,54 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return flat.view(*x.shape[:3], weight.shape[1])
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, keep: Tensor | None, scale: float) -> Tensor:
-    """Softmax attention over [..., T, d] with an explicit dropout mask."""
-    weights = torch.softmax((q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2), dim=-1)
-    if keep is not None:
-        weights = weights * keep.to(weights.dtype).mul_(scale)
-    return weights @ v
+class _Attention(torch.autograd.Function):
+    """Softmax attention with dropout of q [B, G, h, rows, d] over k, v [B, G, h, T, d].
+
+    By hand, because on a CPU autograd's temporaries cost more in page faults than the arithmetic does: scores above the
+    allocator's largest cached block (32 MiB) made C4A8's forward 2.7 times slower than the same a few images at a time.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, keep: Keep | None) -> Tensor:
+        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()  # once, or every product copies them
+        out = torch.empty_like(q)
+        ctx.chunks, ctx.saved = _chunks(q, k), []
+        for chunk in ctx.chunks:
+            mask = None if keep is None else keep.mask(chunk)
+            weights = _weights(q[chunk], k[chunk])
+            out[chunk] = (weights if mask is None else weights * mask) @ v[chunk]
+            ctx.saved.append((weights, mask))
+        ctx.scale = 1.0 if keep is None else keep_scale(keep.probability)
+        ctx.save_for_backward(q, k, v)
+        return out.mul_(ctx.scale)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        q, k, v = ctx.saved_tensors
+        grads = [torch.empty_like(t) for t in (q, k, v)]
+        root = q.shape[-1] ** -0.5
+        for chunk, (weights, mask) in zip(ctx.chunks, ctx.saved, strict=True):
+            g = grad[chunk] * ctx.scale
+            kept = weights if mask is None else weights * mask
+            grads[2][chunk] = kept.transpose(-1, -2) @ g
+            slope = g @ v[chunk].transpose(-1, -2)
+            if mask is not None:
+                slope = slope.mul_(mask)
+            slope = torch.ops.aten._softmax_backward_data(slope, weights, -1, weights.dtype).mul_(root)
+            grads[0][chunk] = slope @ k[chunk]
+            grads[1][chunk] = slope.transpose(-1, -2) @ q[chunk]
+        return *grads, None
+
+
+def _weights(q: Tensor, k: Tensor) -> Tensor:
+    """Attention weights in q's dtype, computed in fp32 at least; under autocast torch.softmax would return fp32."""
+    weights: Tensor = torch.ops.aten._softmax((q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2), -1, False)
+    return weights
+
+
+def _chunks(q: Tensor, k: Tensor) -> list[slice]:
+    """Images that are computed together: all on a GPU, as many as keep the scores below 8 MiB on a CPU."""
+    images = q.shape[0]
+    a_image = 4 * q.shape[1] * q.shape[2] * q.shape[3] * k.shape[3]
+    size = max(images, 1) if q.is_cuda else max(2**23 // a_image, 1)
+    return [slice(start, min(start + size, images)) for start in range(0, images, size)]

@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-UV := $(shell command -v uv 2>/dev/null || echo $(VENV)/bin/uv)
+UV := $(shell command -v uv 2>/dev/null || echo .uv/bin/uv)
 RECIPE ?= recipes/digits/hsvit.toml
 export OMP_NUM_THREADS ?= 1
 
@@ -10,14 +10,16 @@ export OMP_NUM_THREADS ?= 1
 
 env: $(VENV)/.locked
 
-# The marker is newer than the lock only after a complete install, so an interrupted one is repeated.
+# The marker is newer than the lock only after a complete install, so an interrupted one is repeated. uv makes the
+# environment, as some systems ship python3 without the parts that `python3 -m venv` needs.
 $(VENV)/.locked: requirements.lock pyproject.toml
-	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), f"python3 >= 3.11 is needed, this is {sys.version.split()[0]}: make PYTHON=..."'
-	$(PYTHON) -m venv --clear $(VENV)
-	command -v uv >/dev/null || $(BIN)/python -m pip install -q uv
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("python3 >= 3.11 is needed: make PYTHON=...")'
+	@command -v $(UV) >/dev/null || $(PYTHON) -m pip install -q --target .uv uv
+	rm -rf $(VENV)
+	$(UV) venv -q --python $(PYTHON) $(VENV)
 	$(UV) pip install -q --python $(BIN)/python --require-hashes -r requirements.lock
 	$(UV) pip install -q --python $(BIN)/python --no-deps -e .
-	touch $@
+	@touch $@
 
 train: env
 	$(BIN)/deepspeed --num_accelerators 2 --module hsvit_ds.train $(RECIPE)
@@ -41,4 +43,4 @@ lock: env
 		--all-extras --python-version 3.11 pyproject.toml -o requirements.lock
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) .uv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache

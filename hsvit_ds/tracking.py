@@ -119,7 +119,7 @@ class Tracker:
             artifacts = (self.folder.parent / "artifacts").resolve().as_uri() if local else None
             experiment_id = client.create_experiment(experiment, artifacts)
         if (before := self.run_id()) is not None:
-            client.set_terminated(before, "RUNNING")
+            client.update_run(before, status="RUNNING")
             return client, before
         run = client.create_run(experiment_id, run_name=name).info.run_id
         params = [Param(key, str(value)) for key, value in recipe.items()]

@@ -175,9 +175,10 @@ def _output(side: int, kernel: int, stride: int) -> int:
 
 
 class ConvBlock(nn.Module):
-    """conv k x k -> BN -> ReLU -> conv 3 x 3 -> BN -> ReLU -> max-pool.
+    """conv k x k -> BN -> ReLU -> conv 3 x 3 -> BN -> max-pool -> ReLU.
 
-    The published ReLU after the pool changes nothing, as its input is not negative, and is left out.
+    The published block has a ReLU before the pool too. Both orders give the same numbers and gradients, since the
+    largest of several rectified values is the rectified largest; after the pool there are fewer to rectify.
     """
 
     def __init__(self, c_in: int, c_out: int, kernel: int, stride: int, submodules: int, first: bool) -> None:
@@ -191,7 +192,7 @@ class ConvBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.relu(self.norm1(self.conv1(x)), inplace=True)
-        return self.pool(F.relu(self.norm2(self.conv2(x)), inplace=True))
+        return F.relu(self.pool(self.norm2(self.conv2(x))), inplace=True)
 
 
 class Submodules(nn.Module):

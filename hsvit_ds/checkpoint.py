@@ -257,13 +257,11 @@ class Checkpoints:
         for key in sorted({name.split("/", 1)[0] for name in saved}):
             named = {n.split("/", 1)[1]: t for n, t in saved.items() if n.startswith(f"{key}/")}
             if all(tensor.dim() == 0 for tensor in named.values()):
-                for index, fragments in enumerate(shards.layout):
-                    shards.set_moment(key, index, named[fragments[0].name].to(self.grid.device))
-                continue
-            flats = [torch.zeros_like(master) for master in shards.masters]
-            shards.scatter(flats, named)
-            for index, flat in enumerate(flats):
-                shards.set_moment(key, index, flat)
+                flats = [named[fragments[0].name].to(self.grid.device) for fragments in shards.layout]
+            else:
+                flats = [torch.zeros_like(master) for master in shards.masters]
+                shards.scatter(flats, named)
+            shards.set_moment(key, flats)
 
     def _read(self, folder: Path, manifest: Mapping[str, Any], kind: str) -> Named:
         """Whole tensors by name for this rank: its submodules stacked, the head as it is."""

@@ -166,13 +166,13 @@ class Engine:
             "comm/gradient_bytes": 4.0 * trained if self.grid.replicas > 1 else 0.0,
         }
 
-    def step(self, passes: Passes, count: int, lr: float) -> StepResult:
+    def step(self, passes: Passes, count: int, lr: float, step: int) -> StepResult:
         """Run every pass of every micro batch, reduce once, clip, step.
 
         Args:
             passes: gives the step's micro batches anew; see `Passes`.
             count: passes of a micro batch (P).
-            lr: learning rate of this step.
+            lr: learning rate of this step. step: its number, for messages.
         """
         self.module.train()
         for group in self.optimizer.param_groups:
@@ -190,7 +190,7 @@ class Engine:
         move_running_statistics(self.module, applied, self._runs_differ)
         loss = torch.stack(losses).sum() / self.accumulation
         if not applied:
-            self._skip(passes, loss)
+            self._skip(passes, loss, step)
         else:
             self._skipped_in_a_row = 0
         return StepResult(loss, norm, applied)
@@ -230,50 +230,52 @@ class Engine:
                 gradient.mul_(self.clip / (norm + 1e-6))
         return norm
 
-    def _skip(self, passes: Passes, loss: Tensor) -> None:
+    def _skip(self, passes: Passes, loss: Tensor, step: int) -> None:
         """Count a skipped step; at the limit stop, naming where the first non-finite number appears."""
         self.skipped_steps += 1
         self._skipped_in_a_row += 1
         if self._skipped_in_a_row <= self.config.max_skipped_steps:
             return
+        places = self.grid.gather(self._diagnose(passes))
+        rank = next((rank for rank, place in enumerate(places) if place), None)
+        where = "every loss and output is finite, so the backward pass overflowed"
         raise RefusedError(
-            f"{self._skipped_in_a_row} steps in a row had a non-finite gradient "
-            f"(engine.max_skipped_steps = {self.config.max_skipped_steps}); rank {self.grid.rank}: "
-            f"loss {float(loss):g}, {self._diagnose(passes)}"
+            f"{self._skipped_in_a_row} steps in a row, up to step {step}, had a non-finite gradient "
+            f"(engine.max_skipped_steps = {self.config.max_skipped_steps}); "
+            f"{where if rank is None else f'rank {rank}: loss {float(loss):g}, {places[rank]}'}"
         )
 
     def _diagnose(self, passes: Passes) -> str:
-        """Repeat the step's forwards (randomness is counted, so they are the same) and look for the first bad value."""
-        found: list[str] = []
+        """Where this rank's first non-finite number is, empty where there is none. Collective.
+
+        Repeats the step's forwards: randomness is counted, so they are the same.
+        """
+        found = [
+            f"non-finite parameter {fragment.name}"
+            for flat, fragments in zip(self.shards.masters, self.shards.layout, strict=True)
+            for fragment in fragments
+            if not bool(fragment.of(flat).isfinite().all())
+        ]
 
         def look(name: str) -> Callable[..., None]:
             def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
                 if isinstance(output, Tensor) and not bool(output.isfinite().all()):
-                    found.append(f"first non-finite output in {name or 'the model'}")
+                    found.append(f"non-finite output of {name or 'the model'}")
 
             return hook
 
-        bad = [
-            f.name
-            for flat, fragments in zip(self.shards.masters, self.shards.layout, strict=True)
-            for f in fragments
-            if not bool(f.of(flat).isfinite().all())
-        ]
-        if bad:
-            return f"non-finite parameter {bad[0]}"
         hooks = [m.register_forward_hook(look(n)) for n, m in self.module.named_modules()]
         try:
             with torch.no_grad():
                 for micro in passes():
-                    for _ in micro:
-                        pass
+                    found += ["non-finite loss" for loss in micro if not bool(loss.isfinite())]
         finally:
             for hook in hooks:
                 hook.remove()
             for module in self.module.modules():
                 if isinstance(module, BatchNorm2d):
                     module.pending.clear()
-        return found[0] if found else "all outputs finite, so the backward pass overflowed"
+        return found[0] if found else ""
 
     def eager(self) -> AbstractContextManager[None]:
         """Evaluation runs eagerly also under torch.compile: its last batch would compile a second graph."""

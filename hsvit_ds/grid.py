@@ -214,6 +214,12 @@ class Grid:
             raise result
         return result  # type: ignore[no-any-return]
 
+    def gather(self, value: T) -> list[T]:
+        """Every rank's picklable value, on every rank."""
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value, group=self.world_group)
+        return values
+
     def together(self, action: Callable[[], T]) -> T:
         """Run `action` on every rank; where one is refused, all are, for the first one's reason."""
         result, refusal = None, None
@@ -221,9 +227,7 @@ class Grid:
             result = action()
         except RefusedError as error:
             refusal = str(error)
-        refusals: list[Any] = [None] * self.size
-        dist.all_gather_object(refusals, refusal, group=self.world_group)
-        first = next((reason for reason in refusals if reason is not None), None)
+        first = next((reason for reason in self.gather(refusal) if reason is not None), None)
         if first is not None:
             raise RefusedError(first)
         return result  # type: ignore[return-value]

@@ -136,6 +136,7 @@ class Trainer:
             lambda: (self.task.losses(self.engine, batch) for batch in batches),
             self.task.passes,
             self.schedule.lr(step),
+            step,
         )
 
     def _evaluate(self, split: str, step: int) -> dict[str, float]:

@@ -29,56 +29,47 @@ class Fragment:
     length: int
     offset: int
 
-    @property
-    def is_whole(self) -> bool:
-        return self.length == self.shape.numel()
-
     def of(self, flat: Tensor) -> Tensor:
         return flat.view(-1)[self.offset : self.offset + self.length]
 
 
 class Shards:
-    """Stage 0: every master is the parameter itself, whole on every rank."""
+    """Stage 0: every master is the parameter itself, whole on every rank.
+
+    masters: the fp32 tensors that the optimizer steps and keys its state by. layout: the fragments in each of them.
+    frozen: the tensors of parameters that are not trained, each with its fragment.
+    """
+
+    replicated = True
+    """Whether every replica holds every master whole."""
 
     def __init__(self, module: nn.Module, optimizer: Any, grid: Grid) -> None:
-        self.module, self.grid, self.optimizer = module, grid, optimizer
+        self.module, self.grid, self.zero = module, grid, optimizer
+        self.optimizer: torch.optim.Optimizer = getattr(optimizer, "optimizer", optimizer)
         self.masters: list[Tensor] = []
         self.layout: list[list[Fragment]] = []
         self.frozen: list[tuple[Tensor, Fragment]] = []
         self.names = {id(p): name for name, p in module.named_parameters()}
         self._map()
-
-    @property
-    def state(self) -> Mapping[Tensor, dict[str, Any]]:
-        """The torch optimizer's state, keyed by master."""
-        return self.optimizer.state
+        parameter: Any  # DeepSpeed's attributes are not in torch's stubs
+        for parameter in module.parameters():
+            if not parameter.requires_grad:
+                self.frozen.append(self._frozen(parameter))
 
     def _map(self) -> None:
         for group in self.optimizer.param_groups:
             for parameter in group["params"]:
-                self.masters.append(parameter.data)
+                self.masters.append(parameter)
                 self.layout.append([self._whole(parameter)])
-        self._map_frozen()
-
-    def _map_frozen(self) -> None:
-        for parameter in self.module.parameters():
-            if not parameter.requires_grad:
-                self.frozen.append((parameter.data, self._whole(parameter)))
 
     def _whole(self, parameter: Tensor) -> Fragment:
-        numel = parameter.numel()
-        return Fragment(self.names[id(parameter)], parameter.shape, 0, numel, 0)
+        return Fragment(self.names[id(parameter)], parameter.shape, 0, parameter.numel(), 0)
 
-    def key(self, index: int) -> Tensor:
-        """The tensor that the optimizer's state of master `index` is keyed by."""
-        return self._parameters[index]
-
-    @property
-    def _parameters(self) -> list[Tensor]:
-        return [p for group in self.optimizer.param_groups for p in group["params"]]
+    def _frozen(self, parameter: Any) -> tuple[Tensor, Fragment]:
+        return parameter.data, self._whole(parameter)
 
     def publish(self) -> None:
-        """Make the model compute with what is in the masters."""
+        """Make the model compute with what is in the masters. Collective."""
 
     # What is the same at every stage
 
@@ -86,22 +77,20 @@ class Shards:
         """(name, whole tensor) of every trained parameter, from flats laid out like the masters. Collective."""
         for flat, fragments in zip(flats, self.layout, strict=True):
             for fragment in fragments:
-                yield fragment.name, self._gather(flat, fragment)
+                yield fragment.name, self._gather(flat, fragment, self.replicated)
 
     def gather_frozen(self) -> Iterator[tuple[str, Tensor]]:
+        """(name, whole tensor) of every parameter that is not trained. Collective."""
         for flat, fragment in self.frozen:
-            yield fragment.name, self._gather(flat, fragment)
+            yield fragment.name, self._gather(flat, fragment, replicated=True)
 
-    def _gather(self, flat: Tensor, fragment: Fragment) -> Tensor:
-        if self.grid.replicas == 1 or self.replicated:
+    def _gather(self, flat: Tensor, fragment: Fragment, replicated: bool) -> Tensor:
+        if self.grid.replicas == 1 or replicated:
             return fragment.of(flat).detach().clone().view(fragment.shape)
         whole = torch.zeros(fragment.shape, dtype=flat.dtype, device=flat.device)
         part = whole.view(-1)[fragment.start : fragment.start + fragment.length]
         part.copy_(fragment.of(flat).detach())
         return self.grid.sum_over_replicas(whole)  # disjoint fragments: the sum is exact
-
-    replicated = True
-    """Whether every replica holds every master whole."""
 
     @torch.no_grad()
     def scatter(self, flats: list[Tensor], whole: Mapping[str, Tensor]) -> None:
@@ -121,14 +110,13 @@ class Shards:
 
     def moments(self) -> dict[str, list[Tensor]]:
         """The optimizer's state as flats laid out like the masters; numbers (the step) as one-element tensors."""
-        keys = sorted({key for i in range(len(self.masters)) for key in self.state.get(self.key(i), {})})
-        return {
-            key: [self.state[self.key(i)].get(key, torch.zeros_like(master)) for i, master in enumerate(self.masters)]
-            for key in keys
-        }
+        state = self.optimizer.state
+        keys = sorted({key for master in self.masters for key in state.get(master, {})})
+        return {key: [state[master].get(key, torch.zeros_like(master)) for master in self.masters] for key in keys}
 
-    def set_moment(self, key: str, index: int, value: Tensor) -> None:
-        self.optimizer.state[self.key(index)][key] = value
+    def set_moment(self, key: str, flats: list[Tensor]) -> None:
+        for master, flat in zip(self.masters, flats, strict=True):
+            self.optimizer.state[master][key] = flat
 
 
 class FlatShards(Shards):
@@ -137,43 +125,22 @@ class FlatShards(Shards):
     replicated = False
 
     def _map(self) -> None:
-        zero = self.optimizer
+        zero = self.zero
         for i, parameters in enumerate(zero.round_robin_bit16_groups):
-            master = zero.single_partition_of_fp32_groups[i]
-            size, first = (
-                int(zero.partition_size[i]),
-                int(zero.partition_size[i]) * self.grid.replica,
-            )
+            size, first = int(zero.partition_size[i]), int(zero.partition_size[i]) * self.grid.replica
             fragments = []
             for parameter, begin in zip(parameters, zero.round_robin_bit16_offsets[i], strict=True):
                 shape = parameter.shape
                 start = min(max(first - begin, 0), shape.numel())
                 stop = min(max(first + size - begin, 0), shape.numel())
                 offset = begin + start - first if stop > start else 0
-                name = self.names[id(parameter)]
-                fragments.append(Fragment(name, shape, start, stop - start, offset))
-            self.masters.append(master)
+                fragments.append(Fragment(self.names[id(parameter)], shape, start, stop - start, offset))
+            self.masters.append(zero.single_partition_of_fp32_groups[i])
             self.layout.append(fragments)
-        self._map_frozen()
-
-    @property
-    def state(self) -> Mapping[Tensor, dict[str, Any]]:
-        return self.optimizer.optimizer.state
-
-    def key(self, index: int) -> Tensor:
-        return self.masters[index]
-
-    def set_moment(self, key: str, index: int, value: Tensor) -> None:
-        self.optimizer.optimizer.state[self.masters[index]][key] = value
-
-    def _gather(self, flat: Tensor, fragment: Fragment) -> Tensor:
-        if any(flat is frozen for frozen, _ in self.frozen):
-            return fragment.of(flat).detach().clone().view(fragment.shape)
-        return super()._gather(flat, fragment)
 
     @torch.no_grad()
     def publish(self) -> None:
-        for master, buffer in zip(self.masters, self.optimizer.bit16_groups_flat, strict=True):
+        for master, buffer in zip(self.masters, self.zero.bit16_groups_flat, strict=True):
             if self.grid.replicas == 1:
                 buffer.copy_(master)
             else:
@@ -186,39 +153,30 @@ class PartitionedShards(Shards):
     replicated = False
 
     def _map(self) -> None:
-        zero = self.optimizer
-        for parameters, master in zip(zero.fp16_groups, zero.fp32_partitioned_groups_flat, strict=True):
+        for parameters, master in zip(self.zero.fp16_groups, self.zero.fp32_partitioned_groups_flat, strict=True):
             fragments, offset = [], 0
             for parameter in parameters:
                 fragments.append(self._part(parameter, offset))
                 offset += parameter.partition_numel()
             self.masters.append(master)
             self.layout.append(fragments)
-        tensor: Any  # DeepSpeed's attributes are not in torch's stubs
-        for tensor in self.module.parameters():
-            if not tensor.requires_grad:
-                self.frozen.append((tensor.ds_tensor.data, self._part(tensor, 0)))
 
     def _part(self, parameter: Any, offset: int) -> Fragment:
         size, numel = parameter.partition_numel(), parameter.ds_numel
         start = min(size * self.grid.replica, numel)
         stop = min(start + size, numel)
-        name = self.names[id(parameter)]
-        return Fragment(name, torch.Size(parameter.ds_shape), start, stop - start, offset)
+        return Fragment(self.names[id(parameter)], torch.Size(parameter.ds_shape), start, stop - start, offset)
 
-    @property
-    def state(self) -> Mapping[Tensor, dict[str, Any]]:
-        return self.optimizer.optimizer.state
+    def _frozen(self, parameter: Any) -> tuple[Tensor, Fragment]:
+        return parameter.ds_tensor.data, self._part(parameter, 0)
 
-    def key(self, index: int) -> Tensor:
-        return self.masters[index]
-
-    def set_moment(self, key: str, index: int, value: Tensor) -> None:
-        self.optimizer.optimizer.state[self.masters[index]][key] = value
+    def gather_frozen(self) -> Iterator[tuple[str, Tensor]]:
+        for flat, fragment in self.frozen:
+            yield fragment.name, self._gather(flat, fragment, replicated=False)
 
     @torch.no_grad()
     def publish(self) -> None:
-        zero = self.optimizer
+        zero = self.zero
         for master, buffer in zip(self.masters, zero.fp16_partitioned_groups_flat, strict=True):
             buffer.copy_(master)
         # Small parameters stay gathered between steps, and would keep their old values.

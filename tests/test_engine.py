@@ -62,14 +62,24 @@ def test_a_non_finite_step_is_not_applied(stage: int, tmp_path: Path) -> None:
 
 
 def test_non_finite_steps_in_a_row_end_the_run_with_the_place(tmp_path: Path) -> None:
-    here = run(tmp_path, "engine.max_skipped_steps=2")
+    here = run(tmp_path, "engine.zero_stage=0", "engine.max_skipped_steps=2")
     with torch.no_grad():
         here.engine.module.submodules.qkv_weight[0, 0, 0, 0] = float("inf")
     batches = here.reader.train(0, 0)
     for step in range(2):
         assert not here._step(next(batches), step).applied
-    with pytest.raises(RefusedError, match=r"3 steps in a row .* rank 0: loss nan, .* submodules"):
+    with pytest.raises(
+        RefusedError,
+        match=r"3 steps in a row, up to step 2, .* rank 0: loss nan, non-finite parameter submodules\.qkv_weight",
+    ):
         here._step(next(batches), 2)
+
+
+def test_a_non_finite_loss_of_finite_weights_is_named(tmp_path: Path) -> None:
+    here = run(tmp_path, "engine.max_skipped_steps=0")
+    poisoned(here, {0})
+    with pytest.raises(RefusedError, match=r"1 steps in a row, up to step 0, .* rank 0: loss nan, non-finite loss"):
+        here._step(next(here.reader.train(0, 0)), 0)
 
 
 def test_clipping_bounds_the_update_and_reports_the_norm_before_it(tmp_path: Path) -> None:

@@ -57,7 +57,7 @@ def ours(variant: str, bf16: bool, images: Tensor, labels: Tensor, grid: Grid) -
     def passes() -> Any:
         yield (F.cross_entropy(engine(images, draw=draw).float(), labels) for _ in range(1))
 
-    return lambda: engine.step(passes, 1, 1e-3)
+    return lambda: engine.step(passes, 1, 1e-3, 0)
 
 
 def loop(variant: str, bf16: bool, images: Tensor, labels: Tensor, channels_last: bool) -> Step:

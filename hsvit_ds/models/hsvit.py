@@ -131,13 +131,10 @@ class Config:
                 raise ValueError(f"submodules = {self.submodules} does not divide kernels {kernels}")
         if self.kernels[-1] % self.groups:
             raise ValueError(f"groups = {self.groups} does not divide the {self.kernels[-1]} kernels of the last block")
-        pixels = self.map_sides(image_size)[-1] ** 2 if self.convolution else image_size**2
-        if pixels < 1:
-            raise ValueError(f"images of {image_size} px leave no pixel after pool_strides = {list(self.pool_strides)}")
-        if not self.convolution and pixels != self.embedding:
+        if not self.convolution and image_size**2 != self.embedding:
             raise ValueError(
                 f"convolution = false needs images of embedding = {self.embedding} pixels; "
-                f"{image_size} x {image_size} = {pixels}"
+                f"{image_size} x {image_size} = {image_size**2}"
             )
 
     def map_sides(self, image_size: int) -> list[int]:

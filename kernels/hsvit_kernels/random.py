@@ -102,13 +102,19 @@ class Draw:
         return torch.stack(pcg4d(self.key[0], self.key[1] + (int(site) << 24), image, element))
 
     def bytes(self, site: Site, element: Tensor) -> Tensor:
-        """Sixteen random bytes for every (image, element): uint8 [B, *element.shape, 16], word by word."""
-        words = self.words(site, element).movedim(0, -1).contiguous()
-        return words.view(torch.uint8)
+        """Sixteen random bytes for every (image, element): [B, *element.shape, 16], word by word."""
+        return split_bytes(self.words(site, element).movedim(0, -1)).flatten(-2)
 
     def uniform(self, site: Site, element: Tensor) -> Tensor:
         """A number in (0, 1), a multiple of 2**-24 plus 2**-25, for every (image, element): fp32."""
         return uniform(self.words(site, element)[0])
+
+
+def split_bytes(words: Tensor) -> Tensor:
+    """int32 [...] to its four bytes, the lowest first: integers [..., 4]."""
+    if torch.compiler.is_compiling():  # inductor chooses strides that cannot be viewed as bytes
+        return (words.unsqueeze(-1) >> torch.arange(0, 32, 8, device=words.device)) & 255
+    return words.contiguous().view(torch.uint8).view(*words.shape, 4)
 
 
 def uniform(words: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .random import Draw, Site, keep_scale, threshold
+from .random import Draw, Site, keep_scale, split_bytes, threshold
 
 SLOTS_A_CALL = 16  # one hash call gives the bytes of 16 (layer, head) slots
 
@@ -45,8 +45,7 @@ class Keep:
         draw = self.draw.slice(images.start, images.stop)
         words = draw.words(Site.ATTENTION, counter.to(torch.int32))  # [4, B, G, calls, rows, T]
         offset = first % SLOTS_A_CALL
-        bytes_ = words.view(torch.uint8).unflatten(-1, (self.tokens, 4))
-        bytes_ = bytes_.permute(1, 2, 3, 0, 6, 4, 5).flatten(2, 4)  # [B, G, calls * 16, rows, T]
+        bytes_ = split_bytes(words).permute(1, 2, 3, 0, 6, 4, 5).flatten(2, 4)  # [B, G, calls * 16, rows, T]
         mask: Tensor = bytes_[:, :, offset : offset + self.heads] >= threshold(self.probability)
         return mask
 
@@ -90,8 +89,8 @@ def grouped_attention(
         weight, shift = qkv_weight[:, layer], bias[:, layer, None]
         q = _linear(y[:, :, :rows], weight[:, :width], shift[..., :width])
         k, v = _linear(y, weight[:, width:], shift[..., width:]).chunk(2, dim=-1)
-        by_image = (t.unflatten(-1, (heads, width // heads)).permute(1, 0, 3, 2, 4) for t in (q, k, v))
-        o = _Attention.apply(*by_image, keep).permute(1, 0, 3, 2, 4).flatten(-2)
+        q, k, v = (t.unflatten(-1, (heads, width // heads)).permute(1, 0, 3, 2, 4) for t in (q, k, v))
+        o = _attend(q, k, v, keep).permute(1, 0, 3, 2, 4).flatten(-2)
         x = x[:, :, :rows] + _linear(o, out_weight[:, layer], out_bias[:, layer, None])
     return x[:, :, 0].transpose(0, 1)
 
@@ -102,11 +101,23 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return flat.view(*x.shape[:3], weight.shape[1])
 
 
-class _Attention(torch.autograd.Function):
-    """Softmax attention with dropout of q [B, G, h, rows, d] over k, v [B, G, h, T, d].
+def _attend(q: Tensor, k: Tensor, v: Tensor, keep: Keep | None) -> Tensor:
+    """Softmax attention with dropout of q [B, G, h, rows, d] over k, v [B, G, h, T, d]."""
+    if not torch.compiler.is_compiling():
+        out: Tensor = _Attention.apply(q, k, v, keep)
+        return out
+    # torch 2.11 compiles the function below to wrong gradients without a word; what it saves inductor saves too.
+    weights = _weights(q, k)
+    if keep is not None:
+        weights = weights * keep.mask(slice(0, len(q))) * keep_scale(keep.probability)
+    return weights @ v
 
-    By hand, because on a CPU autograd's temporaries cost more in page faults than the arithmetic does: scores above the
-    allocator's largest cached block (32 MiB) made C4A8's forward 2.7 times slower than the same a few images at a time.
+
+class _Attention(torch.autograd.Function):
+    """`_attend` by hand, because on a CPU autograd's temporaries cost more in page faults than the arithmetic does.
+
+    Scores above the allocator's largest cached block (32 MiB) made C4A8's forward 2.7 times slower than the same
+    computed a few images at a time.
     """
 
     @staticmethod

@@ -54,12 +54,12 @@ def loop(a: dict[str, Tensor], heads: int, keep: list[Tensor] | None = None, sca
     return torch.stack(out, dim=1)
 
 
-def compare(found: Tensor, expected: Tensor, inputs: dict[str, Tensor]) -> None:
-    torch.testing.assert_close(found, expected)
+def compare(found: Tensor, expected: Tensor, inputs: dict[str, Tensor], **tolerance: float) -> None:
+    torch.testing.assert_close(found, expected, **tolerance)
     weight = torch.linspace(-1, 1, expected.numel(), dtype=expected.dtype).view_as(expected)
     gradients = [torch.autograd.grad((y * weight).sum(), list(inputs.values())) for y in (found, expected)]
     for name, ours, theirs in zip(inputs, *gradients, strict=True):
-        torch.testing.assert_close(ours, theirs, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(ours, theirs, **tolerance, msg=lambda m, n=name: f"{n}: {m}")
 
 
 @pytest.mark.parametrize(("groups", "depth", "width", "heads"), [(1, 1, 8, 1), (4, 2, 16, 2), (2, 3, 21, 3)])
@@ -85,6 +85,16 @@ def test_the_key_bias_gets_an_exact_zero() -> None:
     assert not k.any()
     assert q.abs().min() > 0
     assert v[:, :, :].abs().max() > 0
+
+
+def test_compiled_equals_eager() -> None:
+    """PyTorch's tracing alone, which is where gradients once went wrong; tests/test_engine.py goes through inductor."""
+    a, draw = arguments(dtype=torch.float32), Draw.of(1, 2, image=torch.arange(3))
+
+    def attention(a: dict[str, Tensor]) -> Tensor:
+        return grouped_attention(**a, heads=2, dropout=0.2, draw=draw)
+
+    compare(torch.compile(attention, fullgraph=True, backend="aot_eager")(a), attention(a), a, rtol=1e-4, atol=1e-4)
 
 
 def test_dropout_is_the_same_wherever_a_group_and_an_image_are_computed() -> None:

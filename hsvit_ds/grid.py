@@ -184,6 +184,8 @@ class Grid:
         """One rank writes what every rank holds alike (the head)."""
         return self.rank == 0
 
+    # A collective in a compiled autograd function trained to something else, silently; the mark breaks the graph here.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def exchange(self, x: Tensor) -> Tensor:
         """Sum [B, D] over the submodule ranks of the replica: the one message of an HSViT forward, none backward."""
         return _SumForward.apply(x, self.exchanges) if self.submodule_ranks > 1 else x

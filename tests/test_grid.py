@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -82,3 +83,12 @@ def test_a_step_has_one_exchange_a_forward_and_one_gradient_reduction(case: str,
     padding = 3  # stage 3 cuts every parameter into equal parts
     assert len(gradients) == 1
     assert step["trained"] <= gradients[0] <= step["trained"] + padding
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("submodule_ranks", [2, 1], ids=["two submodule ranks", "two replicas"])
+def test_compiled_ranks_equal_eager_ones(submodule_ranks: int, tmp_path: Path) -> None:
+    place = [f"grid.submodule_ranks={submodule_ranks}", "optimizer.name=sgd"]
+    found = work("steps", 2, tmp_path, {"eager": place, "compiled": [*place, "engine.compile=true"]})
+    for rank in found:
+        assert rank["compiled"]["norms"] == pytest.approx(rank["eager"]["norms"], rel=1e-4)

@@ -45,11 +45,15 @@ class BatchNorm2d(nn.Module):
         if not self.training:
             return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
         if self.statistics.channel is not None:
-            y, mean, var = _SyncedNorm.apply(x, self.weight, self.bias, self.eps, self.statistics.channel)
-            self.pending.append(torch.stack((mean, var)))
-            return y
+            return self._normalise_together(x)
         runs = [self._normalise(run) for run in x.chunk(self.statistics.runs)]
         return runs[0] if len(runs) == 1 else torch.cat(runs)
+
+    @torch.compiler.disable  # as Grid.exchange
+    def _normalise_together(self, x: Tensor) -> Tensor:
+        y, mean, var = _SyncedNorm.apply(x, self.weight, self.bias, self.eps, self.statistics.channel)
+        self.pending.append(torch.stack((mean, var)))
+        return y
 
     def _normalise(self, x: Tensor) -> Tensor:
         # Momentum 1 makes PyTorch write this run's own mean and unbiased variance into fresh buffers.

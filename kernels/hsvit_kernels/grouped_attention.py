@@ -48,7 +48,27 @@ def grouped_attention(
     Raises:
         ValueError: a shape that does not fit, with its name, value and what is needed.
     """
-    groups, depth, _, width = qkv_weight.shape
+    tensors = {
+        "tokens": tokens,
+        "cls": cls,
+        "positions": positions,
+        "norm_weight": norm_weight,
+        "norm_bias": norm_bias,
+        "qkv_weight": qkv_weight,
+        "qkv_bias": qkv_bias,
+        "out_weight": out_weight,
+        "out_bias": out_bias,
+    }
+    _check(tensors, heads)
+    return reference.grouped_attention(
+        **tensors, heads=heads, dropout=dropout, draw=draw, first_group=first_group, eps=eps
+    )
+
+
+def _check(tensors: dict[str, Tensor], heads: int) -> None:
+    """Refuse shapes that do not fit, by name, before anything is computed."""
+    tokens = tensors["tokens"]
+    groups, depth, _, width = tensors["qkv_weight"].shape
     if tokens.dim() != 3 or tokens.shape[2] != width:
         raise ValueError(f"tokens has shape {tuple(tokens.shape)}: must be [B, K, {width}]")
     if tokens.shape[1] % groups:
@@ -59,31 +79,15 @@ def grouped_attention(
     if length > 256:
         raise ValueError(f"tokens: {length} tokens a group with CLS: at most 256 are supported")
     expected = {
-        "cls": (cls, (groups, width)),
-        "positions": (positions, (groups, length, width)),
-        "norm_weight": (norm_weight, (groups, depth, width)),
-        "norm_bias": (norm_bias, (groups, depth, width)),
-        "qkv_weight": (qkv_weight, (groups, depth, 3 * width, width)),
-        "qkv_bias": (qkv_bias, (groups, depth, 3 * width)),
-        "out_weight": (out_weight, (groups, depth, width, width)),
-        "out_bias": (out_bias, (groups, depth, width)),
+        "cls": (groups, width),
+        "positions": (groups, length, width),
+        "norm_weight": (groups, depth, width),
+        "norm_bias": (groups, depth, width),
+        "qkv_weight": (groups, depth, 3 * width, width),
+        "qkv_bias": (groups, depth, 3 * width),
+        "out_weight": (groups, depth, width, width),
+        "out_bias": (groups, depth, width),
     }
-    for name, (tensor, shape) in expected.items():
-        if tuple(tensor.shape) != shape:
-            raise ValueError(f"{name} has shape {tuple(tensor.shape)}: must be {shape}")
-    return reference.grouped_attention(
-        tokens,
-        cls,
-        positions,
-        norm_weight,
-        norm_bias,
-        qkv_weight,
-        qkv_bias,
-        out_weight,
-        out_bias,
-        heads=heads,
-        dropout=dropout,
-        draw=draw,
-        first_group=first_group,
-        eps=eps,
-    )
+    for name, shape in expected.items():
+        if tuple(tensors[name].shape) != shape:
+            raise ValueError(f"{name} has shape {tuple(tensors[name].shape)}: must be {shape}")

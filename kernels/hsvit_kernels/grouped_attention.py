@@ -1,11 +1,21 @@
-"""Grouped multi-head attention: every attention layer of every group of every image in one call."""
+"""Grouped multi-head attention: every attention layer of every group of every image in one launch."""
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
+import triton
 from torch import Tensor
 
+from . import attention_kernels as kernels
 from . import reference
-from .random import Draw
+from .configurations import configuration
+from .dispatch import use_triton
+from .random import Draw, threshold
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+WEIGHTS = ("norm_weight", "norm_bias", "qkv_weight", "qkv_bias", "out_weight", "out_bias")
 
 
 def grouped_attention(
@@ -24,6 +34,7 @@ def grouped_attention(
     draw: Draw | None = None,
     first_group: int = 0,
     eps: float = 1e-5,
+    all_tokens: bool = False,
 ) -> Tensor:
     """Run A pre-LN attention layers x <- x + MHA(LN(x)) in G independent groups; return their CLS vectors.
 
@@ -31,8 +42,12 @@ def grouped_attention(
     here, there is no MLP and no final LayerNorm. The key bias cancels in the softmax, is left out and gets an exact
     zero gradient.
 
+    On CUDA, one Triton launch forward and three backward for D <= 64 with T <= 65 and D <= 128 with T <= 33, which
+    save every layer's input and nothing quadratic; elsewhere the batched PyTorch reference. Under autocast the
+    products are computed in its dtype, whatever the weights' own; gradients of weights are fp32 sums either way.
+
     Args:
-        tokens: [B, K, D], any strides; K a multiple of G.
+        tokens: [B, K, D], any strides; K a multiple of G; fp32, fp16 or bf16 (fp64 in the reference).
         cls: [G, D]. positions: [G, T, D] with T = K/G + 1, CLS first.
         norm_weight, norm_bias: [G, A, D].
         qkv_weight: [G, A, 3D, D], rows q, k, v, heads contiguous. qkv_bias: [G, A, 3D].
@@ -41,12 +56,13 @@ def grouped_attention(
         dropout: probability of dropping an attention weight, rounded to a multiple of 1/256.
         draw: the pass's randomness; None means no dropout.
         first_group: global index of group 0 here, so that masks do not depend on where a group is computed.
+        all_tokens: return what every token has become, to look at; the last layer is then computed for all of them.
 
     Returns:
-        [B, G, D], the CLS vectors.
+        [B, G, D], the CLS vectors; [B, G, T, D] with `all_tokens`, CLS first.
 
     Raises:
-        ValueError: a shape that does not fit, with its name, value and what is needed.
+        ValueError: a shape, dtype or device that does not fit, with its name, value and what is needed.
     """
     tensors = {
         "tokens": tokens,
@@ -60,14 +76,34 @@ def grouped_attention(
         "out_bias": out_bias,
     }
     _check(tensors, heads)
-    return reference.grouped_attention(
-        **tensors, heads=heads, dropout=dropout, draw=draw, first_group=first_group, eps=eps
+    if draw is None or not threshold(dropout):
+        dropout, draw = 0.0, None
+    if not use_triton("grouped_attention", tokens, _why_not(tensors, all_tokens)):
+        return reference.grouped_attention(
+            **tensors,
+            heads=heads,
+            dropout=dropout,
+            draw=draw,
+            first_group=first_group,
+            eps=eps,
+            all_tokens=all_tokens,
+        )
+    if torch.is_autocast_enabled(tokens.device.type):
+        tokens = tokens.to(torch.get_autocast_dtype(tokens.device.type))
+    rest = [tensor for name, tensor in tensors.items() if name != "tokens"]
+    save = torch.is_grad_enabled() and any(t.requires_grad for t in (tokens, *rest))
+    key, image = (None, None) if draw is None else (draw.key, draw.image)
+    out, _ = _forward(
+        tokens, *rest, key, image, heads, threshold(dropout), first_group, eps, all_tokens, save
     )
+    return out
 
 
 def _check(tensors: dict[str, Tensor], heads: int) -> None:
-    """Refuse shapes that do not fit, by name, before anything is computed."""
+    """Refuse what does not fit, by name, before anything is computed."""
     tokens = tensors["tokens"]
+    if tensors["qkv_weight"].dim() != 4:
+        raise ValueError(f"qkv_weight has shape {tuple(tensors['qkv_weight'].shape)}: must be [G, A, 3D, D]")
     groups, depth, _, width = tensors["qkv_weight"].shape
     if tokens.dim() != 3 or tokens.shape[2] != width:
         raise ValueError(f"tokens has shape {tuple(tokens.shape)}: must be [B, K, {width}]")
@@ -91,3 +127,193 @@ def _check(tensors: dict[str, Tensor], heads: int) -> None:
     for name, shape in expected.items():
         if tuple(tensors[name].shape) != shape:
             raise ValueError(f"{name} has shape {tuple(tensors[name].shape)}: must be {shape}")
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point():
+            raise ValueError(f"{name} has dtype {tensor.dtype}: must be floating point")
+        if tensor.device != tokens.device:
+            raise ValueError(f"{name} is on {tensor.device}: must be on {tokens.device}, as tokens is")
+
+
+def _why_not(tensors: dict[str, Tensor], all_tokens: bool) -> str:
+    """Why the kernels cannot compute this, empty where they can."""
+    tokens, weight = tensors["tokens"], tensors["qkv_weight"]
+    groups, depth, _, width = weight.shape
+    length = tokens.shape[1] // groups + 1
+    if not tokens.numel() or not depth:
+        return "nothing to compute"
+    if tokens.dtype not in DTYPES:
+        return f"dtype {tokens.dtype}"
+    if not (width <= 64 and length <= 65) and not (width <= 128 and length <= 33):
+        return f"D = {width} with T = {length}: fused are D <= 64 with T <= 65 and D <= 128 with T <= 33"
+    if all_tokens and torch.is_grad_enabled() and any(t.requires_grad for t in tensors.values()):
+        return "gradients with all_tokens"
+    return ""
+
+
+def _shape(tokens: Tensor, weight: Tensor, heads: int) -> dict[str, int]:
+    """The compile-time constants that follow from the shapes; attention_kernels.py explains them."""
+    groups, _, _, width = weight.shape
+    features, head = tokens.shape[1] // groups, width // heads
+    a_slab = 4 if head <= 4 else 2 if head <= 8 else 1
+    return {
+        "N": features,
+        "NP": max(16, triton.next_power_of_2(features)),
+        "D": width,
+        "DP": max(16, triton.next_power_of_2(width)),
+        "HEADS": heads,
+        "HPS": a_slab,
+        "SW": max(16, triton.next_power_of_2(head * a_slab)),
+    }
+
+
+def _launch(kernel: str, tokens: Tensor, shape: dict[str, int]) -> dict[str, Any]:
+    full = shape["D"] == shape["DP"] and shape["HPS"] * shape["D"] == shape["HEADS"] * shape["SW"]
+    return configuration(kernel, (shape["NP"], max(64, shape["DP"]), int(full)), tokens.dtype, tokens.device)
+
+
+def _precision(tokens: Tensor) -> str:
+    return "ieee" if tokens.dtype == torch.float32 else "tf32"  # the latter is not looked at for 16 bits
+
+
+@torch.library.custom_op("hsvit_kernels::grouped_attention", mutates_args=())
+def _forward(
+    tokens: Tensor,
+    cls: Tensor,
+    positions: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    qkv_weight: Tensor,
+    qkv_bias: Tensor,
+    out_weight: Tensor,
+    out_bias: Tensor,
+    key: Tensor | None,
+    image: Tensor | None,
+    heads: int,
+    drop: int,
+    first_group: int,
+    eps: float,
+    all_tokens: bool,
+    save: bool,
+) -> tuple[Tensor, Tensor]:
+    """The result and the layers' inputs [G, A, B, T, D], the latter empty without `save`. drop: in 1/256."""
+    out, saved = _forward_fake(
+        tokens, cls, positions, norm_weight, norm_bias, qkv_weight, qkv_bias, out_weight, out_bias,
+        key, image, heads, drop, first_group, eps, all_tokens, save,
+    )  # fmt: skip
+    groups, depth = qkv_weight.shape[:2]
+    shape = _shape(tokens, qkv_weight, heads)
+    kernels.forward[(len(tokens), groups)](
+        tokens, *tokens.stride(), cls.contiguous(), positions.contiguous(),
+        norm_weight.contiguous(), norm_bias.contiguous(), qkv_weight.to(tokens.dtype).contiguous(),
+        qkv_bias.contiguous(), out_weight.to(tokens.dtype).contiguous(), out_bias.contiguous(),
+        key, image, out, saved, first_group, drop, 256 / (256 - drop), eps, len(tokens), depth,
+        **shape, DROPOUT=drop > 0, SAVE=save, ALL=all_tokens, PRECISION=_precision(tokens),
+        **_launch("attention_forward", tokens, shape),
+    )  # fmt: skip
+    return out, saved
+
+
+@_forward.register_fake
+def _forward_fake(
+    tokens: Tensor,
+    cls: Tensor,
+    positions: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    qkv_weight: Tensor,
+    qkv_bias: Tensor,
+    out_weight: Tensor,
+    out_bias: Tensor,
+    key: Tensor | None,
+    image: Tensor | None,
+    heads: int,
+    drop: int,
+    first_group: int,
+    eps: float,
+    all_tokens: bool,
+    save: bool,
+) -> tuple[Tensor, Tensor]:
+    batch, (groups, length, width), depth = tokens.shape[0], positions.shape, qkv_weight.shape[1]
+    out = tokens.new_empty((batch, groups, length, width) if all_tokens else (batch, groups, width))
+    return out, tokens.new_empty((groups, depth, batch, length, width) if save else (0,))
+
+
+def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    tokens, cls, positions, *weights = inputs[:9]
+    key, image, ctx.heads, ctx.drop, ctx.first_group, ctx.eps, *_ = inputs[9:]
+    ctx.save_for_backward(tokens, cls, positions, *weights, key, image, output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _gradients(ctx: Any, dout: Tensor | None, _dsaved: Tensor | None) -> tuple[Tensor | None, ...]:
+    if dout is None:
+        return (None,) * 17
+    gradients = _backward(dout, *ctx.saved_tensors, ctx.heads, ctx.drop, ctx.first_group, ctx.eps)
+    return *gradients, *(None,) * 8
+
+
+_forward.register_autograd(_gradients, setup_context=_remember)
+
+
+@torch.library.custom_op("hsvit_kernels::grouped_attention_backward", mutates_args=())
+def _backward(
+    dout: Tensor,
+    tokens: Tensor,
+    cls: Tensor,
+    positions: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    qkv_weight: Tensor,
+    qkv_bias: Tensor,
+    out_weight: Tensor,
+    out_bias: Tensor,
+    key: Tensor | None,
+    image: Tensor | None,
+    saved: Tensor,
+    heads: int,
+    drop: int,
+    first_group: int,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of the first nine inputs of the forward, in their dtypes."""
+    groups, depth, batch, length, width = saved.shape
+    shape = _shape(tokens, qkv_weight, heads)
+    weight, out = (w.to(tokens.dtype).contiguous() for w in (qkv_weight, out_weight))
+    dtokens = torch.empty_like(tokens, memory_format=torch.contiguous_format)
+    dcls_rows = tokens.new_empty((batch, groups, width), dtype=torch.float32)
+    dqkv = tokens.new_empty((groups, depth, batch, length, 3 * width))
+    o_rows, dx_rows = torch.empty_like(saved), torch.empty_like(saved)
+    precision = _precision(tokens)
+    kernels.backward[(batch, groups)](
+        dout.contiguous(), saved, norm_weight.contiguous(), norm_bias.contiguous(), weight, qkv_bias.contiguous(), out,
+        key, image, dtokens, dcls_rows, dqkv, o_rows, dx_rows,
+        first_group, drop, 256 / (256 - drop), eps, batch, depth,
+        **shape, DROPOUT=drop > 0, PRECISION=precision, **_launch("attention_backward", tokens, shape),
+    )  # fmt: skip
+    layers, rows = groups * depth, batch * length
+    options = _launch("attention_products", tokens, shape)
+    splits = max(1, min(options.pop("programs") // (4 * layers), rows // (4 * options["BLOCK"])))
+    share = -(-rows // splits)
+    products = tokens.new_empty((splits, layers, 4, width, width), dtype=torch.float32)
+    sums = tokens.new_empty((splits, layers, 4, width), dtype=torch.float32)
+    kernels.weight_products[(4, splits, layers)](
+        saved, dqkv, o_rows, dx_rows, products, sums, rows, share, eps,
+        D=width, DP=shape["DP"], PRECISION=precision, **options,
+    )  # fmt: skip
+    gradients = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in (
+        cls, positions, norm_weight, norm_bias, qkv_weight, qkv_bias, out_weight, out_bias
+    )]  # fmt: skip
+    dcls, dpositions, *dweights = gradients
+    columns, block = 16, 128
+    programs = layers * (shape["DP"] // columns) + groups * -(-length * width // block)
+    kernels.weight_gradients[(programs,)](
+        products, sums, dtokens, dcls_rows, norm_weight.contiguous(), norm_bias.contiguous(), weight,
+        *dweights, dcls, dpositions, splits, layers, groups, batch,
+        N=shape["N"], D=width, DP=shape["DP"], COLUMNS=columns, BLOCK=block,
+    )  # fmt: skip
+    return dtokens, dcls, dpositions, *dweights  # type: ignore[return-value]
+
+
+@_backward.register_fake
+def _backward_fake(dout: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in args[:9])

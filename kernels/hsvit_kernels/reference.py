@@ -14,16 +14,18 @@ from torch import Tensor
 
 from .random import Draw, Site, keep_scale, split_bytes, threshold
 
-SLOTS_A_CALL = 16  # one hash call gives the bytes of 16 (layer, head) slots
+CLS_PLACE = 255
 
 
 @dataclass(frozen=True)
 class Keep:
     """Which attention weights survive dropout: the one definition of the mask.
 
-    Slot layer * heads + head picks byte slot % 16 of the call counted by ((group * 2**8 + slot // 16) * 2**8 + row) *
-    2**8 + column, in wrapping 32-bit arithmetic; `groups` are global indices. So a weight's fate depends on (key,
-    image, group, layer, head, row, column) only.
+    A weight's fate depends on (key, image, global group, layer, head, query, key token) only. The place of a token is
+    its number among the feature tokens, 255 for CLS. Call layer * ceil(h / 2) + head // 2 of a query hashes the counter
+    ((group * 2048 + call) * 256 + query's place) * 32 + lane in wrapping 32-bit arithmetic. Lane
+    key's place // 32 * 4 + key's place % 8 // 2 gives sixteen bytes: word key's place // 8 % 4 of pcg4d, byte
+    key's place % 2 * 2 + head % 2. So the eight keys of a row that lie in one GPU thread share a hash.
     """
 
     draw: Draw
@@ -36,17 +38,20 @@ class Keep:
 
     def mask(self, images: slice) -> Tensor:
         """bool [images, G, h, rows, T]."""
-        device, first = self.draw.key.device, self.layer * self.heads
-        last = first + self.heads - 1
-        calls = torch.arange(first // SLOTS_A_CALL, last // SLOTS_A_CALL + 1, device=device)
-        group = torch.arange(self.groups.start, self.groups.stop, device=device).view(-1, 1, 1, 1)
-        row = torch.arange(self.rows, device=device).view(-1, 1)
-        counter = ((group * 256 + calls.view(-1, 1, 1)) * 256 + row) * 256 + torch.arange(self.tokens, device=device)
-        draw = self.draw.slice(images.start, images.stop)
-        words = draw.words(Site.ATTENTION, counter.to(torch.int32))  # [4, B, G, calls, rows, T]
-        offset = first % SLOTS_A_CALL
-        bytes_ = split_bytes(words).permute(1, 2, 3, 0, 6, 4, 5).flatten(2, 4)  # [B, G, calls * 16, rows, T]
-        mask: Tensor = bytes_[:, :, offset : offset + self.heads] >= threshold(self.probability)
+        draw, device = self.draw.slice(images.start, images.stop), self.draw.key.device
+        pairs, features = -(-self.heads // 2), self.tokens - 1
+        call = torch.arange(self.layer * pairs, (self.layer + 1) * pairs, device=device)
+        group = torch.arange(self.groups.start, self.groups.stop, device=device)
+        query = (torch.arange(self.rows, device=device) + CLS_PLACE) % (CLS_PLACE + 1)
+        counter = ((group.view(-1, 1, 1) * 2048 + call.view(-1, 1)) * 256 + query) * 32
+        lane = torch.arange(-(-features // 32) * 4, device=device)
+        words = draw.words(Site.ATTENTION, (counter.unsqueeze(-1) + lane).to(torch.int32))
+        bytes_ = split_bytes(words).unflatten(-1, (2, 2)).unflatten(5, (-1, 4))
+        # word, image, group, call, row, block of 32 keys, lane, key % 2, head % 2: word and head to their places
+        bytes_ = bytes_.permute(1, 2, 3, 8, 4, 5, 0, 6, 7).flatten(5)[..., :features]
+        of_cls = split_bytes(draw.words(Site.ATTENTION, (counter + 31).to(torch.int32))[3])[..., 2:]
+        bytes_ = torch.cat((of_cls.movedim(-1, 3).unsqueeze(-1), bytes_), dim=-1)
+        mask: Tensor = bytes_.flatten(2, 3)[:, :, : self.heads] >= threshold(self.probability)
         return mask
 
 
@@ -66,6 +71,7 @@ def grouped_attention(
     draw: Draw | None,
     first_group: int,
     eps: float,
+    all_tokens: bool = False,
 ) -> Tensor:
     """All groups at once, batched on the leading axis; `hsvit_kernels.grouped_attention` documents the arguments."""
     groups, depth = qkv_weight.shape[:2]
@@ -80,7 +86,7 @@ def grouped_attention(
     key_free[1] = 0
     bias = qkv_bias * key_free.flatten()
     for layer in range(depth):
-        rows = 1 if layer == depth - 1 else x.shape[2]  # only CLS leaves the last layer
+        rows = 1 if layer == depth - 1 and not all_tokens else x.shape[2]  # only CLS leaves the last layer
         keep = None
         if dropout and draw is not None:
             keep = Keep(draw, dropout, layer, heads, here, rows, x.shape[2])
@@ -92,7 +98,8 @@ def grouped_attention(
         q, k, v = (t.unflatten(-1, (heads, width // heads)).permute(1, 0, 3, 2, 4) for t in (q, k, v))
         o = _attend(q, k, v, keep).permute(1, 0, 3, 2, 4).flatten(-2)
         x = x[:, :, :rows] + _linear(o, out_weight[:, layer], out_bias[:, layer, None])
-    return x[:, :, 0].transpose(0, 1)
+    x = x.transpose(0, 1)
+    return x if all_tokens else x[:, :, 0]
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

@@ -325,13 +325,22 @@ def normalise_backward(x, dy, gamma, column, eps, D: tl.constexpr, DP: tl.conste
 
 
 @triton.jit
+def widen(x):
+    """[R, C] with a column of zeros after each, [R, 2 C]: a contraction over the columns needs 16 of them."""
+    return tl.reshape(tl.join(x, tl.zeros_like(x)), (x.shape[0], 2 * x.shape[1]))
+
+
+@triton.jit
 def backward_layer(
-    dx, dx_cls, words, group, layer, inner, threshold, keep_scale, eps, saved, dqkv, o_rows,
+    dx_cls, words, group, layer, inner, threshold, keep_scale, eps, saved, dqkv, o_rows, dx_rows,
     norm_weight, norm_bias, qkv_weight, qkv_bias, out_weight,
     N: tl.constexpr, NP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, HEADS: tl.constexpr, HPS: tl.constexpr,
-    SW: tl.constexpr, CC: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    SW: tl.constexpr, CC: tl.constexpr, BLOCK: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dx [NP, DP], dx_cls [DP, CC] of a layer's output to those of its input; writes dqkv [T, 3 D] and o [T, D]."""
+    """The gradients of a layer's output, dx_rows [T, D] and dx_cls [DP, CC], to those of its input.
+
+    Writes dqkv [T, 3 D] and o [T, D], and reads dx and dqkv again rather than to hold them in registers.
+    """
     HD: tl.constexpr = D // HEADS
     PAIRS: tl.constexpr = (HEADS + 1) // 2
     FULL: tl.constexpr = D == DP and HPS * HD == SW and HEADS % HPS == 0
@@ -349,21 +358,19 @@ def backward_layer(
     offset_out = column[:, None] * D + lane[None, :]
     gamma = load(norm_weight + column, inside, D == DP).to(tl.float32)
     beta = load(norm_bias + column, inside, D == DP).to(tl.float32)
-    rows = saved + D + (token[:, None] * D + column[None, :])
+    at_rows = D + (token[:, None] * D + column[None, :])
     rows_cls = saved + (column[None, :] + tl.zeros((CC,), tl.int32)[:, None])
-    y, _ = normalise(load(rows, valid, N == NP and D == DP).to(tl.float32), column, eps, D, DP)
+    y, _ = normalise(load(saved + at_rows, valid, N == NP and D == DP).to(tl.float32), column, eps, D, DP)
     y = tl.trans(y * gamma[None, :] + beta[None, :]).to(dtype)
     y_cls, _ = normalise(load(rows_cls, inside[None, :], D == DP).to(tl.float32), column, eps, D, DP)
     y_cls = tl.trans(y_cls * gamma[None, :] + beta[None, :]).to(dtype)
-    dx_low = tl.trans(dx).to(dtype)
+    dx_low = tl.trans(load(dx_rows + at_rows, valid, N == NP and D == DP))
     dx_cls_low = dx_cls.to(dtype)
-    dy = tl.zeros((NP, DP), tl.float32)
-    dy_cls = tl.zeros((DP, CC), tl.float32)
     for slab in range((HEADS + HPS - 1) // HPS):
         first = tl.multiple_of(slab * HPS, HPS)
         mine = (lane_head < HPS) & (first + lane_head < HEADS)
         both = mine[:, None] & inside[None, :]
-        w_q = load(qkv_weight + first * HD * D + offset, both, FULL)
+        # Weights are loaded where they are used, and again for the features: held between, they would spill.
         w_k = load(qkv_weight + (first * HD + D) * D + offset, both, FULL)
         w_v = load(qkv_weight + (first * HD + 2 * D) * D + offset, both, FULL)
         w_o = load(out_weight + first * HD + offset_out, inside[:, None] & mine[None, :], FULL)
@@ -371,6 +378,7 @@ def backward_layer(
         b_v = load(qkv_bias + (first * HD + 2 * D) + lane, mine, FULL).to(tl.float32)
         k = tl.dot(w_k, y, input_precision=PRECISION).to(dtype)
         v = (tl.dot(w_v, y, input_precision=PRECISION) + b_v[:, None]).to(dtype)
+        w_q = load(qkv_weight + first * HD * D + offset, both, FULL)
         q_cls = (tl.dot(w_q, y_cls, input_precision=PRECISION) + b_q[:, None]) * SCALE
         q_cls = tl.where(own, q_cls, 0.0)
         k_cls = tl.dot(w_k, y_cls, input_precision=PRECISION)
@@ -397,14 +405,18 @@ def backward_layer(
         ds_cls = p_cls * (dp_cls - mean)
         used = used.to(dtype)
         dq_cls = tl.where(own, tl.dot(k, ds, input_precision=PRECISION) + ds_cls[None, :] * k_cls, 0.0)
+        tl.store(dqkv + first * HD + lane, (tl.sum(dq_cls, 1) * (SCALE / LOG2E)).to(dtype), mask=mine)
         o_cls = tl.where(own, tl.dot(v, used, input_precision=PRECISION) + used_cls[None, :] * v_cls, 0.0)
-        dk = tl.dot(q_cls.to(dtype), tl.trans(ds), input_precision=PRECISION)
-        dv = tl.dot(do_cls.to(dtype), tl.trans(used), input_precision=PRECISION)
+        tl.store(o_rows + first * HD + lane, tl.sum(o_cls, 1).to(dtype), mask=mine)
+        dk = tl.dot(widen(q_cls.to(dtype)), tl.trans(widen(ds)), input_precision=PRECISION)
+        dv = tl.dot(widen(do_cls.to(dtype)), tl.trans(widen(used)), input_precision=PRECISION)
         dk_cls = tl.sum(q_cls * ds_cls[None, :], 1)
         dv_cls = tl.sum(do_cls * used_cls[None, :], 1)
         dq = tl.zeros((SW, NP), tl.float32)
         o = tl.zeros((SW, NP), tl.float32)
         if inner:
+            w_q = load(qkv_weight + first * HD * D + offset, both, FULL)
+            w_o = load(out_weight + first * HD + offset_out, inside[:, None] & mine[None, :], FULL)
             dq, o, dk, dv, dk_cls, dv_cls = backward_attend(
                 (tl.dot(w_q, y, input_precision=PRECISION) + b_q[:, None]) * SCALE, k, v,
                 tl.dot(tl.trans(w_o), dx_low, input_precision=PRECISION),
@@ -412,34 +424,32 @@ def backward_layer(
                 HD, N, NP, HPS, SW, CC, DROPOUT, PRECISION,
             )  # fmt: skip
 
-        dq_cls = tl.sum(dq_cls, 1) * (SCALE / LOG2E)
-        dk_cls /= LOG2E
-        dq = (dq * (SCALE / LOG2E)).to(dtype)
-        dk = (dk / LOG2E).to(dtype)
-        dv = dv.to(dtype)
         to = dqkv + first * HD + lane
-        tl.store(to, dq_cls.to(dtype), mask=mine)
-        tl.store(to + D, dk_cls.to(dtype), mask=mine)
+        tl.store(to + D, (dk_cls / LOG2E).to(dtype), mask=mine)
         tl.store(to + 2 * D, dv_cls.to(dtype), mask=mine)
-        tl.store(o_rows + first * HD + lane, tl.sum(o_cls, 1).to(dtype), mask=mine)
         exists = mine[:, None] & (token < N)[None, :]
         to = dqkv + first * HD + 3 * D + (lane[:, None] + token[None, :] * (3 * D))
-        tl.store(to, dq, mask=exists)
-        tl.store(to + D, dk, mask=exists)
-        tl.store(to + 2 * D, dv, mask=exists)
+        tl.store(to, (dq * (SCALE / LOG2E)).to(dtype), mask=exists)
+        tl.store(to + D, (dk / LOG2E).to(dtype), mask=exists)
+        tl.store(to + 2 * D, dv.to(dtype), mask=exists)
         tl.store(o_rows + first * HD + D + (lane[:, None] + token[None, :] * D), o.to(dtype), mask=exists)
 
-        dy = tl.dot(tl.trans(dq), w_q, dy, input_precision=PRECISION)
-        dy = tl.dot(tl.trans(dk), w_k, dy, input_precision=PRECISION)
-        dy = tl.dot(tl.trans(dv), w_v, dy, input_precision=PRECISION)
-        dq_cls = tl.broadcast_to(dq_cls[:, None].to(dtype), (SW, CC))
-        dk_cls_ = tl.broadcast_to(dk_cls[:, None].to(dtype), (SW, CC))
-        dv_cls_ = tl.broadcast_to(dv_cls[:, None].to(dtype), (SW, CC))
-        dy_cls = tl.dot(tl.trans(w_q), dq_cls, dy_cls, input_precision=PRECISION)
-        dy_cls = tl.dot(tl.trans(w_k), dk_cls_, dy_cls, input_precision=PRECISION)
-        dy_cls = tl.dot(tl.trans(w_v), dv_cls_, dy_cls, input_precision=PRECISION)
-    # The rows are read again: kept since the start of the layer, they would fill the registers.
-    x = load(rows, valid, N == NP and D == DP).to(tl.float32)
+    WHOLE: tl.constexpr = 3 * D % BLOCK == 0
+    tl.debug_barrier()  # what other threads have written is read below
+    dy = tl.zeros((NP, DP), tl.float32)
+    dy_cls = tl.zeros((DP, CC), tl.float32)
+    same = tl.zeros((CC,), tl.int32)
+    for start in range(0, 3 * D, BLOCK):
+        k = start + tl.arange(0, BLOCK)
+        mask = (k < 3 * D)[:, None] & inside[None, :]
+        w = load(qkv_weight + start * D + (tl.arange(0, BLOCK)[:, None] * D + column[None, :]), mask, D == DP and WHOLE)
+        exists = (token < N)[:, None] & (k < 3 * D)[None, :]
+        part = load(dqkv + 3 * D + (token[:, None] * (3 * D) + k[None, :]), exists, N == NP and WHOLE)
+        dy = tl.dot(part, w, dy, input_precision=PRECISION)
+        part = load(dqkv + k[:, None] + same[None, :], (k < 3 * D)[:, None], WHOLE)
+        dy_cls = tl.dot(tl.trans(w), part, dy_cls, input_precision=PRECISION)
+    x = load(saved + at_rows, valid, N == NP and D == DP).to(tl.float32)
+    dx = load(dx_rows + at_rows, valid, N == NP and D == DP).to(tl.float32)
     dx += normalise_backward(x, dy, gamma, column, eps, D, DP)
     x_cls = load(rows_cls, inside[None, :], D == DP).to(tl.float32)
     dx_cls += tl.trans(normalise_backward(x_cls, tl.trans(dy_cls), gamma, column, eps, D, DP))
@@ -451,7 +461,7 @@ def backward(
     dout, saved, norm_weight, norm_bias, qkv_weight, qkv_bias, out_weight,
     key, images, dtokens, dcls, dqkv, o_rows, dx_rows, first_group, threshold, keep_scale, eps, batch, depth,
     N: tl.constexpr, NP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, HEADS: tl.constexpr, HPS: tl.constexpr,
-    SW: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    SW: tl.constexpr, BLOCK: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Grid (batch, groups), the depth in reverse. dout [B, G, D] to dtokens [B, K, D] and dcls [B, G, D].
 
@@ -459,7 +469,7 @@ def backward(
     layer's output.
     """
     T: tl.constexpr = N + 1
-    CC: tl.constexpr = 16  # a contraction over the heads of a slab needs 16
+    CC: tl.constexpr = 8
     image = tl.program_id(0)
     group = tl.program_id(1)
     groups = tl.num_programs(1)
@@ -470,7 +480,6 @@ def backward(
     is_first = (tl.arange(0, CC) == 0)[None, :] & inside[:, None]
     valid = (token < N)[:, None] & inside[None, :]
     place = image.to(tl.int64) * groups + group
-    dx = tl.zeros((NP, DP), tl.float32)
     dx_cls = load(dout + place * D + rows, inside[:, None], D == DP).to(tl.float32)
     last = group * depth + depth - 1
     norm_weight += last * D
@@ -490,13 +499,15 @@ def backward(
         words = hash_key(key, images, image)
         threshold = threshold.to(tl.uint32) << 24
     dtype = dtokens.dtype.element_ty
+    at = token[:, None] * D + column[None, :]
+    tl.store(dx_rows + rows, dx_cls.to(dtype), mask=is_first)
+    tl.store(dx_rows + D + at, tl.zeros((NP, DP), dtype), mask=valid)
     for back in tl.range(0, depth, disable_licm=True):
-        tl.store(dx_rows + rows, dx_cls.to(dtype), mask=is_first)
-        tl.store(dx_rows + D + (token[:, None] * D + column[None, :]), dx.to(dtype), mask=valid)
+        tl.debug_barrier()
         dx, dx_cls = backward_layer(
-            dx, dx_cls, words, first_group + group, depth - 1 - back, back > 0, threshold, keep_scale, eps,
-            saved, dqkv, o_rows, norm_weight, norm_bias, qkv_weight, qkv_bias, out_weight,
-            N, NP, D, DP, HEADS, HPS, SW, CC, DROPOUT, PRECISION,
+            dx_cls, words, first_group + group, depth - 1 - back, back > 0, threshold, keep_scale, eps,
+            saved, dqkv, o_rows, dx_rows, norm_weight, norm_bias, qkv_weight, qkv_bias, out_weight,
+            N, NP, D, DP, HEADS, HPS, SW, CC, BLOCK, DROPOUT, PRECISION,
         )  # fmt: skip
         norm_weight -= D
         norm_bias -= D
@@ -507,8 +518,12 @@ def backward(
         dqkv -= step * 3
         o_rows -= step
         dx_rows -= step
-    tl.store(dtokens + place * N * D + (token[:, None] * D + column[None, :]), dx.to(dtype), mask=valid)
-    tl.store(dcls + place * D + rows, dx_cls, mask=is_first)
+        if back < depth - 1:
+            tl.store(dx_rows + rows, dx_cls.to(dtype), mask=is_first)
+            tl.store(dx_rows + D + at, dx.to(dtype), mask=valid)
+        else:
+            tl.store(dcls + place * D + rows, dx_cls, mask=is_first)
+            tl.store(dtokens + place * N * D + at, dx.to(dtype), mask=valid)
 
 
 @triton.jit(do_not_specialize=["rows", "share"])

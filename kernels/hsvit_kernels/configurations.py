@@ -22,5 +22,7 @@ def table() -> dict[tuple[str, tuple[int, ...], str], dict[str, dict[str, Any]]]
 def configuration(kernel: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
     """The launch options of `kernel` for a shape class on a device, a copy."""
     options = table()[kernel, shape, str(dtype).removeprefix("torch.")]
-    capability = "%d%d" % torch.cuda.get_device_capability(device) if device.type == "cuda" else "any"
+    capability = "any"
+    if device.type == "cuda":
+        capability = "".join(map(str, torch.cuda.get_device_capability(device)))
     return dict(options.get(capability, options["any"]))

@@ -47,7 +47,7 @@ def use_triton(operation: str, x: Tensor, why_not: str, wins: bool = True) -> bo
     choice = forced()
     if choice == "triton" and not x.is_cuda and not knobs.runtime.interpret:
         raise ValueError(
-            f"{operation}: kernels = triton, but the tensors are on {x.device}: Triton needs CUDA, or TRITON_INTERPRET=1"
+            f"{operation}: kernels = triton, but the tensors are on {x.device}; Triton needs CUDA or TRITON_INTERPRET=1"
         )
     if why_not:
         decision = False

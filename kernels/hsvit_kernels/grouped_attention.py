@@ -93,9 +93,7 @@ def grouped_attention(
     rest = [tensor for name, tensor in tensors.items() if name != "tokens"]
     save = torch.is_grad_enabled() and any(t.requires_grad for t in (tokens, *rest))
     key, image = (None, None) if draw is None else (draw.key, draw.image)
-    out, _ = _forward(
-        tokens, *rest, key, image, heads, threshold(dropout), first_group, eps, all_tokens, save
-    )
+    out: Tensor = _forward(tokens, *rest, key, image, heads, threshold(dropout), first_group, eps, all_tokens, save)[0]
     return out
 
 

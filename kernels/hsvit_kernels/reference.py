@@ -171,3 +171,24 @@ def _chunks(q: Tensor, k: Tensor) -> list[slice]:
     a_image = 4 * q.shape[1] * q.shape[2] * q.shape[3] * k.shape[3]
     size = max(images, 1) if q.is_cuda else max(2**23 // a_image, 1)
     return [slice(start, min(start + size, images)) for start in range(0, images, size)]
+
+
+def sliced_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, gelu: bool, save: bool
+) -> tuple[Tensor, Tensor]:
+    """act(x weight^T + bias) + residual, and what the activation saw, empty unless saved. weight: the slice [n, k]."""
+    z = F.linear(x, weight, bias)
+    y = F.gelu(z) if gelu else z
+    if residual is not None:
+        y = y + residual
+    return y, z if gelu and save else x.new_empty(0)
+
+
+def accumulate(main: Tensor, bias_main: Tensor | None, dz: Tensor, x: Tensor) -> None:
+    """main [n, k] += dz [M, n]^T x [M, k], bias_main [n] += dz's column sums; both slices of fp32 gradients."""
+    if x.is_cuda and x.dtype != main.dtype:
+        main.add_(torch.mm(dz.t(), x, out_dtype=main.dtype))
+    else:
+        main.addmm_(dz.t().to(main.dtype), x.to(main.dtype))
+    if bias_main is not None:
+        bias_main.add_(dz.sum(0, dtype=main.dtype))

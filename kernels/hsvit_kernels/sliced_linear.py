@@ -1,0 +1,303 @@
+"""Linear layers on a slice of their weight, for networks that are trained at several widths in one step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from . import linear_kernels as kernels
+from . import reference
+from .configurations import configuration
+from .dispatch import use_triton
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+PROGRAMS = 256  # fewer tiles of a weight gradient than this, and its rows are split among more
+
+
+class StepState:
+    """What the passes of one optimizer step share about full weights: low-precision copies and fp32 main gradients.
+
+    A backward adds its gradient to the slice of the main gradient and hands autograd nothing, except in the step's
+    last pass, which hands over the whole as the weight's ordinary gradient; every weight of a step must be used in
+    that pass, once. Engines that reduce, clip and step then need to know nothing about it.
+
+    last: whether the backward that comes is the step's last. Set it before each; `clear` after each step.
+    """
+
+    def __init__(self) -> None:
+        self.last = True
+        self._low: dict[tuple[int, torch.dtype], Tensor] = {}
+        self._main: dict[int, Tensor] = {}
+
+    def low(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        """`weight` in `dtype`, cast once until `clear`."""
+        if weight.dtype == dtype:
+            return weight.detach()
+        key = (id(weight), dtype)
+        if key not in self._low:
+            self._low[key] = weight.detach().to(dtype)
+        return self._low[key]
+
+    def main(self, weight: Tensor, shape: torch.Size) -> Tensor:
+        """The fp32 gradient of `weight` so far. shape: the weight's, as an engine may have taken its data away."""
+        if id(weight) not in self._main:
+            self._main[id(weight)] = torch.zeros(shape, dtype=torch.float32, device=weight.device)
+        return self._main[id(weight)]
+
+    def clear(self) -> None:
+        """Forget copies and gradients: after a step, and whenever weights have changed."""
+        self._low.clear()
+        self._main.clear()
+
+
+def sliced_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    out_features: int,
+    side: str = "leading",
+    gelu: bool = False,
+    residual: Tensor | None = None,
+    state: StepState | None = None,
+) -> Tensor:
+    """act(x W_s^T + b_s) + residual, where W_s are the leading or trailing rows and columns of the full weight.
+
+    Scala, arXiv 2412.04786, equations 2 and 3. No slice is copied. Without `state`, autograd gives a full-size
+    gradient, as for any slice. Computed in x's dtype, or autocast's.
+
+    Args:
+        x: [..., k]; k says how many columns of the weight are used.
+        weight: [N, K], full. bias: [N], full.
+        out_features: n, the rows of the weight that are used.
+        side: which end of both axes, "leading" or "trailing".
+        gelu: apply the exact GELU. residual: [..., n], added at the end.
+        state: gathers the gradients of several passes in place.
+
+    Returns:
+        [..., n].
+
+    Raises:
+        ValueError: a shape, dtype, device or slice that does not fit, with its name, value and limit.
+    """
+    _check(x, weight, bias, out_features, side, residual)
+    if torch.is_autocast_enabled(x.device.type):
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+    residual = None if residual is None else residual.to(x.dtype)
+    rows, columns = _slices(weight.shape, out_features, x.shape[-1], side)
+    flat = x.reshape(-1, x.shape[-1])
+    added = None if residual is None else residual.reshape(-1, out_features)
+    if state is not None and torch.is_grad_enabled() and weight.requires_grad:
+        y: Tensor = _Accumulating.apply(flat, weight, bias, added, rows, columns, gelu, state)
+    else:
+        low = weight.to(x.dtype) if state is None else state.low(weight, x.dtype)
+        b = None if bias is None else bias[rows].to(x.dtype)
+        save = torch.is_grad_enabled() and (flat.requires_grad or low.requires_grad)
+        y, _ = _linear(flat, low[rows, columns], b, added, gelu, save)
+    return y.view(*x.shape[:-1], out_features)
+
+
+def _slices(full: torch.Size, n: int, k: int, side: str) -> tuple[slice, slice]:
+    if side == "leading":
+        return slice(0, n), slice(0, k)
+    return slice(full[0] - n, full[0]), slice(full[1] - k, full[1])
+
+
+def _check(
+    x: Tensor, weight: Tensor, bias: Tensor | None, out_features: int, side: str, residual: Tensor | None
+) -> None:
+    if side not in ("leading", "trailing"):
+        raise ValueError(f'side = "{side}": must be "leading" or "trailing"')
+    if weight.dim() != 2:
+        raise ValueError(f"weight has shape {tuple(weight.shape)}: must be [N, K]")
+    if not 0 < x.shape[-1] <= weight.shape[1]:
+        raise ValueError(f"x has {x.shape[-1]} features: must be 1 to {weight.shape[1]}, the columns of weight")
+    if not 0 < out_features <= weight.shape[0]:
+        raise ValueError(f"out_features = {out_features}: must be 1 to {weight.shape[0]}, the rows of weight")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias has shape {tuple(bias.shape)}: must be [{weight.shape[0]}], the rows of weight")
+    expected = (*x.shape[:-1], out_features)
+    if residual is not None and tuple(residual.shape) != expected:
+        raise ValueError(f"residual has shape {tuple(residual.shape)}: must be {expected}")
+    for name, tensor in {"x": x, "weight": weight, "bias": bias, "residual": residual}.items():
+        if tensor is None:
+            continue
+        if not tensor.is_floating_point():
+            raise ValueError(f"{name} has dtype {tensor.dtype}: must be floating point")
+        if tensor.device != x.device:
+            raise ValueError(f"{name} is on {tensor.device}: must be on {x.device}, as x is")
+
+
+class _Accumulating(torch.autograd.Function):
+    """A pass whose weight gradients go to a StepState."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        rows: slice,
+        columns: slice,
+        gelu: bool,
+        state: StepState,
+    ) -> Tensor:
+        low = state.low(weight, x.dtype)
+        b = None if bias is None else state.low(bias, x.dtype)[rows]
+        y, z = _linear(x, low[rows, columns], b, residual, gelu, True)
+        ctx.save_for_backward(x, z, low)
+        ctx.full, ctx.state, ctx.slices, ctx.gelu = (weight, bias), state, (rows, columns), gelu
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Any:
+        x, z, low = ctx.saved_tensors
+        (weight, bias), state, (rows, columns) = ctx.full, ctx.state, ctx.slices
+        dz = _gelu_gradient(dy, z) if ctx.gelu else dy.contiguous()
+        dx = _input_gradient(dz, low[rows, columns]) if ctx.needs_input_grad[0] else None
+        main = state.main(weight, low.shape)
+        bias_main = None if bias is None else state.main(bias, low.shape[:1])
+        _accumulate(main[rows, columns], None if bias_main is None else bias_main[rows], dz, x)
+        if not state.last:
+            main = bias_main = None
+        return dx, main, bias_main, dy if ctx.needs_input_grad[3] else None, *(None,) * 4
+
+
+def _gelu_gradient(dy: Tensor, z: Tensor) -> Tensor:
+    dz: Tensor = torch.ops.aten.gelu_backward(dy.contiguous(), z)
+    return dz
+
+
+def _why_not(*matrices: Tensor) -> str:
+    """Why tensor descriptors cannot address these matrices, empty where they can."""
+    for matrix in matrices:
+        if not matrix.numel():
+            return "nothing to compute"
+        if matrix.dtype not in DTYPES:
+            return f"dtype {matrix.dtype}"
+        if matrix.stride(1) != 1 or matrix.data_ptr() % 16 or matrix.stride(0) * matrix.itemsize % 16:
+            return f"a slice of {tuple(matrix.shape)} is not aligned to 16 bytes"
+    return ""
+
+
+def _options(kernel: str, weight: Tensor, x: Tensor, *others: Tensor) -> dict[str, Any] | None:
+    """The launch options of a kernel for a slice, None where PyTorch computes it."""
+    why_not = _why_not(x, weight, *others)
+    options: dict[str, Any] = {"wins": False}
+    if not why_not:
+        options = configuration(kernel, (int(min(weight.shape) >= 256),), x.dtype, x.device)
+    return options if use_triton(kernel, x, why_not, options.pop("wins")) else None
+
+
+def _precision(x: Tensor) -> str:
+    return "ieee" if x.dtype == torch.float32 else "tf32"
+
+
+def _describe(matrix: Tensor, *block: int) -> TensorDescriptor:
+    return TensorDescriptor(matrix, list(matrix.shape), list(matrix.stride()), list(block))
+
+
+@torch.library.custom_op("hsvit_kernels::sliced_linear", mutates_args=())
+def _linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, gelu: bool, save: bool
+) -> tuple[Tensor, Tensor]:
+    """The layer on a slice, and what GELU saw, empty unless saved. x [M, k], weight [n, k], any row stride."""
+    x = x.contiguous()
+    options = _options("linear_forward", weight, x, x.new_empty(1, len(weight)))
+    if options is None:
+        return reference.sliced_linear(x, weight, bias, residual, gelu, save)
+    (m, k), n = x.shape, len(weight)
+    y = x.new_empty(m, n)
+    z = torch.empty_like(y) if gelu and save else x.new_empty(0)
+    bm, bn, bk = options["BM"], options["BN"], options["BK"]
+    y_ = _describe(y, bm, bn)
+    kernels.forward[(triton.cdiv(m, bm) * triton.cdiv(n, bn),)](
+        _describe(x, bm, bk), _describe(weight, bn, bk), bias,
+        y_ if residual is None else _describe(residual.contiguous(), bm, bn), y_,
+        _describe(z, bm, bn) if z.numel() else y_, m, n, k,
+        BIAS=bias is not None, GELU=gelu, RESIDUAL=residual is not None, SAVE=z.numel() > 0,
+        PRECISION=_precision(x), **options,
+    )  # fmt: skip
+    return y, z
+
+
+@_linear.register_fake
+def _linear_fake(
+    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, gelu: bool, save: bool
+) -> tuple[Tensor, Tensor]:
+    y = x.new_empty(x.shape[0], weight.shape[0])
+    return y, torch.empty_like(y) if gelu and save else x.new_empty(0)
+
+
+def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, weight, bias, residual, ctx.gelu, _ = inputs
+    ctx.has_bias, ctx.has_residual = bias is not None, residual is not None
+    ctx.save_for_backward(x, weight, output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _gradients(ctx: Any, dy: Tensor | None, _dz: Tensor | None) -> tuple[Tensor | None, ...]:
+    if dy is None:
+        return (None,) * 6
+    x, weight, z = ctx.saved_tensors
+    dz = _gelu_gradient(dy, z) if ctx.gelu else dy.contiguous()
+    dx = _input_gradient(dz, weight) if ctx.needs_input_grad[0] else None
+    dweight = dz.t() @ x if ctx.needs_input_grad[1] else None
+    return dx, dweight, dz.sum(0) if ctx.has_bias else None, dy if ctx.has_residual else None, None, None
+
+
+_linear.register_autograd(_gradients, setup_context=_remember)
+
+
+@torch.library.custom_op("hsvit_kernels::sliced_linear_input_gradient", mutates_args=())
+def _input_gradient(dz: Tensor, weight: Tensor) -> Tensor:
+    """dz [M, n] times the slice weight [n, k]."""
+    dx = dz.new_empty(len(dz), weight.shape[1])
+    options = _options("linear_input_gradient", weight, dz, dx)
+    if options is None:
+        return dz @ weight
+    bm, bn, bk = options["BM"], options["BN"], options["BK"]
+    (m, n), k = dz.shape, weight.shape[1]
+    kernels.input_gradient[(triton.cdiv(m, bm) * triton.cdiv(k, bn),)](
+        _describe(dz, bm, bk), _describe(weight, bk, bn), _describe(dx, bm, bn), m, n, k,
+        PRECISION=_precision(dz), **options,
+    )  # fmt: skip
+    return dx
+
+
+@_input_gradient.register_fake
+def _input_gradient_fake(dz: Tensor, weight: Tensor) -> Tensor:
+    return dz.new_empty(dz.shape[0], weight.shape[1])
+
+
+@torch.library.custom_op("hsvit_kernels::sliced_linear_accumulate", mutates_args=("main", "bias_main"))
+def _accumulate(main: Tensor, bias_main: Tensor | None, dz: Tensor, x: Tensor) -> None:
+    """main [n, k] += dz [M, n]^T x [M, k] and bias_main [n] += dz's column sums: slices of fp32 gradients, in place."""
+    x = x.contiguous()
+    options = _options("linear_weight_gradient", main, x, dz)
+    if options is None:
+        reference.accumulate(main, bias_main, dz, x)
+        return
+    bm, bn, bk = options["BM"], options["BN"], options["BK"]
+    m, (n, k) = len(x), main.shape
+    tiles = triton.cdiv(n, bn) * triton.cdiv(k, bk)
+    splits = max(1, min(PROGRAMS // tiles, m // (8 * bm)))
+    share = triton.cdiv(triton.cdiv(m, splits), bm) * bm  # whole tiles: a split would read its neighbour's rows else
+    splits = triton.cdiv(m, share)
+    add, has_bias = splits == 1, bias_main is not None
+    partial = x.new_empty(splits * n, k, dtype=torch.float32) if not add else main
+    sums = x.new_empty(splits, n, dtype=torch.float32) if has_bias and not add else bias_main
+    kernels.weight_gradient[(tiles, splits)](
+        _describe(dz, bm, bn), _describe(x, bm, bk), _describe(main, bn, bk) if add else partial, sums, m, n, k, share,
+        BIAS=has_bias, ADD=add, PRECISION=_precision(x), **options,
+    )  # fmt: skip
+    if not add:
+        block = min(1024, triton.next_power_of_2(k))
+        kernels.add_splits[(n, triton.cdiv(k, block))](
+            main, bias_main, partial, sums, main.stride(0), n, k, splits, BN=block, BIAS=has_bias
+        )

@@ -1,0 +1,170 @@
+"""What the compiler makes of every entry of the kernels' table, without a GPU: `python -m tools.compiled`.
+
+Compiles for sm_80, sm_90 and sm_100 and writes registers, stack, shared memory and instruction counts to
+kernels/results/compiled.csv, which a change is compared with.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, compile
+
+from hsvit_kernels import attention_kernels, configurations, linear_kernels
+
+RESULTS = Path(__file__).parents[1] / "kernels/results/compiled.csv"
+CAPABILITIES = (80, 90, 100)
+SHARED_LIMIT = {80: 166912, 90: 232448, 100: 232448}  # bytes a program may use (CUDA programming guide, table 30)
+TYPES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
+LAUNCH = ("num_warps", "num_stages")
+
+
+@dataclass(frozen=True)
+class Case:
+    """A kernel with everything that it is specialised on. pointers, scalars: parameter to its type."""
+
+    kernel: Any
+    types: dict[str, str]
+    constants: dict[str, Any]
+    options: dict[str, int]
+    name: tuple[str, str, str] = field(default=("", "", ""))
+
+
+def compiled(case: Case, capability: int) -> dict[str, Any]:
+    """Registers a thread, stack and shared memory in bytes, and instructions by kind."""
+    names = case.kernel.arg_names
+    signature = {name: case.types.get(name, "constexpr") for name in names}
+    constants = {(names.index(name),): value for name, value in case.constants.items()}
+    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if signature[name].startswith("*")}
+    source = ASTSource(case.kernel, signature, constants, aligned)
+    kernel = compile(source, target=GPUTarget("cuda", capability, 32), options=case.options)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        usage = _run(knobs.nvidia.cuobjdump.path, "-res-usage", file.name)
+        assembly = _run(knobs.nvidia.nvdisasm.path, "-c", file.name)
+    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+    assert found is not None, usage
+    kinds = Counter(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z0-9]+)", assembly, re.M))
+    tensor = sum(count for kind, count in kinds.items() if re.fullmatch(r"HMMA|.*GMMA|UTC.*MMA", kind))
+    return {
+        "registers": int(found[1]),
+        "stack": int(found[2]),
+        "spills": kinds["LDL"] + kinds["STL"],
+        "shared": kernel.metadata.shared,
+        "instructions": kinds.total(),
+        "tensor core": tensor,
+    }
+
+
+def _run(*command: str) -> str:
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def attention_case(kernel: str, shape: tuple[int, ...], dtype: str, options: dict[str, Any]) -> Case:
+    """A kernel of grouped attention for the shape class (NP, DP, whether slabs and columns are full)."""
+    tile, padded, full = shape
+    width, heads = (padded, padded // 8) if full else (padded - 8, 8)
+    low = "*" + TYPES[dtype]
+    head = width // heads
+    constants: dict[str, Any] = {"N": tile, "NP": tile, "D": width, "DP": padded}
+    precision = {"PRECISION": "ieee" if dtype == "float32" else "tf32"}
+    slab = {"HEADS": heads, "HPS": 2 if head <= 8 else 1, "SW": 16}
+    types = dict.fromkeys(attention_kernels.forward.arg_names, "*fp32")
+    types |= dict.fromkeys(("first_group", "threshold", "batch", "depth"), "i32")
+    types |= dict.fromkeys(("stride_image", "stride_token"), "i64")
+    types |= dict.fromkeys(("eps", "keep_scale"), "fp32") | dict.fromkeys(("key", "images"), "*i32")
+    types |= dict.fromkeys(("rows", "share"), "i32")
+    low_ones = ("tokens", "qkv_weight", "out_weight", "out", "saved", "dqkv", "o_rows", "dx_rows", "dtokens")
+    types |= dict.fromkeys(low_ones, low) | dict.fromkeys(("dout", "dcls", "products", "sums"), "*fp32")
+    launch = {key: value for key, value in options.items() if key in LAUNCH}
+    function = {
+        "attention_forward": attention_kernels.forward,
+        "attention_backward": attention_kernels.backward,
+        "attention_products": attention_kernels.weight_products,
+    }[kernel]
+    if kernel == "attention_products":
+        constants = {"D": width, "DP": padded, "BLOCK": options["BLOCK"]} | precision
+    else:
+        constants |= slab | {"DROPOUT": True} | precision
+        if kernel == "attention_forward":
+            constants |= {"SAVE": True, "ALL": False, "stride_column": 1}
+        else:
+            constants |= {"BLOCK": options["BLOCK"]}
+    types = {name: kind for name, kind in types.items() if name in function.arg_names and name not in constants}
+    return Case(function, types, constants, launch, (kernel, "x".join(map(str, shape)), dtype))
+
+
+def linear_case(kernel: str, shape: tuple[int, ...], dtype: str, options: dict[str, Any]) -> Case:
+    """A kernel of the sliced linear layer with everything switched on."""
+    low, tile = TYPES[dtype], {name: options[name] for name in ("BM", "BN", "BK")}
+    bm, bn, bk = tile.values()
+    constants: dict[str, Any] = tile | {"PRECISION": "ieee" if dtype == "float32" else "tf32"}
+    types = dict.fromkeys(("M", "n", "k", "share"), "i32") | {"bias": "*" + low, "bias_out": "*fp32"}
+    if kernel == "linear_forward":
+        function, flags = linear_kernels.forward, ("BIAS", "GELU", "RESIDUAL", "SAVE")
+        blocks = {"x": (bm, bk), "weight": (bn, bk), "residual": (bm, bn), "y": (bm, bn), "z": (bm, bn)}
+    elif kernel == "linear_input_gradient":
+        function, flags = linear_kernels.input_gradient, ()
+        blocks = {"dz": (bm, bk), "weight": (bk, bn), "dx": (bm, bn)}
+    else:
+        function, flags = linear_kernels.weight_gradient, ("BIAS", "ADD")
+        blocks = {"dz": (bm, bn), "x": (bm, bk), "out": (bn, bk)}
+    for name, (height, width) in blocks.items():
+        types[name] = f"tensordesc<{'fp32' if name == 'out' else low}[{height}, {width}]>"
+    constants |= dict.fromkeys(flags, True)
+    types = {name: kind for name, kind in types.items() if name in function.arg_names and name not in constants}
+    launch = {key: value for key, value in options.items() if key in LAUNCH}
+    return Case(function, types, constants, launch, (kernel, "x".join(map(str, shape)), dtype))
+
+
+def case(kernel: str, shape: tuple[int, ...], dtype: str, options: dict[str, Any]) -> Case:
+    """The compilation of a table entry."""
+    build = attention_case if kernel.startswith("attention") else linear_case
+    return build(kernel, shape, dtype, options)
+
+
+def entries() -> Iterator[tuple[Case, int]]:
+    """Every entry of the table on every capability; fp16 and bf16 share an entry and their machine code's shape."""
+    for (kernel, shape, dtype), options in configurations.table().items():
+        for capability in CAPABILITIES:
+            yield case(kernel, shape, dtype, options.get(str(capability), options["any"])), capability
+
+
+def row(entry: tuple[Case, int]) -> dict[str, Any]:
+    found, capability = entry
+    kernel, shape, dtype = found.name
+    options = {"warps": found.options["num_warps"], "stages": found.options["num_stages"]}
+    return {"kernel": kernel, "shape": shape, "dtype": dtype, "sm": capability} | options | compiled(found, capability)
+
+
+def rows(processes: int = 2) -> list[dict[str, Any]]:
+    with ProcessPoolExecutor(processes) as pool:
+        return list(pool.map(row, entries()))
+
+
+def main() -> None:
+    argparse.ArgumentParser("tools.compiled", description=__doc__).parse_args()
+    found = rows()
+    RESULTS.parent.mkdir(exist_ok=True)
+    with RESULTS.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(found[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(found)
+    print(RESULTS.read_text(), end="")
+
+
+if __name__ == "__main__":
+    main()

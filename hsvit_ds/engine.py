@@ -13,11 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import hsvit_kernels
+
 from . import optimizer as optimizers
 from .errors import RefusedError
 from .grid import Grid
 from .models.batchnorm import BatchNorm2d, Statistics, move_running_statistics, set_statistics
-from .zero import Shards, shards
+from .zero import Shards, shards, step_state
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +28,8 @@ class Config:
     """What replicas share: 0 nothing, 1 optimizer states, 2 and gradients, 3 and parameters."""
     precision: str = "auto"
     """"fp32", "bf16" (torch autocast over fp32 parameters), or "auto": bf16 on GPUs, fp32 on CPUs."""
+    kernels: str = "auto"
+    """"triton" or "reference" for every operation of hsvit_kernels, or "auto": Triton on GPUs where it is faster."""
     compile: bool = False
     """torch.compile the model's training graph; evaluation stays eager."""
     max_skipped_steps: int = 10
@@ -38,6 +42,8 @@ class Config:
             raise ValueError(f"zero_stage = {self.zero_stage}: must be 0, 1, 2 or 3")
         if self.precision not in ("auto", "fp32", "bf16"):
             raise ValueError(f'precision = "{self.precision}": must be "auto", "fp32" or "bf16"')
+        if self.kernels not in hsvit_kernels.CHOICES:
+            raise ValueError(f'kernels = "{self.kernels}": must be one of {", ".join(hsvit_kernels.CHOICES)}')
         if self.max_skipped_steps < 0:
             raise ValueError(f"max_skipped_steps = {self.max_skipped_steps}: must not be negative")
 
@@ -121,6 +127,10 @@ class Engine:
         bf16: bool,
     ) -> None:
         self.config, self.grid, self.accumulation = config, grid, accumulation
+        try:
+            hsvit_kernels.force(config.kernels, grid.device)
+        except ValueError as error:
+            raise RefusedError(f"engine: {error}") from None
         self.clip = optimizer_config.clip
         if grid.device.type == "cpu":
             os.environ.setdefault("DS_ACCELERATOR", "cpu")  # silences a warning on every rank
@@ -143,6 +153,7 @@ class Engine:
             dist_init_required=False,
         )
         self.module: nn.Module = self.deepspeed.module
+        self.step_state = step_state(self.module)
         self.shards: Shards = shards(config.zero_stage, self.module, self.optimizer, grid)
         synced = batch_statistics.synced and grid.replicas > 1
         set_statistics(self.module, Statistics(batch_statistics.runs, grid.norms if synced else None))
@@ -184,9 +195,11 @@ class Engine:
                 for loss in micro:
                     if self.config.zero_stage == 0:  # where coalescing raises
                         self.deepspeed.set_gradient_accumulation_boundary(len(losses) == last)
+                    self.step_state.last = len(losses) == last
                     self.deepspeed.backward(loss / self.accumulation)
                     losses.append(loss.detach().float())
         applied, norm = self._update()
+        self.step_state.clear()
         move_running_statistics(self.module, applied, self._runs_differ)
         loss = torch.stack(losses).sum() / self.accumulation
         if not applied:

@@ -16,7 +16,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from hsvit_kernels import StepState
+
 from .grid import Grid
+
+
+def step_state(module: nn.Module) -> StepState:
+    """What the passes of a step share about the sliced weights of a model, one that does nothing where it has none."""
+    found = getattr(module, "step_state", None)
+    return found if isinstance(found, StepState) else StepState()
 
 
 @dataclass(frozen=True)
@@ -70,6 +78,11 @@ class Shards:
 
     def publish(self) -> None:
         """Make the model compute with what is in the masters. Collective."""
+        self._publish()
+        step_state(self.module).clear()
+
+    def _publish(self) -> None:
+        pass  # the parameters are the masters
 
     # What is the same at every stage
 
@@ -139,7 +152,7 @@ class FlatShards(Shards):
             self.layout.append(fragments)
 
     @torch.no_grad()
-    def publish(self) -> None:
+    def _publish(self) -> None:
         for master, buffer in zip(self.masters, self.zero.bit16_groups_flat, strict=True):
             if self.grid.replicas == 1:
                 buffer.copy_(master)
@@ -175,7 +188,7 @@ class PartitionedShards(Shards):
             yield fragment.name, self._gather(flat, fragment, replicated=False)
 
     @torch.no_grad()
-    def publish(self) -> None:
+    def _publish(self) -> None:
         zero = self.zero
         for master, buffer in zip(self.masters, zero.fp16_partitioned_groups_flat, strict=True):
             buffer.copy_(master)

@@ -98,7 +98,7 @@ def attention_case(kernel: str, shape: tuple[int, ...], dtype: str, options: dic
     if kernel == "attention_products":
         constants = {"D": width, "DP": padded, "BLOCK": options["BLOCK"]} | precision
     else:
-        constants |= slab | {"DROPOUT": True} | precision
+        constants |= slab | {"DROPOUT": True, "HOIST": bool(options["HOIST"])} | precision
         if kernel == "attention_forward":
             constants |= {"SAVE": True, "ALL": False, "stride_column": 1}
         else:
@@ -113,11 +113,12 @@ def linear_case(kernel: str, shape: tuple[int, ...], dtype: str, options: dict[s
     bm, bn, bk = tile.values()
     constants: dict[str, Any] = tile | {"PRECISION": "ieee" if dtype == "float32" else "tf32"}
     types = dict.fromkeys(("M", "n", "k", "share"), "i32") | {"bias": "*" + low, "bias_out": "*fp32"}
+    flags: tuple[str, ...] = ()
     if kernel == "linear_forward":
         function, flags = linear_kernels.forward, ("BIAS", "GELU", "RESIDUAL", "SAVE")
         blocks = {"x": (bm, bk), "weight": (bn, bk), "residual": (bm, bn), "y": (bm, bn), "z": (bm, bn)}
     elif kernel == "linear_input_gradient":
-        function, flags = linear_kernels.input_gradient, ()
+        function = linear_kernels.input_gradient
         blocks = {"dz": (bm, bk), "weight": (bk, bn), "dx": (bm, bn)}
     else:
         function, flags = linear_kernels.weight_gradient, ("BIAS", "ADD")

@@ -4,9 +4,9 @@ Needs torch and triton only. Every operation is an ordinary function with autogr
 """
 
 from . import random, reference
-from .dispatch import force
+from .dispatch import CHOICES, force
 from .grouped_attention import grouped_attention
 from .sliced_linear import StepState, sliced_linear
 
 __version__ = "0.1.0"
-__all__ = ["StepState", "force", "grouped_attention", "random", "reference", "sliced_linear"]
+__all__ = ["CHOICES", "StepState", "force", "grouped_attention", "random", "reference", "sliced_linear"]

@@ -97,7 +97,7 @@ def forward_layer(
     x, x_cls, words, group, layer, inner, threshold, keep_scale, eps,
     norm_weight, norm_bias, qkv_weight, qkv_bias, out_weight, out_bias,
     N: tl.constexpr, NP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, HEADS: tl.constexpr, HPS: tl.constexpr,
-    SW: tl.constexpr, CC: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    SW: tl.constexpr, CC: tl.constexpr, HOIST: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """x [NP, DP], x_cls [DP, CC] fp32 to the next layer's; without `inner` the features stay as they are."""
     HD: tl.constexpr = D // HEADS
@@ -120,7 +120,7 @@ def forward_layer(
     y = tl.trans(y * gamma[None, :] + beta[None, :]).to(dtype)
     y_cls, _ = normalise(tl.trans(x_cls), column, eps, D, DP)
     y_cls = tl.trans(y_cls * gamma[None, :] + beta[None, :]).to(dtype)
-    for slab in range((HEADS + HPS - 1) // HPS):
+    for slab in tl.range(0, (HEADS + HPS - 1) // HPS, disable_licm=not HOIST):
         first = tl.multiple_of(slab * HPS, HPS)
         mine = (lane_head < HPS) & (first + lane_head < HEADS)
         both = mine[:, None] & inside[None, :]
@@ -201,7 +201,8 @@ def forward(
     norm_weight, norm_bias, qkv_weight, qkv_bias, out_weight, out_bias,
     key, images, out, saved, first_group, threshold, keep_scale, eps, batch, depth,
     N: tl.constexpr, NP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, HEADS: tl.constexpr, HPS: tl.constexpr,
-    SW: tl.constexpr, DROPOUT: tl.constexpr, SAVE: tl.constexpr, ALL: tl.constexpr, PRECISION: tl.constexpr,
+    SW: tl.constexpr, DROPOUT: tl.constexpr, SAVE: tl.constexpr, ALL: tl.constexpr, HOIST: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Grid (batch, groups). out: [B, G, D], or [B, G, T, D] with ALL. saved: [G, depth, B, T, D], layers' inputs."""
     T: tl.constexpr = N + 1
@@ -242,7 +243,7 @@ def forward(
         x, x_cls = forward_layer(
             x, x_cls, words, first_group + group, layer, True if ALL else layer < depth - 1, threshold, keep_scale, eps,
             norm_weight, norm_bias, qkv_weight, qkv_bias, out_weight, out_bias,
-            N, NP, D, DP, HEADS, HPS, SW, CC, DROPOUT, PRECISION,
+            N, NP, D, DP, HEADS, HPS, SW, CC, HOIST, DROPOUT, PRECISION,
         )  # fmt: skip
         norm_weight += D
         norm_bias += D
@@ -259,11 +260,11 @@ def forward(
 
 @triton.jit
 def backward_attend(
-    q, k, v, do, k_cls, v_cls, dk, dv, dk_cls, dv_cls, words, calls, first, threshold, keep_scale,
+    q, k, v, do, k_cls, v_cls, dk_cls, dv_cls, words, calls, first, threshold, keep_scale,
     HD: tl.constexpr, N: tl.constexpr, NP: tl.constexpr, HPS: tl.constexpr, SW: tl.constexpr, CC: tl.constexpr,
     DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """`attend` again with its gradients: do [SW, NP] to dq, o [SW, NP], and its shares added to dk, dv, dk_cls, dv_cls.
+    """`attend` again with its gradients: do [SW, NP] to dq, o, dk, dv [SW, NP]; shares added to dk_cls, dv_cls [SW].
 
     dq and dk are those of the scores in units of log2(e), still to be scaled.
     """
@@ -277,6 +278,8 @@ def backward_attend(
     k_column = tl.max(k_cls, 1)
     v_column = tl.max(v_cls, 1)
     dq = tl.zeros((SW, NP), tl.float32)
+    dk = tl.zeros((SW, NP), tl.float32)
+    dv = tl.zeros((SW, NP), tl.float32)
     o = tl.zeros((SW, NP), tl.float32)
     for head in tl.static_range(HPS):
         mine = (lane_head == head)[:, None]
@@ -335,7 +338,8 @@ def backward_layer(
     dx_cls, words, group, layer, inner, threshold, keep_scale, eps, saved, dqkv, o_rows, dx_rows,
     norm_weight, norm_bias, qkv_weight, qkv_bias, out_weight,
     N: tl.constexpr, NP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, HEADS: tl.constexpr, HPS: tl.constexpr,
-    SW: tl.constexpr, CC: tl.constexpr, BLOCK: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    SW: tl.constexpr, CC: tl.constexpr, BLOCK: tl.constexpr, HOIST: tl.constexpr, DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The gradients of a layer's output, dx_rows [T, D] and dx_cls [DP, CC], to those of its input.
 
@@ -366,7 +370,7 @@ def backward_layer(
     y_cls = tl.trans(y_cls * gamma[None, :] + beta[None, :]).to(dtype)
     dx_low = tl.trans(load(dx_rows + at_rows, valid, N == NP and D == DP))
     dx_cls_low = dx_cls.to(dtype)
-    for slab in range((HEADS + HPS - 1) // HPS):
+    for slab in tl.range(0, (HEADS + HPS - 1) // HPS, disable_licm=not HOIST):
         first = tl.multiple_of(slab * HPS, HPS)
         mine = (lane_head < HPS) & (first + lane_head < HEADS)
         both = mine[:, None] & inside[None, :]
@@ -408,11 +412,11 @@ def backward_layer(
         tl.store(dqkv + first * HD + lane, (tl.sum(dq_cls, 1) * (SCALE / LOG2E)).to(dtype), mask=mine)
         o_cls = tl.where(own, tl.dot(v, used, input_precision=PRECISION) + used_cls[None, :] * v_cls, 0.0)
         tl.store(o_rows + first * HD + lane, tl.sum(o_cls, 1).to(dtype), mask=mine)
-        dk = tl.dot(widen(q_cls.to(dtype)), tl.trans(widen(ds)), input_precision=PRECISION)
-        dv = tl.dot(widen(do_cls.to(dtype)), tl.trans(widen(used)), input_precision=PRECISION)
         dk_cls = tl.sum(q_cls * ds_cls[None, :], 1)
         dv_cls = tl.sum(do_cls * used_cls[None, :], 1)
         dq = tl.zeros((SW, NP), tl.float32)
+        dk = tl.zeros((SW, NP), tl.float32)
+        dv = tl.zeros((SW, NP), tl.float32)
         o = tl.zeros((SW, NP), tl.float32)
         if inner:
             w_q = load(qkv_weight + first * HD * D + offset, both, FULL)
@@ -420,9 +424,12 @@ def backward_layer(
             dq, o, dk, dv, dk_cls, dv_cls = backward_attend(
                 (tl.dot(w_q, y, input_precision=PRECISION) + b_q[:, None]) * SCALE, k, v,
                 tl.dot(tl.trans(w_o), dx_low, input_precision=PRECISION),
-                k_cls, v_cls, dk, dv, dk_cls, dv_cls, words, group * 2048 + layer * PAIRS, first, threshold, keep_scale,
+                k_cls, v_cls, dk_cls, dv_cls, words, group * 2048 + layer * PAIRS, first, threshold, keep_scale,
                 HD, N, NP, HPS, SW, CC, DROPOUT, PRECISION,
             )  # fmt: skip
+
+        dk = tl.dot(widen(q_cls.to(dtype)), tl.trans(widen(ds)), dk, input_precision=PRECISION)
+        dv = tl.dot(widen(do_cls.to(dtype)), tl.trans(widen(used)), dv, input_precision=PRECISION)
 
         to = dqkv + first * HD + lane
         tl.store(to + D, (dk_cls / LOG2E).to(dtype), mask=mine)
@@ -448,6 +455,7 @@ def backward_layer(
         dy = tl.dot(part, w, dy, input_precision=PRECISION)
         part = load(dqkv + k[:, None] + same[None, :], (k < 3 * D)[:, None], WHOLE)
         dy_cls = tl.dot(tl.trans(w), part, dy_cls, input_precision=PRECISION)
+    gamma = load(norm_weight + column, inside, D == DP).to(tl.float32)
     x = load(saved + at_rows, valid, N == NP and D == DP).to(tl.float32)
     dx = load(dx_rows + at_rows, valid, N == NP and D == DP).to(tl.float32)
     dx += normalise_backward(x, dy, gamma, column, eps, D, DP)
@@ -461,7 +469,8 @@ def backward(
     dout, saved, norm_weight, norm_bias, qkv_weight, qkv_bias, out_weight,
     key, images, dtokens, dcls, dqkv, o_rows, dx_rows, first_group, threshold, keep_scale, eps, batch, depth,
     N: tl.constexpr, NP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, HEADS: tl.constexpr, HPS: tl.constexpr,
-    SW: tl.constexpr, BLOCK: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    SW: tl.constexpr, BLOCK: tl.constexpr, HOIST: tl.constexpr, DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Grid (batch, groups), the depth in reverse. dout [B, G, D] to dtokens [B, K, D] and dcls [B, G, D].
 
@@ -507,7 +516,7 @@ def backward(
         dx, dx_cls = backward_layer(
             dx_cls, words, first_group + group, depth - 1 - back, back > 0, threshold, keep_scale, eps,
             saved, dqkv, o_rows, dx_rows, norm_weight, norm_bias, qkv_weight, qkv_bias, out_weight,
-            N, NP, D, DP, HEADS, HPS, SW, CC, BLOCK, DROPOUT, PRECISION,
+            N, NP, D, DP, HEADS, HPS, SW, CC, BLOCK, HOIST, DROPOUT, PRECISION,
         )  # fmt: skip
         norm_weight -= D
         norm_bias -= D

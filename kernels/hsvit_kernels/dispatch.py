@@ -9,21 +9,32 @@ import torch
 from torch import Tensor
 from triton import knobs
 
+INTERPRETED = knobs.runtime.interpret  # read when the kernels are defined, so it cannot change later
 CHOICES = ("auto", "triton", "reference")
 _log = logging.getLogger("hsvit_kernels")
 _forced = "auto"
 _told: set[tuple[str, str]] = set()
 
 
-def force(choice: str) -> None:
+def force(choice: str, device: torch.device | None = None) -> None:
     """Use "triton" or "reference" for every operation that has both, or "auto": whichever is expected to be faster.
 
     The environment variable HSVIT_KERNELS goes before.
+
+    Raises:
+        ValueError: no such choice, or one that `device` cannot run.
     """
     global _forced
     if choice not in CHOICES:
         raise ValueError(f'kernels = "{choice}": must be one of {", ".join(CHOICES)}')
     _forced = choice
+    if device is not None:
+        _check(forced(), device)
+
+
+def _check(choice: str, device: torch.device) -> None:
+    if choice == "triton" and device.type != "cuda" and not INTERPRETED:
+        raise ValueError(f"kernels = triton, but the tensors are on {device}; Triton needs CUDA or TRITON_INTERPRET=1")
 
 
 def forced() -> str:
@@ -45,10 +56,7 @@ def use_triton(operation: str, x: Tensor, why_not: str, wins: bool = True) -> bo
         ValueError: Triton is forced where it cannot run.
     """
     choice = forced()
-    if choice == "triton" and not x.is_cuda and not knobs.runtime.interpret:
-        raise ValueError(
-            f"{operation}: kernels = triton, but the tensors are on {x.device}; Triton needs CUDA or TRITON_INTERPRET=1"
-        )
+    _check(choice, x.device)
     if why_not:
         decision = False
     elif choice == "auto":

@@ -149,6 +149,7 @@ class _Accumulating(torch.autograd.Function):
     ) -> Tensor:
         low = state.low(weight, x.dtype)
         b = None if bias is None else state.low(bias, x.dtype)[rows]
+        y: Tensor
         y, z = _linear(x, low[rows, columns], b, residual, gelu, True)
         ctx.save_for_backward(x, z, low)
         ctx.full, ctx.state, ctx.slices, ctx.gelu = (weight, bias), state, (rows, columns), gelu

@@ -1,0 +1,313 @@
+"""The Triton kernels of grouped attention, in the interpreter or on a GPU, equal the reference within rounding."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from hsvit_kernels import attention_kernels as kernels
+from hsvit_kernels import dispatch, grouped_attention, reference
+from hsvit_kernels.random import Draw, keep_scale, threshold
+from tests.kernels.test_grouped_attention import NAMES, arguments
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@dataclass(frozen=True)
+class Case:
+    batch: int
+    groups: int
+    tokens: int  # of a group, without CLS
+    depth: int
+    width: int = 64
+    heads: int = 8
+    dropout: float = 0.2
+    dtype: torch.dtype = torch.float32
+
+
+CASES = [
+    Case(1, 1, 8, 1, dropout=0.0),
+    Case(3, 2, 16, 2, width=56),
+    Case(1, 2, 32, 2, dtype=torch.float16),
+    Case(5, 1, 21, 1, dtype=torch.float16),
+    Case(1, 1, 32, 8, width=56, dropout=0.0),
+    Case(1, 16, 8, 1, width=16, heads=2),
+    Case(1, 1, 64, 2, width=32, heads=4),
+    Case(1, 1, 32, 2, width=128, heads=8, dtype=torch.float16),
+    Case(2, 1, 33, 2, width=60, heads=5),
+    Case(2, 2, 5, 3, width=24, heads=6),
+    Case(2, 1, 1, 2, width=21, heads=3),
+]
+GPU_CASES = [
+    Case(batch, groups, tokens, depth, width, dropout=dropout, dtype=dtype)
+    for batch, groups, depth in [(1, 1, 8), (3, 16, 2), (5, 2, 1), (64, 16, 8)]
+    for tokens in (8, 16, 32, 21, 64)
+    for width in (64, 56)
+    for dropout in (0.0, 0.2)
+    for dtype in (torch.bfloat16, torch.float16, torch.float32)
+] + [Case(3, 2, 32, 2, 128, 16, 0.2, dtype) for dtype in (torch.bfloat16, torch.float16, torch.float32)]
+
+
+@pytest.fixture(autouse=True)
+def _as_before() -> Iterator[None]:
+    before = dispatch.forced()
+    yield
+    dispatch.force(before)
+
+
+def inputs(case: Case) -> dict[str, Tensor]:
+    """Weights of a trained layer's size, so that errors are rounding's and not chaos."""
+    found = arguments(case.batch, case.groups, case.tokens, case.depth, case.width)
+    with torch.no_grad():
+        for name in ("qkv_weight", "out_weight"):
+            found[name].mul_(2 * case.width**-0.5)
+    return {name: t.detach().to(DEVICE, case.dtype).requires_grad_() for name, t in found.items()}
+
+
+def run(
+    choice: str, a: dict[str, Tensor], case: Case, dtype: torch.dtype, **options: Any
+) -> tuple[Tensor, list[Tensor]]:
+    """The result and the gradients of all inputs, computed in `dtype`."""
+    dispatch.force(choice)
+    a = {name: t.detach().to(dtype).requires_grad_() for name, t in a.items()}
+    draw = Draw.of(1, 2, 3, image=torch.arange(7, 7 + case.batch), device=DEVICE)
+    y = grouped_attention(**a, heads=case.heads, dropout=case.dropout, draw=draw, first_group=3, **options)
+    weight = torch.linspace(-1, 1, y.numel(), dtype=torch.float64, device=DEVICE).view_as(y)
+    return y.detach(), list(torch.autograd.grad((y.double() * weight).sum(), list(a.values())))
+
+
+def check(case: Case) -> None:
+    """Errors against fp64 are within 2 (result) and 3 times (gradients) those of plain PyTorch in the same dtype."""
+    a = inputs(case)
+    exact, ours, plain = (
+        run(choice, a, case, dtype)
+        for choice, dtype in [("reference", torch.float64), ("triton", case.dtype), ("reference", case.dtype)]
+    )
+    names = ["result", *a]
+    for name, e, o, p in zip(names, (exact[0], *exact[1]), (ours[0], *ours[1]), (plain[0], *plain[1]), strict=True):
+        allowed = (2 if name == "result" else 3) * (p - e).abs().max() + 4 * torch.finfo(case.dtype).eps * e.abs().max()
+        assert (o - e).abs().max() <= allowed, name
+        assert o.dtype == case.dtype
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_results_and_gradients_are_within_rounding(case: Case) -> None:
+    check(case)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", GPU_CASES, ids=str)
+def test_results_and_gradients_are_within_rounding_on_a_gpu(case: Case) -> None:
+    check(case)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", GPU_CASES[::3], ids=str)
+def test_results_repeat_bit_for_bit_on_a_gpu(case: Case) -> None:
+    a = inputs(case)
+    first, *others = (run("triton", a, case, case.dtype) for _ in range(3))
+    for other in others:
+        assert torch.equal(first[0], other[0])
+        for x, y in zip(first[1], other[1], strict=True):
+            assert torch.equal(x, y)
+
+
+@triton.jit
+def keep_kernel(key, images, out, group, layer, thr, T, HEADS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """out [images, heads, T, T]: 1 where `kept` keeps, computed in tiles of any size."""
+    image, head = tl.program_id(0) // HEADS, tl.program_id(0) % HEADS
+    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)[:, None]
+    column = tl.program_id(2) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    words = kernels.hash_key(key, images, image)
+    call = group * 2048 + layer * ((HEADS + 1) // 2) + head // 2
+    ones = tl.full((ROWS, COLUMNS), 1.0, tl.float32)
+    limit = thr.to(tl.uint32) << 24
+    found = kernels.kept(ones, words, call, (row + 255) % 256, (column + 255) % 256, head, limit)
+    tl.store(out + (tl.program_id(0) * T + row) * T + column, found, mask=(row < T) & (column < T))
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(16, 16), (32, 8), (64, 128)])
+def test_the_dropout_mask_is_the_references_for_every_tiling(rows: int, columns: int) -> None:
+    heads, tokens, layer, group = 5, 70, 3, 9
+    draw = Draw.of(4, 5, image=torch.tensor([2, 300]), device=DEVICE)
+    expected = reference.Keep(draw, 0.2, layer, heads, range(group, group + 1), tokens, tokens).mask(slice(0, 2))
+    out = torch.empty(2, heads, tokens, tokens, device=DEVICE)
+    grid = (2 * heads, triton.cdiv(tokens, rows), triton.cdiv(tokens, columns))
+    limit = threshold(0.2)
+    keep_kernel[grid](draw.key, draw.image, out, group, layer, limit, tokens, HEADS=heads, ROWS=rows, COLUMNS=columns)
+    assert torch.equal(out.bool(), expected[:, 0])
+    rate = 1 - limit / 256
+    assert abs(out.mean().item() - rate) < 3 * (rate * (1 - rate) / out.numel()) ** 0.5
+    assert keep_scale(0.2) == 1 / rate
+
+
+def test_strided_tokens_and_an_empty_batch() -> None:
+    case = Case(2, 2, 8, 1, width=16, heads=2)
+    a = inputs(case)
+    wide = torch.randn(2, 16, 16, device=DEVICE).transpose(1, 2)  # [B, K, D] whose columns lie furthest apart
+    rest = {name: a[name] for name in NAMES}
+    dispatch.force("triton")
+    strided = grouped_attention(wide, **rest, heads=2)
+    torch.testing.assert_close(strided, grouped_attention(wide.contiguous(), **rest, heads=2))
+    empty = grouped_attention(a["tokens"][:0], **rest, heads=2)
+    assert empty.shape == (0, 2, 16)
+    empty.sum().backward()
+
+
+def test_all_tokens_are_those_of_the_reference() -> None:
+    case = Case(2, 2, 9, 2, width=16, heads=2)
+    a = inputs(case)
+    with torch.no_grad():
+        found = []
+        for choice in ("triton", "reference"):
+            dispatch.force(choice)
+            found.append(grouped_attention(**a, heads=2, all_tokens=True))
+    assert found[0].shape == (2, 2, 10, 16)
+    torch.testing.assert_close(*found)
+    dispatch.force("reference")
+    torch.testing.assert_close(found[0][:, :, 0], grouped_attention(**a, heads=2))
+
+
+def test_the_key_bias_gets_an_exact_zero() -> None:
+    case = Case(2, 1, 8, 1, width=16, heads=2)
+    _, gradients = run("triton", inputs(case), case, torch.float32)
+    bias = gradients[1 + NAMES.index("qkv_bias")]
+    assert not bias[..., 16:32].any()
+    assert bias[..., :16].abs().min() > 0
+
+
+@pytest.mark.filterwarnings("ignore:Input .* requires gradient and is not a double")
+def test_gradients_are_those_of_the_function() -> None:
+    case = Case(1, 1, 3, 2, width=8, heads=2)
+    a = inputs(case)
+    draw = Draw.of(1, image=torch.arange(1), device=DEVICE)
+    dispatch.force("triton")
+
+    def attention(*values: Tensor) -> Tensor:
+        return grouped_attention(**dict(zip(a, values, strict=True)), heads=2, dropout=0.2, draw=draw)
+
+    # fp32 needs a wide step; the key bias moves every score of a row alike, so its true gradient is zero too
+    assert torch.autograd.gradcheck(attention, tuple(a.values()), eps=1e-2, atol=5e-3, rtol=2e-2, fast_mode=True)
+
+
+def test_a_step_of_eight_layers_is_one_launch_forward_and_three_backward(monkeypatch: pytest.MonkeyPatch) -> None:
+    launches: list[str] = []
+
+    def count(kernel: Any) -> None:
+        launch = kernel.run
+        monkeypatch.setattr(
+            kernel, "run", lambda *args, **kwargs: (launches.append(kernel.fn.__name__), launch(*args, **kwargs))
+        )
+
+    for name in dir(kernels):
+        if hasattr(getattr(kernels, name), "arg_names"):
+            count(getattr(kernels, name))
+    case = Case(1, 16, 1, 8, width=8, heads=1)  # small, as only the launches are counted
+    a = inputs(case)
+    dispatch.force("triton")
+    y = grouped_attention(**a, heads=1)
+    assert launches == ["forward"]
+    y.sum().backward()
+    assert launches[1:] == ["backward", "weight_products", "weight_gradients"]
+
+
+def test_compiled_and_exported_programs_hold_the_operation() -> None:
+    case = Case(2, 2, 4, 1, width=16, heads=2)
+    a = inputs(case)
+    draw = Draw.of(1, 2, image=torch.arange(2), device=DEVICE)
+    dispatch.force("triton")
+
+    class Model(torch.nn.Module):
+        def forward(self, a: dict[str, Tensor]) -> Tensor:
+            return grouped_attention(**a, heads=2, dropout=0.2, draw=draw)
+
+    eager = Model()(a)
+    compiled = torch.compile(Model(), fullgraph=True, backend="aot_eager")(a)
+    torch.testing.assert_close(compiled, eager)
+    weight = torch.linspace(-1, 1, eager.numel(), device=DEVICE).view_as(eager)
+    gradients = [torch.autograd.grad((y * weight).sum(), list(a.values())) for y in (compiled, eager)]
+    for ours, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, theirs)
+    exported = torch.export.export(Model(), (a,))
+    assert "hsvit_kernels.grouped_attention" in exported.graph_module.code
+    torch.testing.assert_close(exported.module()(a), eager)
+
+
+def test_the_operations_are_registered_as_pytorch_expects() -> None:
+    case = Case(2, 2, 4, 1, width=16, heads=2)
+    a = list(inputs(case).values())
+    draw = Draw.of(1, 2, image=torch.arange(2), device=DEVICE)
+    operations = torch.ops.hsvit_kernels
+    mode = (2, threshold(0.2), 0, 1e-5)
+    torch.library.opcheck(operations.grouped_attention.default, (*a, draw.key, draw.image, *mode, False, True))
+    a = [t.detach() for t in a]
+    torch.library.opcheck(operations.grouped_attention.default, (*a, None, None, 2, 0, 0, 1e-5, False, False))
+    _, saved = operations.grouped_attention(*a, draw.key, draw.image, *mode, False, True)
+    dout = torch.randn(2, 2, 16, device=DEVICE)
+    gradient = operations.grouped_attention_backward.default
+    torch.library.opcheck(gradient, (dout, *a, draw.key, draw.image, saved, *mode))
+
+
+def test_autocast_computes_in_its_dtype_and_keeps_the_weights_gradients_in_theirs() -> None:
+    case = Case(1, 1, 8, 1, width=16, heads=2)
+    a = inputs(case)
+    low = torch.bfloat16 if DEVICE == "cuda" else torch.float16  # the interpreter's bf16 is not to be trusted
+    dispatch.force("triton")
+    with torch.autocast(DEVICE, low):
+        y = grouped_attention(**a, heads=2)
+    assert y.dtype == low
+    y.float().sum().backward()
+    assert all(t.grad is not None and t.grad.dtype == torch.float32 for t in a.values())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"tokens": torch.zeros(3, 20, 16, dtype=torch.int64)}, "tokens has dtype torch.int64: must be floating point"),
+        ({"cls": torch.zeros(4, 16, device="meta")}, "cls is on meta: must be on cpu, as tokens is"),
+        ({"qkv_weight": torch.zeros(4, 48, 16)}, r"qkv_weight has shape \(4, 48, 16\): must be \[G, A, 3D, D\]"),
+    ],
+)
+def test_bad_input_is_refused_by_name(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        grouped_attention(**{**arguments(), "heads": 2, **change})
+
+
+def test_too_many_tokens_go_to_the_reference_and_the_log_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    dispatch.force("triton")
+    dispatch._told.clear()
+    a = inputs(Case(1, 1, 70, 1, width=16, heads=2))
+    with caplog.at_level("INFO", logger="hsvit_kernels"):
+        grouped_attention(**a, heads=2)
+        grouped_attention(**a, heads=2)
+    told = [record.message for record in caplog.records]
+    assert told == [
+        "grouped_attention: reference (D = 16 with T = 71: fused are D <= 64 with T <= 65 and D <= 128 with T <= 33)"
+    ]
+
+
+def test_the_choice_can_be_forced_by_name_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match='kernels = "cuda": must be one of auto, triton, reference'):
+        dispatch.force("cuda")
+    monkeypatch.setenv("HSVIT_KERNELS", "fast")
+    with pytest.raises(ValueError, match='HSVIT_KERNELS = "fast": must be one of'):
+        dispatch.forced()
+    monkeypatch.setenv("HSVIT_KERNELS", "reference")
+    dispatch.force("triton")
+    assert dispatch.forced() == "reference"
+
+
+def test_triton_is_refused_where_it_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "INTERPRETED", False)
+    dispatch.force("triton")
+    with pytest.raises(
+        ValueError, match="kernels = triton, but the tensors are on cpu; Triton needs CUDA or TRITON_INTERPRET=1"
+    ):
+        grouped_attention(**arguments(), heads=2)

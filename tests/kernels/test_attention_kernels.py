@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,13 +52,6 @@ GPU_CASES = [
     for dropout in (0.0, 0.2)
     for dtype in (torch.bfloat16, torch.float16, torch.float32)
 ] + [Case(3, 2, 32, 2, 128, 16, 0.2, dtype) for dtype in (torch.bfloat16, torch.float16, torch.float32)]
-
-
-@pytest.fixture(autouse=True)
-def _as_before() -> Iterator[None]:
-    before = dispatch.forced()
-    yield
-    dispatch.force(before)
 
 
 def inputs(case: Case) -> dict[str, Tensor]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -15,13 +14,6 @@ from hsvit_kernels import StepState, dispatch, sliced_linear
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * (DEVICE == "cuda")
 N, K = 96, 64
-
-
-@pytest.fixture(autouse=True)
-def _as_before() -> Iterator[None]:
-    before = dispatch.forced()
-    yield
-    dispatch.force(before)
 
 
 def tensors(rows: int, n: int, k: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, ...]:

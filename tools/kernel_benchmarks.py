@@ -1,0 +1,477 @@
+"""Every kernel beside everything a user could pick today: `python -m tools.benchmark kernels`.
+
+On one NVIDIA GPU, with torch, triton, numpy and matplotlib only. One row an operation, shape and implementation, with
+the device's own roofs measured in the same run; without a GPU the rows say "not run".
+"""
+
+from __future__ import annotations
+
+import csv
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import triton
+from torch import Tensor, nn
+
+from hsvit_kernels import StepState, force, grouped_attention, sliced_linear
+from hsvit_kernels.random import Draw
+
+RESULTS = Path(__file__).parents[1] / "kernels/results"
+Run = Callable[[], Any]
+COLUMNS = (
+    "operation", "shape", "dropout", "passes", "implementation", "device", "torch", "triton",
+    "ms p20", "ms p50", "ms p80", "TFLOP/s", "GB/s", "% of roof", "error",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Roofs:
+    """What the device reaches: TFLOP/s of a bf16 matrix product, GB/s of a copy."""
+
+    tflops: float
+    gigabytes: float
+
+
+@dataclass(frozen=True)
+class Attention:
+    """A grouped attention problem; the last layer is counted for what leaves it, CLS."""
+
+    batch: int
+    groups: int
+    tokens: int  # of a group, with CLS
+    width: int
+    depth: int
+    heads: int = 8
+
+    @property
+    def name(self) -> str:
+        return f"B{self.batch} G{self.groups} T{self.tokens} D{self.width} L{self.depth}"
+
+    def flops(self) -> float:
+        t, d = self.tokens, self.width
+        inner = 8 * t * d**2 + 4 * t**2 * d
+        last = 4 * t * d**2 + 4 * d**2 + 4 * t * d
+        return float(self.batch * self.groups * ((self.depth - 1) * inner + last))
+
+    def bytes(self, backward: bool) -> float:
+        """Least traffic in bf16: tokens and weights; in training also what `kernels/README.md` counts."""
+        rows = self.batch * self.groups * self.tokens * self.width
+        weights = self.groups * self.depth * 4 * self.width**2
+        forward = 2 * rows + 2 * weights
+        if not backward:
+            return float(forward)
+        return float(forward + 2 * rows + 6 * weights + 2 * rows * self.depth * 13)
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A linear layer of DeiT at a width, over every token of a batch."""
+
+    name: str
+    rows: int
+    full: tuple[int, int]
+    width: float
+    gelu: bool = False
+    residual: bool = False
+
+    @property
+    def slice(self) -> tuple[int, int]:
+        return int(self.full[0] * self.width), int(self.full[1] * self.width)
+
+
+ATTENTION = (
+    Attention(512, 16, 33, 64, 8),
+    Attention(512, 64, 33, 64, 8),
+    Attention(512, 64, 33, 56, 2),
+    Attention(512, 16, 17, 64, 4),
+    Attention(512, 16, 9, 64, 2),
+)
+ROWS = 256 * 197
+LINEAR = tuple(
+    Linear(name, ROWS, full, width, gelu, residual)
+    for name, full, gelu, residual in (
+        ("qkv", (1152, 384), False, False),
+        ("proj", (384, 384), False, True),
+        ("fc1", (1536, 384), True, False),
+        ("fc2", (384, 1536), False, True),
+    )
+    for width in (1.0, 0.75, 0.5, 0.25)
+)
+
+
+# Grouped attention
+
+
+def attention_inputs(case: Attention, device: str, dtype: torch.dtype) -> dict[str, Tensor]:
+    g, d, a, t = case.groups, case.width, case.depth, case.tokens
+    torch.manual_seed(0)
+    found = {
+        "tokens": torch.randn(case.batch, g * (t - 1), d),
+        "cls": torch.randn(g, d),
+        "positions": torch.randn(g, t, d),
+        "norm_weight": torch.ones(g, a, d),
+        "norm_bias": torch.zeros(g, a, d),
+        "qkv_weight": torch.randn(g, a, 3 * d, d) * d**-0.5,
+        "qkv_bias": torch.zeros(g, a, 3 * d),
+        "out_weight": torch.randn(g, a, d, d) * d**-0.5,
+        "out_bias": torch.zeros(g, a, d),
+    }
+    return {name: tensor.to(device, dtype).requires_grad_() for name, tensor in found.items()}
+
+
+def with_cls(a: dict[str, Tensor], groups: int) -> Tensor:
+    """[G, B, T, D]: every group's tokens behind its CLS, positions added."""
+    x = a["tokens"].unflatten(1, (groups, -1)).transpose(0, 1)
+    x = torch.cat((a["cls"][:, None, None].expand(-1, x.shape[1], -1, -1), x), dim=2)
+    return x + a["positions"][:, None]
+
+
+def batched(a: dict[str, Tensor], case: Attention, dropout: float) -> Tensor:
+    """All groups in one batched product, attention by scaled_dot_product_attention."""
+    x = with_cls(a, case.groups)
+    for layer in range(case.depth):
+        y = (
+            F.layer_norm(x, (case.width,)) * a["norm_weight"][:, layer, None, None]
+            + a["norm_bias"][:, layer, None, None]
+        )
+        bias = a["qkv_bias"][:, layer, None]
+        qkv = torch.baddbmm(bias, y.flatten(1, 2), a["qkv_weight"][:, layer].transpose(1, 2))
+        q, k, v = qkv.view(case.groups * case.batch, case.tokens, 3, case.heads, -1).permute(2, 0, 3, 1, 4)
+        if layer == case.depth - 1:
+            q, x = q[:, :, :1], x[:, :, :1]
+        o = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
+        o = o.transpose(1, 2).reshape(case.groups, -1, case.width)
+        out = torch.baddbmm(a["out_bias"][:, layer, None], o, a["out_weight"][:, layer].transpose(1, 2))
+        x = x + out.view_as(x)
+    return x[:, :, 0].transpose(0, 1)
+
+
+def loop(a: dict[str, Tensor], case: Attention, dropout: float) -> Callable[[], Tensor]:
+    """One nn.MultiheadAttention a group and layer, as the published code has them; it has weights of its own."""
+    tokens = a["tokens"]
+    norms = [nn.LayerNorm(case.width).to(tokens) for _ in range(case.groups * case.depth)]
+    layers = [
+        nn.MultiheadAttention(case.width, case.heads, dropout, batch_first=True).to(tokens)
+        for _ in range(case.groups * case.depth)
+    ]
+
+    def run() -> Tensor:
+        found = []
+        for group, x in enumerate(with_cls(a, case.groups)):
+            for layer in range(group * case.depth, (group + 1) * case.depth):
+                y = norms[layer](x)
+                x = x + layers[layer](y, y, y, need_weights=False)[0]
+            found.append(x[:, 0])
+        return torch.stack(found, 1)
+
+    return run
+
+
+def attention(a: dict[str, Any], case: Attention, dropout: float = 0.0, draw: Draw | None = None) -> Tensor:
+    return grouped_attention(**a, heads=case.heads, dropout=dropout, draw=draw)
+
+
+def attention_runs(case: Attention, dropout: float, device: str, dtype: torch.dtype) -> Iterator[tuple[str, Run]]:
+    """The forward of every implementation."""
+    a = attention_inputs(case, device, dtype)
+    draw = Draw.of(0, image=torch.arange(case.batch), device=device)
+
+    def ours(choice: str) -> Run:
+        def run() -> Tensor:
+            force(choice)
+            return attention(a, case, dropout, draw)
+
+        return run
+
+    yield "hsvit_kernels", ours("triton")
+    yield "batched reference", ours("reference")
+    yield "batched, SDPA", lambda: batched(a, case, dropout)
+    if device == "cuda" and case == ATTENTION[0]:  # a compilation takes a minute
+        yield (
+            "batched, SDPA, compiled with CUDA graphs",
+            torch.compile(lambda: batched(a, case, dropout), mode="reduce-overhead", fullgraph=True),
+        )
+    yield "loop over groups", loop(a, case, dropout)
+
+
+def attention_rows(case: Attention, device: str, dtype: torch.dtype, roofs: Roofs) -> Iterator[dict[str, Any]]:
+    with torch.no_grad():
+        force("reference")
+        exact = attention_inputs(case, device, torch.float32)
+        exact = {name: t.detach().to(dtype).float() for name, t in exact.items()}
+        truth = attention(exact, case)
+    for dropout, backward in itertools.product((0.0, 0.2), (False, True)):
+        for name, run in attention_runs(case, dropout, device, dtype):
+            with torch.set_grad_enabled(backward):
+                y = run()
+            dy = torch.randn_like(y)
+            step = training(run, dy) if backward else inference(run)
+            error = float((y.detach() - truth).abs().max() / truth.abs().max())
+            flops = case.flops() * (4 if backward else 1)
+            yield {
+                "operation": "grouped attention",
+                "shape": case.name,
+                "dropout": dropout,
+                "passes": "forward + backward" if backward else "forward",
+                "implementation": name,
+                "error": "" if dropout or name.startswith("loop") else f"{error:.2g}",
+            } | figures(measure(step, device), flops, case.bytes(backward), roofs)
+            torch.cuda.empty_cache()
+
+
+def training(run: Run, dy: Tensor) -> Run:
+    def step() -> None:
+        run().backward(dy)
+
+    return step
+
+
+def inference(run: Run) -> Run:
+    def step() -> Any:
+        with torch.no_grad():
+            return run()
+
+    return step
+
+
+# Sliced linear
+
+
+def linear_runs(case: Linear, device: str, dtype: torch.dtype) -> Iterator[tuple[str, Run]]:
+    n, k = case.slice
+    torch.manual_seed(0)
+    x = torch.randn(case.rows, k, device=device, dtype=dtype).requires_grad_()
+    residual = torch.randn(case.rows, n, device=device, dtype=dtype) if case.residual else None
+    weight = (torch.randn(case.full, device=device) * case.full[1] ** -0.5).requires_grad_()
+    bias = torch.zeros(case.full[0], device=device, requires_grad=True)
+    low_weight, low_bias = (t.detach().to(dtype).requires_grad_() for t in (weight, bias))
+    state = StepState()
+    state.last = False
+
+    def plain() -> Tensor:
+        y = F.linear(x, low_weight[:n, :k], low_bias[:n])
+        y = F.gelu(y) if case.gelu else y
+        return y if residual is None else y + residual
+
+    def ours(choice: str) -> Run:
+        def run() -> Tensor:
+            force(choice)
+            return sliced_linear(x, weight, bias, out_features=n, gelu=case.gelu, residual=residual, state=state)
+
+        return run
+
+    yield "hsvit_kernels, Triton", ours("triton")
+    yield "hsvit_kernels, cuBLAS", ours("reference")
+    yield "F.linear on a slice", plain
+
+
+def linear_rows(case: Linear, device: str, dtype: torch.dtype, roofs: Roofs) -> Iterator[dict[str, Any]]:
+    n, k = case.slice
+    truth: Tensor | None = None
+    for backward in (False, True):
+        runs = dict(linear_runs(case, device, dtype))
+        for name, run in runs.items():
+            with torch.set_grad_enabled(backward):
+                y = run()
+            if truth is None:
+                truth = runs["F.linear on a slice"]().detach().float()
+            step = training(run, torch.randn_like(y)) if backward else inference(run)
+            moved = 2 * (case.rows * (n + k) + n * k) * (3 if backward else 1)
+            yield {
+                "operation": f"sliced linear {case.name}",
+                "shape": f"M{case.rows} {k}->{n} of {case.full[1]}->{case.full[0]}",
+                "dropout": 0.0,
+                "passes": "forward + backward" if backward else "forward",
+                "implementation": name,
+                "error": f"{float((y.detach() - truth).abs().max() / truth.abs().max()):.2g}",
+            } | figures(measure(step, device), 2.0 * case.rows * n * k * (3 if backward else 1), moved, roofs)
+
+
+class FourWidths(nn.Module):
+    """The blocks of a DeiT as a step at four widths computes them; heads get narrower, not fewer."""
+
+    def __init__(self, width: int, depth: int, heads: int, gather: bool) -> None:
+        super().__init__()
+        self.heads, self.state = heads, StepState() if gather else None
+        shapes = {
+            "qkv": (3 * width, width),
+            "proj": (width, width),
+            "fc1": (4 * width, width),
+            "fc2": (width, 4 * width),
+        }
+        self.blocks = nn.ModuleList(
+            nn.ModuleDict({name: nn.Linear(i, o) for name, (o, i) in shapes.items()}) for _ in range(depth)
+        )
+
+    def linear(self, layer: nn.Linear, x: Tensor, n: int, gelu: bool = False, residual: Tensor | None = None) -> Tensor:
+        weight, bias = layer.weight, layer.bias
+        if self.state is not None:
+            return sliced_linear(x, weight, bias, out_features=n, gelu=gelu, residual=residual, state=self.state)
+        y = F.linear(x, weight[:n, : x.shape[-1]], bias[:n])
+        y = F.gelu(y) if gelu else y
+        return y if residual is None else y + residual
+
+    def forward(self, x: Tensor) -> Tensor:
+        d = x.shape[-1]
+        block: Any  # nn.ModuleDict; torch's stubs lose it
+        for block in self.blocks:
+            y = F.layer_norm(x, (d,))
+            q, k, v = self.linear(block["qkv"], y, 3 * d).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+            o = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+            x = self.linear(block["proj"], o, d, residual=x)
+            h = self.linear(block["fc1"], F.layer_norm(x, (d,)), 4 * d, gelu=True)
+            x = self.linear(block["fc2"], h, d, residual=x)
+        return x
+
+
+def four_widths(
+    device: str, roofs: Roofs, batch: int = 256, tokens: int = 197, width: int = 384, depth: int = 12, heads: int = 6
+) -> Iterator[dict[str, Any]]:
+    """DeiT-S at widths 1, 0.75, 0.5 and 0.25: four forwards and backwards, under autocast."""
+    widths = [int(width * w) for w in (1, 0.75, 0.5, 0.25)]
+    flops = sum(3 * 2 * batch * tokens * 12 * w * w * depth for w in widths)
+    for name, gather, choice in (
+        ("hsvit_kernels, Triton", True, "triton"),
+        ("hsvit_kernels, cuBLAS", True, "reference"),
+        ("autograd slicing", False, "reference"),
+    ):
+        torch.manual_seed(0)
+        model = FourWidths(width, depth, heads, gather).to(device)
+        inputs = [torch.randn(batch, tokens, w, device=device, dtype=torch.bfloat16) for w in widths]
+
+        def step(model: FourWidths = model, inputs: list[Tensor] = inputs, choice: str = choice) -> None:
+            force(choice)
+            for index, x in enumerate(inputs):
+                if model.state is not None:
+                    model.state.last = index == len(inputs) - 1
+                with torch.autocast(device, torch.bfloat16):
+                    y = model(x)
+                y.float().square().mean().backward()
+            if model.state is not None:
+                model.state.clear()
+            model.zero_grad()
+
+        yield {
+            "operation": "DeiT-S blocks, four widths",
+            "shape": f"B{batch} T{tokens} D{width} L{depth}",
+            "dropout": 0.0,
+            "passes": "forward + backward",
+            "implementation": name,
+            "error": "",
+        } | figures(measure(step, device), flops, 0, roofs)
+
+
+# Measuring
+
+
+def measure(step: Run, device: str) -> list[float]:
+    """Milliseconds: 20th, 50th and 80th percentile."""
+    if device != "cuda":
+        return [0.0, 0.0, 0.0] if step() is None else [0.0] * 3
+    found: list[float] = triton.testing.do_bench(step, warmup=25, rep=150, quantiles=[0.2, 0.5, 0.8])
+    return found
+
+
+def figures(ms: list[float], flops: float, moved: float, roofs: Roofs) -> dict[str, Any]:
+    seconds = ms[1] / 1000 or float("inf")
+    tflops, gigabytes = flops / seconds / 1e12, moved / seconds / 1e9
+    share = max(tflops / roofs.tflops, gigabytes / roofs.gigabytes)
+    return {
+        **dict(zip(("ms p20", "ms p50", "ms p80"), (round(v, 4) for v in ms), strict=True)),
+        "TFLOP/s": round(tflops, 1),
+        "GB/s": round(gigabytes, 1),
+        "% of roof": round(100 * share, 1),
+    }
+
+
+def measured_roofs() -> Roofs:
+    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    product = triton.testing.do_bench(lambda: a @ b, quantiles=[0.5])
+    source = torch.empty(2**30, device="cuda", dtype=torch.uint8)
+    target = torch.empty_like(source)
+    copy = triton.testing.do_bench(lambda: target.copy_(source), quantiles=[0.5])
+    return Roofs(2 * 8192**3 / product / 1e9, 2 * 2**30 / copy / 1e6)
+
+
+def not_run() -> Iterator[dict[str, Any]]:
+    """The rows that a GPU would fill."""
+    names = ["hsvit_kernels", "batched reference", "batched, SDPA", "loop over groups"]
+    compiled = "batched, SDPA, compiled with CUDA graphs"
+    passes = ("forward", "forward + backward")
+    for case, dropout, kind in itertools.product(ATTENTION, (0.0, 0.2), passes):
+        for name in [*names, *[compiled] * (case == ATTENTION[0])]:
+            yield {"operation": "grouped attention", "shape": case.name, "dropout": dropout, "passes": kind} | {
+                "implementation": name
+            }
+    for linear, kind in itertools.product(LINEAR, passes):
+        (n, k), full = linear.slice, linear.full
+        for name in ("hsvit_kernels, Triton", "hsvit_kernels, cuBLAS", "F.linear on a slice"):
+            yield {
+                "operation": f"sliced linear {linear.name}",
+                "shape": f"M{linear.rows} {k}->{n} of {full[1]}->{full[0]}",
+                "dropout": 0.0,
+                "passes": kind,
+                "implementation": name,
+            }
+    for name in ("hsvit_kernels, Triton", "hsvit_kernels, cuBLAS", "autograd slicing"):
+        yield {
+            "operation": "DeiT-S blocks, four widths",
+            "shape": "B256 T197 D384 L12",
+            "dropout": 0.0,
+            "passes": "forward + backward",
+            "implementation": name,
+        }
+
+
+def draw_roofline(rows: list[dict[str, Any]], roofs: Roofs, file: Path) -> None:
+    """Every row over its arithmetic intensity, under the roofs of the same run."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(9, 6), layout="constrained")
+    intensity = [2**e for e in range(12)]
+    axes.plot(
+        intensity, [min(roofs.tflops, i * roofs.gigabytes / 1000) for i in intensity], "k-", label="measured roof"
+    )
+    shown = [row for row in rows if row["GB/s"]]
+    for name in dict.fromkeys(row["implementation"] for row in shown):
+        mine = [row for row in shown if row["implementation"] == name]
+        axes.plot([1000 * r["TFLOP/s"] / r["GB/s"] for r in mine], [r["TFLOP/s"] for r in mine], "o", ms=5, label=name)
+    axes.set(xscale="log", yscale="log", xlabel="FLOP a byte of least traffic", ylabel="TFLOP/s")
+    axes.legend(fontsize=8)
+    axes.grid(alpha=0.3)
+    figure.savefig(file, dpi=120)
+    pyplot.close(figure)
+
+
+def run(out: Path | None) -> None:
+    out = out or RESULTS
+    out.mkdir(parents=True, exist_ok=True)
+    about = {"device": "not run", "torch": torch.__version__, "triton": triton.__version__}
+    missing = dict.fromkeys(COLUMNS, "not run")
+    rows: list[dict[str, Any]] = []
+    if torch.cuda.is_available():
+        about["device"] = torch.cuda.get_device_name()
+        roofs = measured_roofs()
+        print(f"{about['device']}: {roofs.tflops:.0f} TFLOP/s bf16, {roofs.gigabytes:.0f} GB/s")
+        parts = [attention_rows(case, "cuda", torch.bfloat16, roofs) for case in ATTENTION]
+        parts += [linear_rows(case, "cuda", torch.bfloat16, roofs) for case in LINEAR]
+        parts.append(four_widths("cuda", roofs))
+        for row in itertools.chain(*parts):
+            rows.append(missing | about | row)
+            print("  ".join(f"{row[c]}" for c in COLUMNS if c in row), flush=True)
+        draw_roofline(rows, roofs, out / "roofline.png")
+    else:
+        print('no CUDA device: every row says "not run"')
+        rows = [missing | about | row for row in not_run()]
+    with (out / "kernels.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)

@@ -14,7 +14,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,19 +27,17 @@ from hsvit_kernels import attention_kernels, configurations, linear_kernels
 RESULTS = Path(__file__).parents[1] / "kernels/results/compiled.csv"
 CAPABILITIES = (80, 90, 100)
 SHARED_LIMIT = {80: 166912, 90: 232448, 100: 232448}  # bytes a program may use (CUDA programming guide, table 30)
-TYPES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 LAUNCH = ("num_warps", "num_stages")
 
 
 @dataclass(frozen=True)
 class Case:
-    """A kernel with everything that it is specialised on. pointers, scalars: parameter to its type."""
+    """A kernel with everything that it is specialised on; types of run-time parameters, values of the others."""
 
     kernel: Any
     types: dict[str, str]
     constants: dict[str, Any]
     options: dict[str, int]
-    name: tuple[str, str, str] = field(default=("", "", ""))
 
 
 def compiled(case: Case, capability: int) -> dict[str, Any]:
@@ -73,14 +71,13 @@ def _run(*command: str) -> str:
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
-def attention_case(kernel: str, shape: tuple[int, ...], dtype: str, options: dict[str, Any]) -> Case:
-    """A kernel of grouped attention for the shape class (NP, DP, whether slabs and columns are full)."""
-    tile, padded, full = shape
+def attention_case(kernel: str, shape: tuple[int, ...], options: dict[str, Any]) -> Case:
+    """A kernel of grouped attention for the shape class (NP, DP, whether slabs and columns are full), or (DP,)."""
+    tile, padded, full = shape if len(shape) == 3 else (0, *shape, True)
     width, heads = (padded, padded // 8) if full else (padded - 8, 8)
-    low = "*" + TYPES[dtype]
     head = width // heads
     constants: dict[str, Any] = {"N": tile, "NP": tile, "D": width, "DP": padded}
-    precision = {"PRECISION": "ieee" if dtype == "float32" else "tf32"}
+    precision = {"PRECISION": "tf32"}
     slab = {"HEADS": heads, "HPS": 2 if head <= 8 else 1, "SW": 16}
     types = dict.fromkeys(attention_kernels.forward.arg_names, "*fp32")
     types |= dict.fromkeys(("first_group", "threshold", "batch", "depth"), "i32")
@@ -88,7 +85,7 @@ def attention_case(kernel: str, shape: tuple[int, ...], dtype: str, options: dic
     types |= dict.fromkeys(("eps", "keep_scale"), "fp32") | dict.fromkeys(("key", "images"), "*i32")
     types |= dict.fromkeys(("rows", "share"), "i32")
     low_ones = ("tokens", "qkv_weight", "out_weight", "out", "saved", "dqkv", "o_rows", "dx_rows", "dtokens")
-    types |= dict.fromkeys(low_ones, low) | dict.fromkeys(("dout", "dcls", "products", "sums"), "*fp32")
+    types |= dict.fromkeys(low_ones, "*bf16") | dict.fromkeys(("dout", "dcls", "products", "sums"), "*fp32")
     launch = {key: value for key, value in options.items() if key in LAUNCH}
     function = {
         "attention_forward": attention_kernels.forward,
@@ -104,15 +101,15 @@ def attention_case(kernel: str, shape: tuple[int, ...], dtype: str, options: dic
         else:
             constants |= {"BLOCK": options["BLOCK"]}
     types = {name: kind for name, kind in types.items() if name in function.arg_names and name not in constants}
-    return Case(function, types, constants, launch, (kernel, "x".join(map(str, shape)), dtype))
+    return Case(function, types, constants, launch)
 
 
-def linear_case(kernel: str, shape: tuple[int, ...], dtype: str, options: dict[str, Any]) -> Case:
+def linear_case(kernel: str, shape: tuple[int, ...], options: dict[str, Any]) -> Case:
     """A kernel of the sliced linear layer with everything switched on."""
-    low, tile = TYPES[dtype], {name: options[name] for name in ("BM", "BN", "BK")}
+    tile = {name: options[name] for name in ("BM", "BN", "BK")}
     bm, bn, bk = tile.values()
-    constants: dict[str, Any] = tile | {"PRECISION": "ieee" if dtype == "float32" else "tf32"}
-    types = dict.fromkeys(("M", "n", "k", "share"), "i32") | {"bias": "*" + low, "bias_out": "*fp32"}
+    constants: dict[str, Any] = tile | {"PRECISION": "tf32"}
+    types = dict.fromkeys(("M", "n", "k", "share"), "i32") | {"bias": "*bf16", "bias_out": "*fp32"}
     flags: tuple[str, ...] = ()
     if kernel == "linear_forward":
         function, flags = linear_kernels.forward, ("BIAS", "GELU", "RESIDUAL", "SAVE")
@@ -124,31 +121,34 @@ def linear_case(kernel: str, shape: tuple[int, ...], dtype: str, options: dict[s
         function, flags = linear_kernels.weight_gradient, ("BIAS", "ADD")
         blocks = {"dz": (bm, bn), "x": (bm, bk), "out": (bn, bk)}
     for name, (height, width) in blocks.items():
-        types[name] = f"tensordesc<{'fp32' if name == 'out' else low}[{height}, {width}]>"
+        types[name] = f"tensordesc<{'fp32' if name == 'out' else 'bf16'}[{height}, {width}]>"
     constants |= dict.fromkeys(flags, True)
     types = {name: kind for name, kind in types.items() if name in function.arg_names and name not in constants}
     launch = {key: value for key, value in options.items() if key in LAUNCH}
-    return Case(function, types, constants, launch, (kernel, "x".join(map(str, shape)), dtype))
+    return Case(function, types, constants, launch)
 
 
-def case(kernel: str, shape: tuple[int, ...], dtype: str, options: dict[str, Any]) -> Case:
+def case(kernel: str, shape: tuple[int, ...], options: dict[str, Any]) -> Case:
     """The compilation of a table entry."""
     build = attention_case if kernel.startswith("attention") else linear_case
-    return build(kernel, shape, dtype, options)
+    return build(kernel, shape, options)
 
 
-def entries() -> Iterator[tuple[Case, int]]:
-    """Every entry of the table on every capability; fp16 and bf16 share an entry and their machine code's shape."""
-    for (kernel, shape, dtype), options in configurations.table().items():
+Entry = tuple[str, tuple[int, ...], dict[str, Any], int]
+
+
+def entries() -> Iterator[Entry]:
+    """Every entry of the table on every capability, in bf16."""
+    for (kernel, shape), options in configurations.table().items():
         for capability in CAPABILITIES:
-            yield case(kernel, shape, dtype, options.get(str(capability), options["any"])), capability
+            yield kernel, shape, options.get(str(capability), options["any"]), capability
 
 
-def row(entry: tuple[Case, int]) -> dict[str, Any]:
-    found, capability = entry
-    kernel, shape, dtype = found.name
-    options = {"warps": found.options["num_warps"], "stages": found.options["num_stages"]}
-    return {"kernel": kernel, "shape": shape, "dtype": dtype, "sm": capability} | options | compiled(found, capability)
+def row(entry: Entry) -> dict[str, Any]:
+    kernel, shape, options, capability = entry
+    about = {"kernel": kernel, "shape": "x".join(map(str, shape)), "sm": capability}
+    launch = {"warps": options["num_warps"], "stages": options["num_stages"]}
+    return about | launch | compiled(case(kernel, shape, options), capability)
 
 
 def rows(processes: int = 2) -> list[dict[str, Any]]:

@@ -45,7 +45,7 @@ def forced() -> str:
     return choice
 
 
-def use_triton(operation: str, x: Tensor, why_not: str, wins: bool = True) -> bool:
+def use_triton(operation: str, x: Tensor, why_not: str, wins: bool) -> bool:
     """Decide for one call, and log each new reason once.
 
     Args:

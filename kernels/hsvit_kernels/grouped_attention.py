@@ -14,6 +14,7 @@ from .configurations import configuration
 from .dispatch import use_triton
 from .random import Draw, threshold
 
+PROGRAMS = 528  # of the weights' products, four on each multiprocessor of an H200; fewer, and their rows are split
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 WEIGHTS = ("norm_weight", "norm_bias", "qkv_weight", "qkv_bias", "out_weight", "out_bias")
 
@@ -78,7 +79,9 @@ def grouped_attention(
     _check(tensors, heads)
     if draw is None or not threshold(dropout):
         dropout, draw = 0.0, None
-    if not use_triton("grouped_attention", tokens, _why_not(tensors, all_tokens)):
+    why_not = _why_not(tensors, all_tokens)
+    wins = not why_not and _options("attention_forward", tokens, _shape(tokens, qkv_weight, heads))["wins"]
+    if not use_triton("grouped_attention", tokens, why_not, wins):
         return reference.grouped_attention(
             **tensors,
             heads=heads,
@@ -164,9 +167,18 @@ def _shape(tokens: Tensor, weight: Tensor, heads: int) -> dict[str, int]:
     }
 
 
-def _launch(kernel: str, tokens: Tensor, shape: dict[str, int]) -> dict[str, Any]:
+def _options(kernel: str, tokens: Tensor, shape: dict[str, int]) -> dict[str, Any]:
+    """What the table says of a kernel for the class of a shape."""
+    padded = max(64, shape["DP"])
     full = shape["D"] == shape["DP"] and shape["HPS"] * shape["D"] == shape["HEADS"] * shape["SW"]
-    return configuration(kernel, (shape["NP"], max(64, shape["DP"]), int(full)), tokens.dtype, tokens.device)
+    place = (padded,) if kernel == "attention_products" else (shape["NP"], padded, int(full))
+    return configuration(kernel, place, tokens.dtype, tokens.device)
+
+
+def _launch(kernel: str, tokens: Tensor, shape: dict[str, int]) -> dict[str, Any]:
+    options = _options(kernel, tokens, shape)
+    options.pop("wins")
+    return options
 
 
 def _precision(tokens: Tensor) -> str:
@@ -290,7 +302,7 @@ def _backward(
     )  # fmt: skip
     layers, rows = groups * depth, batch * length
     options = _launch("attention_products", tokens, shape)
-    splits = max(1, min(options.pop("programs") // (4 * layers), rows // (4 * options["BLOCK"])))
+    splits = max(1, min(PROGRAMS // (4 * layers), rows // (4 * options["BLOCK"])))
     share = -(-rows // splits)
     products = tokens.new_empty((splits, layers, 4, width, width), dtype=torch.float32)
     sums = tokens.new_empty((splits, layers, 4, width), dtype=torch.float32)

@@ -61,11 +61,11 @@ def finish(ranks: list[subprocess.Popen[str]], timeout: float = 240) -> str:
     return "\n".join(outputs)
 
 
-def work(worker: str, world: int, folder: Path, arguments: Any) -> list[Any]:
+def work(worker: str, world: int, folder: Path, arguments: Any, **extra: str) -> list[Any]:
     """Run `tests.workers.<worker>` on `world` ranks; what each rank returned."""
     import torch
 
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "arguments.json").write_text(json.dumps(arguments))
-    finish(start("tests.workers", [worker, str(folder)], world))
+    finish(start("tests.workers", [worker, str(folder)], world, **extra))
     return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(world)]

@@ -44,6 +44,7 @@ print(tuple(hsvit_kernels.grouped_attention(torch.randn(5, 6, 8), *weights, head
     files = run(python, "-m", "zipfile", "-l", wheel)
     assert "hsvit_ds/py.typed" in files
     assert "hsvit_kernels/reference.py" in files
+    assert "hsvit_kernels/configurations.json" in files
     assert "tests/" not in files
 
 

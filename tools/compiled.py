@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import io
 import re
 import subprocess
 import tempfile
@@ -26,7 +27,6 @@ from hsvit_kernels import attention_kernels, configurations, linear_kernels
 
 RESULTS = Path(__file__).parents[1] / "kernels/results/compiled.csv"
 CAPABILITIES = (80, 90, 100)
-SHARED_LIMIT = {80: 166912, 90: 232448, 100: 232448}  # bytes a program may use (CUDA programming guide, table 30)
 LAUNCH = ("num_warps", "num_stages")
 
 
@@ -157,14 +157,17 @@ def rows(processes: int = 2) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    argparse.ArgumentParser("tools.compiled", description=__doc__).parse_args()
-    found = rows()
-    RESULTS.parent.mkdir(exist_ok=True)
-    with RESULTS.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(found[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(found)
-    print(RESULTS.read_text(), end="")
+    parser = argparse.ArgumentParser("tools.compiled", description=__doc__)
+    parser.add_argument("--print", action="store_true", help="do not write the file")
+    args = parser.parse_args()
+    found, text = rows(), io.StringIO()
+    writer = csv.DictWriter(text, list(found[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(found)
+    if not args.print:
+        RESULTS.parent.mkdir(exist_ok=True)
+        RESULTS.write_text(text.getvalue())
+    print(text.getvalue(), end="")
 
 
 if __name__ == "__main__":

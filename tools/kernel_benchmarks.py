@@ -151,11 +151,11 @@ def batched(a: dict[str, Tensor], case: Attention, dropout: float) -> Tensor:
     return x[:, :, 0].transpose(0, 1)
 
 
-def loop(a: dict[str, Tensor], case: Attention, dropout: float) -> Callable[[], Tensor]:
-    """One nn.MultiheadAttention a group and layer, as the published code has them; it has weights of its own."""
+def loop(a: dict[str, Tensor], case: Attention, dropout: float) -> tuple[Run, list[nn.Module]]:
+    """One nn.MultiheadAttention a group and layer, as the published code has them, and these modules."""
     tokens = a["tokens"]
-    norms = [nn.LayerNorm(case.width).to(tokens) for _ in range(case.groups * case.depth)]
-    layers = [
+    norms: list[nn.Module] = [nn.LayerNorm(case.width).to(tokens) for _ in range(case.groups * case.depth)]
+    layers: list[nn.Module] = [
         nn.MultiheadAttention(case.width, case.heads, dropout, batch_first=True).to(tokens)
         for _ in range(case.groups * case.depth)
     ]
@@ -169,15 +169,17 @@ def loop(a: dict[str, Tensor], case: Attention, dropout: float) -> Callable[[], 
             found.append(x[:, 0])
         return torch.stack(found, 1)
 
-    return run
+    return run, [*norms, *layers]
 
 
 def attention(a: dict[str, Any], case: Attention, dropout: float = 0.0, draw: Draw | None = None) -> Tensor:
     return grouped_attention(**a, heads=case.heads, dropout=dropout, draw=draw)
 
 
-def attention_runs(case: Attention, dropout: float, device: str, dtype: torch.dtype) -> Iterator[tuple[str, Run]]:
-    """The forward of every implementation."""
+def attention_runs(
+    case: Attention, dropout: float, device: str, dtype: torch.dtype
+) -> Iterator[tuple[str, Run, list[Tensor]]]:
+    """The forward of every implementation, and what gets a gradient."""
     a = attention_inputs(case, device, dtype)
     draw = Draw.of(0, image=torch.arange(case.batch), device=device)
 
@@ -188,15 +190,15 @@ def attention_runs(case: Attention, dropout: float, device: str, dtype: torch.dt
 
         return run
 
-    yield "hsvit_kernels", ours("triton")
-    yield "batched reference", ours("reference")
-    yield "batched, SDPA", lambda: batched(a, case, dropout)
+    leaves = list(a.values())
+    yield "hsvit_kernels", ours("triton"), leaves
+    yield "batched reference", ours("reference"), leaves
+    yield "batched, SDPA", lambda: batched(a, case, dropout), leaves
     if device == "cuda" and case == ATTENTION[0]:  # a compilation takes a minute
-        yield (
-            "batched, SDPA, compiled with CUDA graphs",
-            torch.compile(lambda: batched(a, case, dropout), mode="reduce-overhead", fullgraph=True),
-        )
-    yield "loop over groups", loop(a, case, dropout)
+        compiled = torch.compile(lambda: batched(a, case, dropout), mode="reduce-overhead", fullgraph=True)
+        yield "batched, SDPA, compiled with CUDA graphs", compiled, leaves
+    run, modules = loop(a, case, dropout)
+    yield "loop over groups", run, leaves[:3] + [p for module in modules for p in module.parameters()]
 
 
 def attention_rows(case: Attention, device: str, dtype: torch.dtype, roofs: Roofs) -> Iterator[dict[str, Any]]:
@@ -206,7 +208,7 @@ def attention_rows(case: Attention, device: str, dtype: torch.dtype, roofs: Roof
         exact = {name: t.detach().to(dtype).float() for name, t in exact.items()}
         truth = attention(exact, case)
     for dropout, backward in itertools.product((0.0, 0.2), (False, True)):
-        for name, run in attention_runs(case, dropout, device, dtype):
+        for name, run, leaves in attention_runs(case, dropout, device, dtype):
             with torch.set_grad_enabled(backward):
                 y = run()
             dy = torch.randn_like(y)
@@ -220,7 +222,7 @@ def attention_rows(case: Attention, device: str, dtype: torch.dtype, roofs: Roof
                 "passes": "forward + backward" if backward else "forward",
                 "implementation": name,
                 "error": "" if dropout or name.startswith("loop") else f"{error:.2g}",
-            } | figures(measure(step, device), flops, case.bytes(backward), roofs)
+            } | figures(measure(step, device, leaves), flops, case.bytes(backward), roofs)
             torch.cuda.empty_cache()
 
 
@@ -369,11 +371,14 @@ def four_widths(
 # Measuring
 
 
-def measure(step: Run, device: str) -> list[float]:
-    """Milliseconds: 20th, 50th and 80th percentile."""
-    if device != "cuda":
-        return [0.0, 0.0, 0.0] if step() is None else [0.0] * 3
-    found: list[float] = triton.testing.do_bench(step, warmup=25, rep=150, quantiles=[0.2, 0.5, 0.8])
+def measure(step: Run, device: str, leaves: list[Tensor] | None = None) -> list[float]:
+    """Milliseconds: 20th, 50th and 80th percentile. leaves: have their gradients taken away before each run."""
+    if device != "cuda":  # the tests: that it runs
+        step()
+        return [0.0, 0.0, 0.0]
+    found: list[float] = triton.testing.do_bench(
+        step, warmup=25, rep=150, grad_to_none=leaves, quantiles=[0.2, 0.5, 0.8]
+    )
     return found
 
 

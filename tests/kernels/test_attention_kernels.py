@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import subprocess
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,9 +16,10 @@ import triton.language as tl
 from torch import Tensor
 
 from hsvit_kernels import attention_kernels as kernels
-from hsvit_kernels import dispatch, grouped_attention, reference
+from hsvit_kernels import configurations, dispatch, grouped_attention, reference
 from hsvit_kernels.random import Draw, keep_scale, threshold
 from tests.kernels.test_grouped_attention import NAMES, arguments
+from tests.ranks import ROOT
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -51,7 +56,11 @@ GPU_CASES = [
     for width in (64, 56)
     for dropout in (0.0, 0.2)
     for dtype in (torch.bfloat16, torch.float16, torch.float32)
-] + [Case(3, 2, 32, 2, 128, 16, 0.2, dtype) for dtype in (torch.bfloat16, torch.float16, torch.float32)]
+]
+TABLE_CASES = [
+    Case(5, 3, tile, 2, padded if full else padded - 8, padded // 8 if full else 8, dtype=torch.bfloat16)
+    for kernel, (tile, padded, full) in (key for key in configurations.table() if key[0] == "attention_forward")
+]
 
 
 def inputs(case: Case) -> dict[str, Tensor]:
@@ -95,20 +104,32 @@ def test_results_and_gradients_are_within_rounding(case: Case) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("case", GPU_CASES, ids=str)
+@pytest.mark.parametrize("case", GPU_CASES + TABLE_CASES, ids=str)
 def test_results_and_gradients_are_within_rounding_on_a_gpu(case: Case) -> None:
     check(case)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("case", GPU_CASES[::3], ids=str)
-def test_results_repeat_bit_for_bit_on_a_gpu(case: Case) -> None:
+@pytest.mark.parametrize("case", TABLE_CASES, ids=str)
+def test_every_table_entry_repeats_bit_for_bit_on_a_gpu(case: Case) -> None:
     a = inputs(case)
     first, *others = (run("triton", a, case, case.dtype) for _ in range(3))
     for other in others:
         assert torch.equal(first[0], other[0])
         for x, y in zip(first[1], other[1], strict=True):
             assert torch.equal(x, y)
+
+
+@pytest.mark.gpu
+def test_the_memory_checker_finds_nothing_in_any_table_entry() -> None:
+    checker = shutil.which("compute-sanitizer")
+    if checker is None:
+        pytest.skip("compute-sanitizer is not installed")
+    code = "from tests.kernels import test_attention_kernels as t; [t.check(case) for case in t.TABLE_CASES]"
+    command = [checker, "--tool", "memcheck", "--error-exitcode", "1", sys.executable, "-c", code]
+    environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # or it would not see where tensors end
+    found = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert found.returncode == 0, found.stdout[-2000:] + found.stderr[-2000:]
 
 
 @triton.jit

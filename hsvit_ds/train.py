@@ -59,9 +59,13 @@ def main(argv: list[str] | None = None) -> None:
 
         recipe, plan = recipes.resolve(recipes.read(args.recipe, args.overrides), world_size())
         grid = Grid(recipe.grid, recipe.model.submodules)
-        folder = grid.agree(
-            lambda: claim_folder(Path(recipe.run.root), recipe.run.name, args.resume, recipes.dumps(recipe))
-        )
+        try:
+            folder = grid.agree(
+                lambda: claim_folder(Path(recipe.run.root), recipe.run.name, args.resume, recipes.dumps(recipe))
+            )
+        except RefusedError:
+            grid.close()  # all ranks are refused, and gloo aborts where one exits before the others
+            raise
         from .trainer import Trainer
 
         trainer = Trainer(recipe, plan, grid, folder, args.resume)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from rich.console import Console
@@ -16,12 +17,30 @@ from .tracking import read_metrics
 CURVES = "curves.png"
 
 
+class Kernels(logging.Handler):
+    """Says which implementation hsvit_kernels has chosen, as it logs each choice once."""
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        super().__init__(logging.INFO)
+        self.say, self.logger = say, logging.getLogger("hsvit_kernels")
+        self.logger.setLevel(logging.INFO)
+        self.logger.addHandler(self)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.say(record.getMessage())
+
+    def close(self) -> None:
+        self.logger.removeHandler(self)
+        super().close()
+
+
 class Reporter:
     """Rank 0's voice: one moving line on a terminal, a line an interval elsewhere; silent on other ranks."""
 
     def __init__(self, speaks: bool, steps: int, done: int) -> None:
         self.speaks, self.steps, self.first, self.started = speaks, steps, done, time.perf_counter()
         self.console = Console(highlight=False, soft_wrap=True)
+        self._kernels = Kernels(self.say)
         self._progress: Progress | None = None
         if speaks and sys.stdout.isatty():
             self._progress = Progress(
@@ -53,6 +72,7 @@ class Reporter:
             self.say(f"step {done}/{self.steps}  {state}")
 
     def close(self) -> None:
+        self._kernels.close()
         if self._progress is not None:
             self._progress.stop()
             self._progress = None

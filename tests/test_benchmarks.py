@@ -8,13 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from tools import attention_baselines as baselines
 from tools import kernel_benchmarks as benchmarks
 
 ROOFS = benchmarks.Roofs(1.0, 1.0)
 
 
 def test_attention_implementations_agree() -> None:
-    case = benchmarks.Attention(2, 2, 5, 16, 2, heads=2)
+    case = baselines.Attention(2, 2, 5, 16, 2, heads=2)
     rows = list(benchmarks.attention_rows(case, "cpu", torch.float32, ROOFS))
     assert {row["implementation"] for row in rows} >= {"hsvit_kernels", "batched, SDPA", "loop over groups"}
     assert len(rows) == 4 * 4
@@ -22,10 +23,10 @@ def test_attention_implementations_agree() -> None:
 
 
 def test_the_loop_over_groups_is_the_published_arithmetic() -> None:
-    case = benchmarks.Attention(2, 2, 5, 16, 2, heads=2)
-    a = benchmarks.attention_inputs(case, "cpu", torch.float32)
+    case = baselines.Attention(2, 2, 5, 16, 2, heads=2)
+    a = baselines.attention_inputs(case, "cpu", torch.float32)
     torch.manual_seed(0)
-    run, modules = benchmarks.loop(a, case, 0.0)
+    run, modules = baselines.loop(a, case, 0.0)
     layers = modules[len(modules) // 2 :]
     with torch.no_grad():
         for index, layer in enumerate(layers):
@@ -34,7 +35,7 @@ def test_the_loop_over_groups_is_the_published_arithmetic() -> None:
             layer.in_proj_bias.copy_(a["qkv_bias"][at])
             layer.out_proj.weight.copy_(a["out_weight"][at])
             layer.out_proj.bias.copy_(a["out_bias"][at])
-        torch.testing.assert_close(run(), benchmarks.batched(a, case, 0.0))
+        torch.testing.assert_close(run(), baselines.batched(a, case, 0.0))
 
 
 @pytest.mark.parametrize(("gelu", "residual"), [(True, False), (False, True)])

@@ -23,7 +23,7 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 
-from hsvit_kernels import attention_kernels, configurations, linear_kernels
+from hsvit_kernels import attention_gradient_kernels, attention_kernels, configurations, linear_kernels
 
 RESULTS = Path(__file__).parents[1] / "kernels/results/compiled.csv"
 CAPABILITIES = (80, 90, 100)
@@ -89,8 +89,8 @@ def attention_case(kernel: str, shape: tuple[int, ...], options: dict[str, Any])
     launch = {key: value for key, value in options.items() if key in LAUNCH}
     function = {
         "attention_forward": attention_kernels.forward,
-        "attention_backward": attention_kernels.backward,
-        "attention_products": attention_kernels.weight_products,
+        "attention_backward": attention_gradient_kernels.backward,
+        "attention_products": attention_gradient_kernels.weight_products,
     }[kernel]
     if kernel == "attention_products":
         constants = {"D": width, "DP": padded, "BLOCK": options["BLOCK"]} | precision

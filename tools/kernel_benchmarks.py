@@ -18,8 +18,8 @@ import torch.nn.functional as F
 import triton
 from torch import Tensor, nn
 
-from hsvit_kernels import StepState, force, grouped_attention, sliced_linear
-from hsvit_kernels.random import Draw
+from hsvit_kernels import StepState, force, sliced_linear
+from tools.attention_baselines import ATTENTION, Attention, attention, attention_inputs, attention_runs
 
 RESULTS = Path(__file__).parents[1] / "kernels/results"
 Run = Callable[[], Any]
@@ -38,37 +38,6 @@ class Roofs:
 
 
 @dataclass(frozen=True)
-class Attention:
-    """A grouped attention problem; the last layer is counted for what leaves it, CLS."""
-
-    batch: int
-    groups: int
-    tokens: int  # of a group, with CLS
-    width: int
-    depth: int
-    heads: int = 8
-
-    @property
-    def name(self) -> str:
-        return f"B{self.batch} G{self.groups} T{self.tokens} D{self.width} L{self.depth}"
-
-    def flops(self) -> float:
-        t, d = self.tokens, self.width
-        inner = 8 * t * d**2 + 4 * t**2 * d
-        last = 4 * t * d**2 + 4 * d**2 + 4 * t * d
-        return float(self.batch * self.groups * ((self.depth - 1) * inner + last))
-
-    def bytes(self, backward: bool) -> float:
-        """Least traffic in bf16: tokens and weights; in training also what `kernels/README.md` counts."""
-        rows = self.batch * self.groups * self.tokens * self.width
-        weights = self.groups * self.depth * 4 * self.width**2
-        forward = 2 * rows + 2 * weights
-        if not backward:
-            return float(forward)
-        return float(forward + 2 * rows + 6 * weights + 2 * rows * self.depth * 13)
-
-
-@dataclass(frozen=True)
 class Linear:
     """A linear layer of DeiT at a width, over every token of a batch."""
 
@@ -83,14 +52,12 @@ class Linear:
     def slice(self) -> tuple[int, int]:
         return int(self.full[0] * self.width), int(self.full[1] * self.width)
 
+    @property
+    def shape(self) -> str:
+        n, k = self.slice
+        return f"M{self.rows} {k}->{n} of {self.full[1]}->{self.full[0]}"
 
-ATTENTION = (
-    Attention(512, 16, 33, 64, 8),
-    Attention(512, 64, 33, 64, 8),
-    Attention(512, 64, 33, 56, 2),
-    Attention(512, 16, 17, 64, 4),
-    Attention(512, 16, 9, 64, 2),
-)
+
 ROWS = 256 * 197
 LINEAR = tuple(
     Linear(name, ROWS, full, width, gelu, residual)
@@ -105,100 +72,6 @@ LINEAR = tuple(
 
 
 # Grouped attention
-
-
-def attention_inputs(case: Attention, device: str, dtype: torch.dtype) -> dict[str, Tensor]:
-    g, d, a, t = case.groups, case.width, case.depth, case.tokens
-    torch.manual_seed(0)
-    found = {
-        "tokens": torch.randn(case.batch, g * (t - 1), d),
-        "cls": torch.randn(g, d),
-        "positions": torch.randn(g, t, d),
-        "norm_weight": torch.ones(g, a, d),
-        "norm_bias": torch.zeros(g, a, d),
-        "qkv_weight": torch.randn(g, a, 3 * d, d) * d**-0.5,
-        "qkv_bias": torch.zeros(g, a, 3 * d),
-        "out_weight": torch.randn(g, a, d, d) * d**-0.5,
-        "out_bias": torch.zeros(g, a, d),
-    }
-    return {name: tensor.to(device, dtype).requires_grad_() for name, tensor in found.items()}
-
-
-def with_cls(a: dict[str, Tensor], groups: int) -> Tensor:
-    """[G, B, T, D]: every group's tokens behind its CLS, positions added."""
-    x = a["tokens"].unflatten(1, (groups, -1)).transpose(0, 1)
-    x = torch.cat((a["cls"][:, None, None].expand(-1, x.shape[1], -1, -1), x), dim=2)
-    return x + a["positions"][:, None]
-
-
-def batched(a: dict[str, Tensor], case: Attention, dropout: float) -> Tensor:
-    """All groups in one batched product, attention by scaled_dot_product_attention."""
-    x = with_cls(a, case.groups)
-    for layer in range(case.depth):
-        y = (
-            F.layer_norm(x, (case.width,)) * a["norm_weight"][:, layer, None, None]
-            + a["norm_bias"][:, layer, None, None]
-        )
-        bias = a["qkv_bias"][:, layer, None]
-        qkv = torch.baddbmm(bias, y.flatten(1, 2), a["qkv_weight"][:, layer].transpose(1, 2))
-        q, k, v = qkv.view(case.groups * case.batch, case.tokens, 3, case.heads, -1).permute(2, 0, 3, 1, 4)
-        if layer == case.depth - 1:
-            q, x = q[:, :, :1], x[:, :, :1]
-        o = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
-        o = o.transpose(1, 2).reshape(case.groups, -1, case.width)
-        out = torch.baddbmm(a["out_bias"][:, layer, None], o, a["out_weight"][:, layer].transpose(1, 2))
-        x = x + out.view_as(x)
-    return x[:, :, 0].transpose(0, 1)
-
-
-def loop(a: dict[str, Tensor], case: Attention, dropout: float) -> tuple[Run, list[nn.Module]]:
-    """One nn.MultiheadAttention a group and layer, as the published code has them, and these modules."""
-    tokens = a["tokens"]
-    norms: list[nn.Module] = [nn.LayerNorm(case.width).to(tokens) for _ in range(case.groups * case.depth)]
-    layers: list[nn.Module] = [
-        nn.MultiheadAttention(case.width, case.heads, dropout, batch_first=True).to(tokens)
-        for _ in range(case.groups * case.depth)
-    ]
-
-    def run() -> Tensor:
-        found = []
-        for group, x in enumerate(with_cls(a, case.groups)):
-            for layer in range(group * case.depth, (group + 1) * case.depth):
-                y = norms[layer](x)
-                x = x + layers[layer](y, y, y, need_weights=False)[0]
-            found.append(x[:, 0])
-        return torch.stack(found, 1)
-
-    return run, [*norms, *layers]
-
-
-def attention(a: dict[str, Any], case: Attention, dropout: float = 0.0, draw: Draw | None = None) -> Tensor:
-    return grouped_attention(**a, heads=case.heads, dropout=dropout, draw=draw)
-
-
-def attention_runs(
-    case: Attention, dropout: float, device: str, dtype: torch.dtype
-) -> Iterator[tuple[str, Run, list[Tensor]]]:
-    """The forward of every implementation, and what gets a gradient."""
-    a = attention_inputs(case, device, dtype)
-    draw = Draw.of(0, image=torch.arange(case.batch), device=device)
-
-    def ours(choice: str) -> Run:
-        def run() -> Tensor:
-            force(choice)
-            return attention(a, case, dropout, draw)
-
-        return run
-
-    leaves = list(a.values())
-    yield "hsvit_kernels", ours("triton"), leaves
-    yield "batched reference", ours("reference"), leaves
-    yield "batched, SDPA", lambda: batched(a, case, dropout), leaves
-    if device == "cuda" and case == ATTENTION[0]:  # a compilation takes a minute
-        compiled = torch.compile(lambda: batched(a, case, dropout), mode="reduce-overhead", fullgraph=True)
-        yield "batched, SDPA, compiled with CUDA graphs", compiled, leaves
-    run, modules = loop(a, case, dropout)
-    yield "loop over groups", run, leaves[:3] + [p for module in modules for p in module.parameters()]
 
 
 def attention_rows(case: Attention, device: str, dtype: torch.dtype, roofs: Roofs) -> Iterator[dict[str, Any]]:
@@ -286,7 +159,7 @@ def linear_rows(case: Linear, device: str, dtype: torch.dtype, roofs: Roofs) -> 
             moved = 2 * (case.rows * (n + k) + n * k) * (3 if backward else 1)
             yield {
                 "operation": f"sliced linear {case.name}",
-                "shape": f"M{case.rows} {k}->{n} of {case.full[1]}->{case.full[0]}",
+                "shape": case.shape,
                 "dropout": 0.0,
                 "passes": "forward + backward" if backward else "forward",
                 "implementation": name,
@@ -404,33 +277,12 @@ def measured_roofs() -> Roofs:
 
 
 def not_run() -> Iterator[dict[str, Any]]:
-    """The rows that a GPU would fill."""
-    names = ["hsvit_kernels", "batched reference", "batched, SDPA", "loop over groups"]
-    compiled = "batched, SDPA, compiled with CUDA graphs"
-    passes = ("forward", "forward + backward")
-    for case, dropout, kind in itertools.product(ATTENTION, (0.0, 0.2), passes):
-        for name in [*names, *[compiled] * (case == ATTENTION[0])]:
-            yield {"operation": "grouped attention", "shape": case.name, "dropout": dropout, "passes": kind} | {
-                "implementation": name
-            }
-    for linear, kind in itertools.product(LINEAR, passes):
-        (n, k), full = linear.slice, linear.full
-        for name in ("hsvit_kernels, Triton", "hsvit_kernels, cuBLAS", "F.linear on a slice"):
-            yield {
-                "operation": f"sliced linear {linear.name}",
-                "shape": f"M{linear.rows} {k}->{n} of {full[1]}->{full[0]}",
-                "dropout": 0.0,
-                "passes": kind,
-                "implementation": name,
-            }
-    for name in ("hsvit_kernels, Triton", "hsvit_kernels, cuBLAS", "autograd slicing"):
-        yield {
-            "operation": "DeiT-S blocks, four widths",
-            "shape": "B256 T197 D384 L12",
-            "dropout": 0.0,
-            "passes": "forward + backward",
-            "implementation": name,
-        }
+    """The problems that a GPU would measure."""
+    for problem in ATTENTION:
+        yield {"operation": "grouped attention", "shape": problem.name}
+    for layer in LINEAR:
+        yield {"operation": f"sliced linear {layer.name}", "shape": layer.shape}
+    yield {"operation": "DeiT-S blocks, four widths", "shape": "B256 T197 D384 L12"}
 
 
 def draw_roofline(rows: list[dict[str, Any]], roofs: Roofs, file: Path) -> None:

@@ -18,8 +18,8 @@ import triton
 from torch import Tensor
 
 from hsvit_kernels import StepState, configurations, force, sliced_linear
+from tools.attention_baselines import Attention, attention, attention_inputs
 from tools.compiled import case, compiled
-from tools.kernel_benchmarks import Attention, attention, attention_inputs
 
 Options = dict[str, Any]
 Step = Callable[[], Any]

@@ -8,6 +8,7 @@ import torch
 import triton
 from torch import Tensor
 
+from . import attention_gradient_kernels as gradient_kernels
 from . import attention_kernels as kernels
 from . import reference
 from .configurations import configuration
@@ -294,7 +295,7 @@ def _backward(
     dqkv = tokens.new_empty((groups, depth, batch, length, 3 * width))
     o_rows, dx_rows = torch.empty_like(saved), torch.empty_like(saved)
     precision = _precision(tokens)
-    kernels.backward[(batch, groups)](
+    gradient_kernels.backward[(batch, groups)](
         dout.contiguous(), saved, norm_weight.contiguous(), norm_bias.contiguous(), weight, qkv_bias.contiguous(), out,
         key, image, dtokens, dcls_rows, dqkv, o_rows, dx_rows,
         first_group, drop, 256 / (256 - drop), eps, batch, depth,
@@ -306,7 +307,7 @@ def _backward(
     share = -(-rows // splits)
     products = tokens.new_empty((splits, layers, 4, width, width), dtype=torch.float32)
     sums = tokens.new_empty((splits, layers, 4, width), dtype=torch.float32)
-    kernels.weight_products[(4, splits, layers)](
+    gradient_kernels.weight_products[(4, splits, layers)](
         saved, dqkv, o_rows, dx_rows, products, sums, rows, share, eps,
         D=width, DP=shape["DP"], PRECISION=precision, **options,
     )  # fmt: skip
@@ -316,7 +317,7 @@ def _backward(
     dcls, dpositions, *dweights = gradients
     columns, block = 16, 128
     programs = layers * (shape["DP"] // columns) + groups * -(-length * width // block)
-    kernels.weight_gradients[(programs,)](
+    gradient_kernels.weight_gradients[(programs,)](
         products, sums, dtokens, dcls_rows, norm_weight.contiguous(), norm_bias.contiguous(), weight,
         *dweights, dcls, dpositions, splits, layers, groups, batch,
         N=shape["N"], D=width, DP=shape["DP"], COLUMNS=columns, BLOCK=block,

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from hsvit_kernels import attention_gradient_kernels as gradient_kernels
 from hsvit_kernels import attention_kernels as kernels
 from hsvit_kernels import configurations, dispatch, grouped_attention, reference
 from hsvit_kernels.random import Draw, keep_scale, threshold
@@ -219,9 +220,9 @@ def test_a_step_of_eight_layers_is_one_launch_forward_and_three_backward(monkeyp
             kernel, "run", lambda *args, **kwargs: (launches.append(kernel.fn.__name__), launch(*args, **kwargs))
         )
 
-    for name in dir(kernels):
-        if hasattr(getattr(kernels, name), "arg_names"):
-            count(getattr(kernels, name))
+    for kernel in [*vars(kernels).values(), *vars(gradient_kernels).values()]:
+        if hasattr(kernel, "arg_names"):
+            count(kernel)
     case = Case(1, 16, 1, 8, width=8, heads=1)  # small, as only the launches are counted
     a = inputs(case)
     dispatch.force("triton")

@@ -32,6 +32,13 @@ def test_a_draw_does_not_depend_on_the_rest_of_the_batch() -> None:
     assert torch.equal(part, whole[:, 16:32, 10:20])
 
 
+@pytest.mark.gpu
+def test_a_gpu_gives_the_same_bits() -> None:
+    element = torch.arange(4096, dtype=torch.int32)
+    there = Draw.of(3, 1, 4, image=torch.arange(64), device="cuda")
+    assert torch.equal(there.words(Site.EMBEDDING, element.cuda()).cpu(), draw().words(Site.EMBEDDING, element))
+
+
 @pytest.mark.parametrize("other", [(4, 1, 4), (3, 2, 4), (3, 1, 5)], ids=["seed", "step", "pass"])
 def test_seed_step_pass_and_site_are_independent(other: tuple[int, ...]) -> None:
     element = torch.arange(4096, dtype=torch.int32)

@@ -1,0 +1,403 @@
+"""The Triton kernels of grouped attention's gradients: the depth in reverse, then the weights in two launches.
+
+Layers are recomputed from their saved inputs as `attention_kernels.py` computes them, whose words and shape letters
+hold here too. Rows that the weights need are written by the way; what another thread of the program wrote is read
+behind a barrier.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .attention_kernels import CLS, LOG2E, hash_key, kept, load, normalise, softmax
+
+
+@triton.jit
+def backward_attend(
+    q, k, v, do, k_cls, v_cls, dk_cls, dv_cls, words, calls, first, threshold, keep_scale,
+    HD: tl.constexpr, N: tl.constexpr, NP: tl.constexpr, HPS: tl.constexpr, SW: tl.constexpr, CC: tl.constexpr,
+    DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """`attend` again with its gradients: do [SW, NP] to dq, o, dk, dv [SW, NP]; shares added to dk_cls, dv_cls [SW].
+
+    dq and dk are those of the scores in units of log2(e), still to be scaled.
+    """
+    dtype = k.dtype
+    token = tl.arange(0, NP)
+    lane_head = tl.arange(0, SW) // HD
+    q = q.to(dtype)
+    do = do.to(dtype)
+    k_rows = k_cls.to(dtype)
+    v_rows = v_cls.to(dtype)
+    k_column = tl.max(k_cls, 1)
+    v_column = tl.max(v_cls, 1)
+    dq = tl.zeros((SW, NP), tl.float32)
+    dk = tl.zeros((SW, NP), tl.float32)
+    dv = tl.zeros((SW, NP), tl.float32)
+    o = tl.zeros((SW, NP), tl.float32)
+    for head in tl.static_range(HPS):
+        mine = (lane_head == head)[:, None]
+        q_head = tl.where(mine, q, 0.0).to(dtype)
+        do_head = tl.where(mine, do, 0.0).to(dtype)
+        s = tl.dot(tl.trans(q_head), k, input_precision=PRECISION)
+        s_cls = tl.max(tl.dot(tl.trans(q_head), k_rows, input_precision=PRECISION), 1)
+        p, p_cls, scale = softmax(s, s_cls, token, 1, N, NP)
+        p *= scale[:, None]
+        p_cls *= scale
+        dp = tl.dot(tl.trans(do_head), v, input_precision=PRECISION) * keep_scale
+        dp_cls = tl.max(tl.dot(tl.trans(do_head), v_rows, input_precision=PRECISION), 1) * keep_scale
+        used = p * keep_scale
+        used_cls = p_cls * keep_scale
+        if DROPOUT:
+            call = calls + (first + head) // 2
+            dp = kept(dp, words, call, token[:, None], token[None, :], first + head, threshold)
+            dp_cls = kept(dp_cls, words, call, token, CLS, first + head, threshold)
+            used = kept(used, words, call, token[:, None], token[None, :], first + head, threshold)
+            used_cls = kept(used_cls, words, call, token, CLS, first + head, threshold)
+        mean = tl.sum(p * dp, 1) + p_cls * dp_cls
+        ds = (p * (dp - mean[:, None])).to(dtype)
+        ds_cls = p_cls * (dp_cls - mean)
+        used = used.to(dtype)
+        k_head = tl.where(mine, k, 0.0).to(dtype)
+        v_head = tl.where(mine, v, 0.0).to(dtype)
+        dq = tl.dot(k_head, tl.trans(ds), dq, input_precision=PRECISION)
+        dq += tl.where(mine, k_column[:, None] * ds_cls[None, :], 0.0)
+        o = tl.dot(v_head, tl.trans(used), o, input_precision=PRECISION)
+        o += tl.where(mine, v_column[:, None] * used_cls[None, :], 0.0)
+        dk = tl.dot(q_head, ds, dk, input_precision=PRECISION)
+        dv = tl.dot(do_head, used, dv, input_precision=PRECISION)
+        dk_cls += tl.sum(q_head.to(tl.float32) * ds_cls[None, :], 1)
+        dv_cls += tl.sum(do_head.to(tl.float32) * used_cls[None, :], 1)
+    return dq, o, dk, dv, dk_cls, dv_cls
+
+
+@triton.jit
+def normalise_backward(x, dy, gamma, column, eps, D: tl.constexpr, DP: tl.constexpr):
+    """Gradient of rows x [R, DP] through LayerNorm, from dy [R, DP]."""
+    normal, rstd = normalise(x, column, eps, D, DP)
+    dy = dy * gamma[None, :]
+    mean = tl.sum(dy, 1) / D
+    slope = tl.sum(dy * normal, 1) / D
+    return (dy - mean[:, None] - normal * slope[:, None]) * rstd[:, None]
+
+
+@triton.jit
+def widen(x):
+    """[R, C] with a column of zeros after each, [R, 2 C]: a contraction over the columns needs 16 of them."""
+    return tl.reshape(tl.join(x, tl.zeros_like(x)), (x.shape[0], 2 * x.shape[1]))
+
+
+@triton.jit
+def backward_layer(
+    dx_cls, words, group, layer, inner, threshold, keep_scale, eps, saved, dqkv, o_rows, dx_rows,
+    norm_weight, norm_bias, qkv_weight, qkv_bias, out_weight,
+    N: tl.constexpr, NP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, HEADS: tl.constexpr, HPS: tl.constexpr,
+    SW: tl.constexpr, CC: tl.constexpr, BLOCK: tl.constexpr, HOIST: tl.constexpr, DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The gradients of a layer's output, dx_rows [T, D] and dx_cls [DP, CC], to those of its input.
+
+    Writes dqkv [T, 3 D] and o [T, D], and reads dx and dqkv again rather than to hold them in registers.
+    """
+    HD: tl.constexpr = D // HEADS
+    PAIRS: tl.constexpr = (HEADS + 1) // 2
+    FULL: tl.constexpr = D == DP and HPS * HD == SW and HEADS % HPS == 0
+    SCALE: tl.constexpr = LOG2E / HD**0.5
+    dtype = qkv_weight.dtype.element_ty
+    column = tl.arange(0, DP)
+    inside = column < D
+    token = tl.arange(0, NP)
+    lane = tl.arange(0, SW)
+    lane_head = lane // HD
+    cls_head = tl.arange(0, CC)
+    own = lane_head[:, None] == cls_head[None, :]
+    valid = (token < N)[:, None] & inside[None, :]
+    offset = lane[:, None] * D + column[None, :]
+    offset_out = column[:, None] * D + lane[None, :]
+    gamma = load(norm_weight + column, inside, D == DP).to(tl.float32)
+    beta = load(norm_bias + column, inside, D == DP).to(tl.float32)
+    at_rows = D + (token[:, None] * D + column[None, :])
+    rows_cls = saved + (column[None, :] + tl.zeros((CC,), tl.int32)[:, None])
+    y, _ = normalise(load(saved + at_rows, valid, N == NP and D == DP).to(tl.float32), column, eps, D, DP)
+    y = tl.trans(y * gamma[None, :] + beta[None, :]).to(dtype)
+    y_cls, _ = normalise(load(rows_cls, inside[None, :], D == DP).to(tl.float32), column, eps, D, DP)
+    y_cls = tl.trans(y_cls * gamma[None, :] + beta[None, :]).to(dtype)
+    dx_low = tl.trans(load(dx_rows + at_rows, valid, N == NP and D == DP))
+    dx_cls_low = dx_cls.to(dtype)
+    for slab in tl.range(0, (HEADS + HPS - 1) // HPS, disable_licm=not HOIST):
+        first = tl.multiple_of(slab * HPS, HPS)
+        mine = (lane_head < HPS) & (first + lane_head < HEADS)
+        both = mine[:, None] & inside[None, :]
+        # Weights are loaded where they are used, and again for the features: held between, they would spill.
+        w_k = load(qkv_weight + (first * HD + D) * D + offset, both, FULL)
+        w_v = load(qkv_weight + (first * HD + 2 * D) * D + offset, both, FULL)
+        w_o = load(out_weight + first * HD + offset_out, inside[:, None] & mine[None, :], FULL)
+        b_q = load(qkv_bias + first * HD + lane, mine, FULL).to(tl.float32)
+        b_v = load(qkv_bias + (first * HD + 2 * D) + lane, mine, FULL).to(tl.float32)
+        k = tl.dot(w_k, y, input_precision=PRECISION).to(dtype)
+        v = (tl.dot(w_v, y, input_precision=PRECISION) + b_v[:, None]).to(dtype)
+        w_q = load(qkv_weight + first * HD * D + offset, both, FULL)
+        q_cls = (tl.dot(w_q, y_cls, input_precision=PRECISION) + b_q[:, None]) * SCALE
+        q_cls = tl.where(own, q_cls, 0.0)
+        k_cls = tl.dot(w_k, y_cls, input_precision=PRECISION)
+        v_cls = tl.dot(w_v, y_cls, input_precision=PRECISION) + b_v[:, None]
+        do_cls = tl.where(own, tl.dot(tl.trans(w_o), dx_cls_low, input_precision=PRECISION), 0.0)
+
+        s = tl.dot(tl.trans(k), q_cls.to(dtype), input_precision=PRECISION)
+        p, p_cls, scale = softmax(s, tl.sum(q_cls * k_cls, 0), token, 0, N, NP)
+        p *= scale[None, :]
+        p_cls *= scale
+        dp = tl.dot(tl.trans(v), do_cls.to(dtype), input_precision=PRECISION) * keep_scale
+        dp_cls = tl.sum(do_cls * v_cls, 0) * keep_scale
+        used = p * keep_scale
+        used_cls = p_cls * keep_scale
+        if DROPOUT:
+            call = group * 2048 + layer * PAIRS + (first + cls_head) // 2
+            head = first + cls_head
+            dp = kept(dp, words, call[None, :], CLS, token[:, None], head[None, :], threshold)
+            dp_cls = kept(dp_cls, words, call, CLS, CLS, head, threshold)
+            used = kept(used, words, call[None, :], CLS, token[:, None], head[None, :], threshold)
+            used_cls = kept(used_cls, words, call, CLS, CLS, head, threshold)
+        mean = tl.sum(p * dp, 0) + p_cls * dp_cls
+        ds = (p * (dp - mean[None, :])).to(dtype)
+        ds_cls = p_cls * (dp_cls - mean)
+        used = used.to(dtype)
+        dq_cls = tl.where(own, tl.dot(k, ds, input_precision=PRECISION) + ds_cls[None, :] * k_cls, 0.0)
+        tl.store(dqkv + first * HD + lane, (tl.sum(dq_cls, 1) * (SCALE / LOG2E)).to(dtype), mask=mine)
+        o_cls = tl.where(own, tl.dot(v, used, input_precision=PRECISION) + used_cls[None, :] * v_cls, 0.0)
+        tl.store(o_rows + first * HD + lane, tl.sum(o_cls, 1).to(dtype), mask=mine)
+        dk_cls = tl.sum(q_cls * ds_cls[None, :], 1)
+        dv_cls = tl.sum(do_cls * used_cls[None, :], 1)
+        dq = tl.zeros((SW, NP), tl.float32)
+        dk = tl.zeros((SW, NP), tl.float32)
+        dv = tl.zeros((SW, NP), tl.float32)
+        o = tl.zeros((SW, NP), tl.float32)
+        if inner:
+            w_q = load(qkv_weight + first * HD * D + offset, both, FULL)
+            w_o = load(out_weight + first * HD + offset_out, inside[:, None] & mine[None, :], FULL)
+            dq, o, dk, dv, dk_cls, dv_cls = backward_attend(
+                (tl.dot(w_q, y, input_precision=PRECISION) + b_q[:, None]) * SCALE, k, v,
+                tl.dot(tl.trans(w_o), dx_low, input_precision=PRECISION),
+                k_cls, v_cls, dk_cls, dv_cls, words, group * 2048 + layer * PAIRS, first, threshold, keep_scale,
+                HD, N, NP, HPS, SW, CC, DROPOUT, PRECISION,
+            )  # fmt: skip
+
+        dk = tl.dot(widen(q_cls.to(dtype)), tl.trans(widen(ds)), dk, input_precision=PRECISION)
+        dv = tl.dot(widen(do_cls.to(dtype)), tl.trans(widen(used)), dv, input_precision=PRECISION)
+
+        to = dqkv + first * HD + lane
+        tl.store(to + D, (dk_cls / LOG2E).to(dtype), mask=mine)
+        tl.store(to + 2 * D, dv_cls.to(dtype), mask=mine)
+        exists = mine[:, None] & (token < N)[None, :]
+        to = dqkv + first * HD + 3 * D + (lane[:, None] + token[None, :] * (3 * D))
+        tl.store(to, (dq * (SCALE / LOG2E)).to(dtype), mask=exists)
+        tl.store(to + D, (dk / LOG2E).to(dtype), mask=exists)
+        tl.store(to + 2 * D, dv.to(dtype), mask=exists)
+        tl.store(o_rows + first * HD + D + (lane[:, None] + token[None, :] * D), o.to(dtype), mask=exists)
+
+    WHOLE: tl.constexpr = 3 * D % BLOCK == 0
+    tl.debug_barrier()  # what other threads have written is read below
+    dy = tl.zeros((NP, DP), tl.float32)
+    dy_cls = tl.zeros((DP, CC), tl.float32)
+    same = tl.zeros((CC,), tl.int32)
+    for start in range(0, 3 * D, BLOCK):
+        k = start + tl.arange(0, BLOCK)
+        mask = (k < 3 * D)[:, None] & inside[None, :]
+        w = load(qkv_weight + start * D + (tl.arange(0, BLOCK)[:, None] * D + column[None, :]), mask, D == DP and WHOLE)
+        exists = (token < N)[:, None] & (k < 3 * D)[None, :]
+        part = load(dqkv + 3 * D + (token[:, None] * (3 * D) + k[None, :]), exists, N == NP and WHOLE)
+        dy = tl.dot(part, w, dy, input_precision=PRECISION)
+        part = load(dqkv + k[:, None] + same[None, :], (k < 3 * D)[:, None], WHOLE)
+        dy_cls = tl.dot(tl.trans(w), part, dy_cls, input_precision=PRECISION)
+    gamma = load(norm_weight + column, inside, D == DP).to(tl.float32)
+    x = load(saved + at_rows, valid, N == NP and D == DP).to(tl.float32)
+    dx = load(dx_rows + at_rows, valid, N == NP and D == DP).to(tl.float32)
+    dx += normalise_backward(x, dy, gamma, column, eps, D, DP)
+    x_cls = load(rows_cls, inside[None, :], D == DP).to(tl.float32)
+    dx_cls += tl.trans(normalise_backward(x_cls, tl.trans(dy_cls), gamma, column, eps, D, DP))
+    return dx, dx_cls
+
+
+@triton.jit(do_not_specialize=["first_group", "threshold", "batch", "depth"])
+def backward(
+    dout, saved, norm_weight, norm_bias, qkv_weight, qkv_bias, out_weight,
+    key, images, dtokens, dcls, dqkv, o_rows, dx_rows, first_group, threshold, keep_scale, eps, batch, depth,
+    N: tl.constexpr, NP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, HEADS: tl.constexpr, HPS: tl.constexpr,
+    SW: tl.constexpr, BLOCK: tl.constexpr, HOIST: tl.constexpr, DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Grid (batch, groups), the depth in reverse. dout [B, G, D] to dtokens [B, K, D] and dcls [B, G, D].
+
+    For the weights: dqkv [G, depth, B, T, 3 D], o_rows and dx_rows [G, depth, B, T, D], the latter the gradient of a
+    layer's output.
+    """
+    T: tl.constexpr = N + 1
+    CC: tl.constexpr = 8
+    image = tl.program_id(0)
+    group = tl.program_id(1)
+    groups = tl.num_programs(1)
+    column = tl.arange(0, DP)
+    inside = column < D
+    token = tl.arange(0, NP)
+    rows = tl.zeros((CC,), tl.int32)[None, :] + column[:, None]
+    is_first = (tl.arange(0, CC) == 0)[None, :] & inside[:, None]
+    valid = (token < N)[:, None] & inside[None, :]
+    place = image.to(tl.int64) * groups + group
+    dx_cls = load(dout + place * D + rows, inside[:, None], D == DP).to(tl.float32)
+    last = group * depth + depth - 1
+    norm_weight += last * D
+    norm_bias += last * D
+    qkv_weight += last * 3 * D * D
+    qkv_bias += last * 3 * D
+    out_weight += last * D * D
+    step = batch.to(tl.int64) * T * D
+    at = (last.to(tl.int64) * batch + image) * T * D
+    saved += at
+    dqkv += at * 3
+    o_rows += at
+    dx_rows += at
+    zero = tl.full((), 0, tl.uint32)
+    words = (zero, zero, zero)
+    if DROPOUT:
+        words = hash_key(key, images, image)
+        threshold = threshold.to(tl.uint32) << 24
+    dtype = dtokens.dtype.element_ty
+    at = token[:, None] * D + column[None, :]
+    tl.store(dx_rows + rows, dx_cls.to(dtype), mask=is_first)
+    tl.store(dx_rows + D + at, tl.zeros((NP, DP), dtype), mask=valid)
+    for back in tl.range(0, depth, disable_licm=True):
+        tl.debug_barrier()
+        dx, dx_cls = backward_layer(
+            dx_cls, words, first_group + group, depth - 1 - back, back > 0, threshold, keep_scale, eps,
+            saved, dqkv, o_rows, dx_rows, norm_weight, norm_bias, qkv_weight, qkv_bias, out_weight,
+            N, NP, D, DP, HEADS, HPS, SW, CC, BLOCK, HOIST, DROPOUT, PRECISION,
+        )  # fmt: skip
+        norm_weight -= D
+        norm_bias -= D
+        qkv_weight -= 3 * D * D
+        qkv_bias -= 3 * D
+        out_weight -= D * D
+        saved -= step
+        dqkv -= step * 3
+        o_rows -= step
+        dx_rows -= step
+        if back < depth - 1:
+            tl.store(dx_rows + rows, dx_cls.to(dtype), mask=is_first)
+            tl.store(dx_rows + D + at, dx.to(dtype), mask=valid)
+        else:
+            tl.store(dcls + place * D + rows, dx_cls, mask=is_first)
+            tl.store(dtokens + place * N * D + at, dx.to(dtype), mask=valid)
+
+
+@triton.jit(do_not_specialize=["rows", "share"])
+def weight_products(
+    saved, dqkv, o_rows, dx_rows, products, sums, rows, share, eps,
+    D: tl.constexpr, DP: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Grid (4, splits, G * depth): what the weights' gradients are made of, over `share` of the B * T rows.
+
+    Part 0 to 2: dq, dk, dv^T times the normalised input, [D, D]; part 3: dx^T times o. Their column sums beside them.
+    products [splits, G * depth, 4, D, D], sums [splits, G * depth, 4, D], fp32.
+    """
+    part = tl.program_id(0)
+    split = tl.program_id(1)
+    layer = tl.program_id(2).to(tl.int64)
+    column = tl.arange(0, DP)
+    inside = column < D
+    row = tl.arange(0, BLOCK)
+    saved += layer * rows * D
+    dqkv += layer * rows * 3 * D
+    o_rows += layer * rows * D
+    dx_rows += layer * rows * D
+    product = tl.zeros((DP, DP), tl.float32)
+    total = tl.zeros((DP,), tl.float32)
+    stop = tl.minimum((split + 1) * share, rows)
+    for start in range(split * share, stop, BLOCK):
+        at = (start + row)[:, None]
+        mask = (at < stop) & inside[None, :]
+        if part == 3:
+            left = tl.load(dx_rows + at * D + column[None, :], mask=mask, other=0.0)
+            right = tl.load(o_rows + at * D + column[None, :], mask=mask, other=0.0)
+        else:
+            left = tl.load(dqkv + at * (3 * D) + part * D + column[None, :], mask=mask, other=0.0)
+            x = tl.load(saved + at * D + column[None, :], mask=mask, other=0.0)
+            normal, _ = normalise(x.to(tl.float32), column, eps, D, DP)
+            right = normal.to(x.dtype)
+        product = tl.dot(tl.trans(left), right, product, input_precision=PRECISION)
+        total += tl.sum(left.to(tl.float32), 0)
+    place = (split * tl.num_programs(2) + layer) * 4 + part
+    at = column[:, None] * D + column[None, :]
+    tl.store(products + place * D * D + at, product, mask=inside[:, None] & inside[None, :])
+    tl.store(sums + place * D + column, total, mask=inside)
+
+
+@triton.jit(do_not_specialize=["splits", "layers", "groups", "batch"])
+def weight_gradients(
+    products, sums, dtokens, dcls_rows, norm_weight, norm_bias, qkv_weight,
+    dnorm_weight, dnorm_bias, dqkv_weight, dqkv_bias, dout_weight, dout_bias, dcls, dpositions,
+    splits, layers, groups, batch,
+    N: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Sums in a fixed order: `layers` * DP / COLUMNS programs for the layers' weights, the others for positions, CLS.
+
+    With y = gamma * normal + beta and P = dqkv^T normal, b = dqkv^T 1: dW = P * gamma + b beta^T, and LayerNorm's own
+    gradients need no pass over the rows either, dgamma = sum_o W * P, dbeta = W^T b. The key bias cancels in the
+    softmax: its gradient, and b of the keys, is an exact zero.
+    """
+    BLOCKS: tl.constexpr = DP // COLUMNS
+    program = tl.program_id(0)
+    if program < layers * BLOCKS:
+        layer = (program // BLOCKS).to(tl.int64)
+        column = (program % BLOCKS) * COLUMNS + tl.arange(0, COLUMNS)
+        row = tl.arange(0, DP)
+        inside = (row < D)[:, None] & (column < D)[None, :]
+        at = row[:, None] * D + column[None, :]
+        gamma = tl.load(norm_weight + layer * D + column, mask=column < D, other=0.0).to(tl.float32)
+        beta = tl.load(norm_bias + layer * D + column, mask=column < D, other=0.0).to(tl.float32)
+        dgamma = tl.zeros((COLUMNS,), tl.float32)
+        dbeta = tl.zeros((COLUMNS,), tl.float32)
+        for part in tl.static_range(4):
+            product = tl.zeros((DP, COLUMNS), tl.float32)
+            total = tl.zeros((DP,), tl.float32)
+            for split in range(splits):
+                place = (split * layers + layer) * 4 + part
+                product += tl.load(products + place * D * D + at, mask=inside, other=0.0)
+                total += tl.load(sums + place * D + row, mask=row < D, other=0.0)
+            if part == 3:
+                tl.store(dout_weight + layer * D * D + at, product, mask=inside)
+                tl.store(dout_bias + layer * D + row, total, mask=(row < D) & (program % BLOCKS == 0))
+            else:
+                if part == 1:
+                    total = tl.zeros((DP,), tl.float32)
+                weight = tl.load(qkv_weight + (layer * 3 + part) * D * D + at, mask=inside, other=0.0).to(tl.float32)
+                dgamma += tl.sum(weight * product, 0)
+                dbeta += tl.sum(weight * total[:, None], 0)
+                gradient = product * gamma[None, :] + total[:, None] * beta[None, :]
+                tl.store(dqkv_weight + (layer * 3 + part) * D * D + at, gradient, mask=inside)
+                to = dqkv_bias + (layer * 3 + part) * D + row
+                tl.store(to, total, mask=(row < D) & (program % BLOCKS == 0))
+        tl.store(dnorm_weight + layer * D + column, dgamma, mask=column < D)
+        tl.store(dnorm_bias + layer * D + column, dbeta, mask=column < D)
+    else:
+        T: tl.constexpr = N + 1
+        BLOCKS_T: tl.constexpr = (T * D + BLOCK - 1) // BLOCK
+        IMAGES: tl.constexpr = 16
+        program -= layers * BLOCKS
+        group = program // BLOCKS_T
+        element = (program % BLOCKS_T) * BLOCK + tl.arange(0, BLOCK)
+        is_cls = element < D
+        exists = element < T * D
+        total = tl.zeros((BLOCK,), tl.float32)
+        for start in range(0, batch, IMAGES):
+            image = start + tl.arange(0, IMAGES)
+            place = (image.to(tl.int64) * groups + group)[:, None]
+            mask = (image < batch)[:, None] & exists[None, :]
+            from_cls = mask & is_cls[None, :]
+            from_tokens = mask & (element >= D)[None, :]
+            part = tl.load(dcls_rows + place * D + element[None, :], mask=from_cls, other=0.0).to(tl.float32)
+            at = place * (N * D) + (element - D)[None, :]
+            part += tl.load(dtokens + at, mask=from_tokens, other=0.0).to(tl.float32)
+            total += tl.sum(part, 0)
+        tl.store(dpositions + group * T * D + element, total, mask=exists)
+        tl.store(dcls + group * D + element, total, mask=exists & is_cls)

@@ -28,7 +28,7 @@ PRECISE: dict[str, dict[str, Any]] = {
 def table() -> dict[tuple[str, tuple[int, ...]], dict[str, dict[str, Any]]]:
     """(kernel, shape class) to the options by compute capability, "any" for those that are not listed.
 
-    wins: whether the kernel is expected to be faster than PyTorch there; `auto` goes by it.
+    wins: whether the kernel was measured to be faster than PyTorch there; `auto` goes by it.
     """
     rows = json.loads(TABLE.read_text())
     return {(row["kernel"], tuple(row["shape"])): row["options"] for row in rows}

@@ -17,7 +17,7 @@ _told: set[tuple[str, str]] = set()
 
 
 def force(choice: str, device: torch.device | None = None) -> None:
-    """Use "triton" or "reference" for every operation that has both, or "auto": whichever is expected to be faster.
+    """Use "triton" or "reference" for every operation that has both, or "auto": whichever was measured to be faster.
 
     The environment variable HSVIT_KERNELS goes before.
 
@@ -50,7 +50,7 @@ def use_triton(operation: str, x: Tensor, why_not: str, wins: bool) -> bool:
 
     Args:
         x: an input, for its device and dtype. why_not: why the kernel cannot compute this, empty where it can.
-        wins: whether the kernel is expected to be faster here than the reference.
+        wins: whether the kernel was measured to be faster here than the reference.
 
     Raises:
         ValueError: Triton is forced where it cannot run.

@@ -44,8 +44,8 @@ def grouped_attention(
     here, there is no MLP and no final LayerNorm. The key bias cancels in the softmax, is left out and gets an exact
     zero gradient.
 
-    On CUDA, one Triton launch forward and three backward for D <= 64 with T <= 65 and D <= 128 with T <= 33, which
-    save every layer's input and nothing quadratic; elsewhere the batched PyTorch reference. Under autocast the
+    In Triton one launch forward and three backward, for D <= 64 with T <= 65 and D <= 128 with T <= 33, which save
+    every layer's input and nothing quadratic; where `dispatch` decides so, the batched PyTorch reference. Under autocast the
     products are computed in its dtype, whatever the weights' own; gradients of weights are fp32 sums either way.
 
     Args:

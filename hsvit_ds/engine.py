@@ -29,7 +29,7 @@ class Config:
     precision: str = "auto"
     """"fp32", "bf16" (torch autocast over fp32 parameters), or "auto": bf16 on GPUs, fp32 on CPUs."""
     kernels: str = "auto"
-    """"triton" or "reference" for every operation of hsvit_kernels, or "auto": Triton where it was measured to be faster."""
+    """"triton" or "reference" for every operation of hsvit_kernels, or "auto": Triton where it was measured faster."""
     compile: bool = False
     """torch.compile the model's training graph; evaluation stays eager."""
     max_skipped_steps: int = 10

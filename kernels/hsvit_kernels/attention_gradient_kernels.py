@@ -73,6 +73,36 @@ def backward_attend(
 
 
 @triton.jit
+def backward_cls(
+    q_cls, k, v, k_cls, v_cls, do_cls, words, calls, head, threshold, keep_scale,
+    N: tl.constexpr, NP: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The CLS queries of a slab's heads, columns of q_cls and do_cls [SW, CC]: the gradients of their scores, [NP, CC]
+    and [CC] for the CLS key, and the weights that multiplied the values, likewise."""
+    dtype = k.dtype
+    token = tl.arange(0, NP)
+    s = tl.dot(tl.trans(k), q_cls.to(dtype), input_precision=PRECISION)
+    p, p_cls, scale = softmax(s, tl.sum(q_cls * k_cls, 0), token, 0, N, NP)
+    p *= scale[None, :]
+    p_cls *= scale
+    dp = tl.dot(tl.trans(v), do_cls.to(dtype), input_precision=PRECISION) * keep_scale
+    dp_cls = tl.sum(do_cls * v_cls, 0) * keep_scale
+    used = p * keep_scale
+    used_cls = p_cls * keep_scale
+    if DROPOUT:
+        call = calls + head // 2
+        dp = kept(dp, words, call[None, :], CLS, token[:, None], head[None, :], threshold)
+        dp_cls = kept(dp_cls, words, call, CLS, CLS, head, threshold)
+        used = kept(used, words, call[None, :], CLS, token[:, None], head[None, :], threshold)
+        used_cls = kept(used_cls, words, call, CLS, CLS, head, threshold)
+    mean = tl.sum(p * dp, 0) + p_cls * dp_cls
+    ds = (p * (dp - mean[None, :])).to(dtype)
+    ds_cls = p_cls * (dp_cls - mean)
+    used = used.to(dtype)
+    return ds, ds_cls, used, used_cls
+
+
+@triton.jit
 def normalise_backward(x, dy, gamma, column, eps, D: tl.constexpr, DP: tl.constexpr):
     """Gradient of rows x [R, DP] through LayerNorm, from dy [R, DP]."""
     normal, rstd = normalise(x, column, eps, D, DP)
@@ -86,6 +116,41 @@ def normalise_backward(x, dy, gamma, column, eps, D: tl.constexpr, DP: tl.conste
 def widen(x):
     """[R, C] with a column of zeros after each, [R, 2 C]: a contraction over the columns needs 16 of them."""
     return tl.reshape(tl.join(x, tl.zeros_like(x)), (x.shape[0], 2 * x.shape[1]))
+
+
+@triton.jit
+def layer_input_gradient(
+    dx_cls, saved, dqkv, dx_rows, norm_weight, qkv_weight, eps,
+    N: tl.constexpr, NP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, CC: tl.constexpr, BLOCK: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dqkv [T, 3 D] through the projections and LayerNorm, added to the gradient of the layer's output."""
+    column = tl.arange(0, DP)
+    inside = column < D
+    token = tl.arange(0, NP)
+    valid = (token < N)[:, None] & inside[None, :]
+    at_rows = D + (token[:, None] * D + column[None, :])
+    rows_cls = saved + (column[None, :] + tl.zeros((CC,), tl.int32)[:, None])
+    WHOLE: tl.constexpr = 3 * D % BLOCK == 0
+    dy = tl.zeros((NP, DP), tl.float32)
+    dy_cls = tl.zeros((DP, CC), tl.float32)
+    same = tl.zeros((CC,), tl.int32)
+    for start in range(0, 3 * D, BLOCK):
+        k = start + tl.arange(0, BLOCK)
+        mask = (k < 3 * D)[:, None] & inside[None, :]
+        w = load(qkv_weight + start * D + (tl.arange(0, BLOCK)[:, None] * D + column[None, :]), mask, D == DP and WHOLE)
+        exists = (token < N)[:, None] & (k < 3 * D)[None, :]
+        part = load(dqkv + 3 * D + (token[:, None] * (3 * D) + k[None, :]), exists, N == NP and WHOLE)
+        dy = tl.dot(part, w, dy, input_precision=PRECISION)
+        part = load(dqkv + k[:, None] + same[None, :], (k < 3 * D)[:, None], WHOLE)
+        dy_cls = tl.dot(tl.trans(w), part, dy_cls, input_precision=PRECISION)
+    gamma = load(norm_weight + column, inside, D == DP).to(tl.float32)
+    x = load(saved + at_rows, valid, N == NP and D == DP).to(tl.float32)
+    dx = load(dx_rows + at_rows, valid, N == NP and D == DP).to(tl.float32)
+    dx += normalise_backward(x, dy, gamma, column, eps, D, DP)
+    x_cls = load(rows_cls, inside[None, :], D == DP).to(tl.float32)
+    dx_cls += tl.trans(normalise_backward(x_cls, tl.trans(dy_cls), gamma, column, eps, D, DP))
+    return dx, dx_cls
 
 
 @triton.jit
@@ -144,25 +209,10 @@ def backward_layer(
         v_cls = tl.dot(w_v, y_cls, input_precision=PRECISION) + b_v[:, None]
         do_cls = tl.where(own, tl.dot(tl.trans(w_o), dx_cls_low, input_precision=PRECISION), 0.0)
 
-        s = tl.dot(tl.trans(k), q_cls.to(dtype), input_precision=PRECISION)
-        p, p_cls, scale = softmax(s, tl.sum(q_cls * k_cls, 0), token, 0, N, NP)
-        p *= scale[None, :]
-        p_cls *= scale
-        dp = tl.dot(tl.trans(v), do_cls.to(dtype), input_precision=PRECISION) * keep_scale
-        dp_cls = tl.sum(do_cls * v_cls, 0) * keep_scale
-        used = p * keep_scale
-        used_cls = p_cls * keep_scale
-        if DROPOUT:
-            call = group * 2048 + layer * PAIRS + (first + cls_head) // 2
-            head = first + cls_head
-            dp = kept(dp, words, call[None, :], CLS, token[:, None], head[None, :], threshold)
-            dp_cls = kept(dp_cls, words, call, CLS, CLS, head, threshold)
-            used = kept(used, words, call[None, :], CLS, token[:, None], head[None, :], threshold)
-            used_cls = kept(used_cls, words, call, CLS, CLS, head, threshold)
-        mean = tl.sum(p * dp, 0) + p_cls * dp_cls
-        ds = (p * (dp - mean[None, :])).to(dtype)
-        ds_cls = p_cls * (dp_cls - mean)
-        used = used.to(dtype)
+        ds, ds_cls, used, used_cls = backward_cls(
+            q_cls, k, v, k_cls, v_cls, do_cls, words, group * 2048 + layer * PAIRS, first + cls_head, threshold,
+            keep_scale, N, NP, DROPOUT, PRECISION,
+        )  # fmt: skip
         dq_cls = tl.where(own, tl.dot(k, ds, input_precision=PRECISION) + ds_cls[None, :] * k_cls, 0.0)
         tl.store(dqkv + first * HD + lane, (tl.sum(dq_cls, 1) * (SCALE / LOG2E)).to(dtype), mask=mine)
         o_cls = tl.where(own, tl.dot(v, used, input_precision=PRECISION) + used_cls[None, :] * v_cls, 0.0)
@@ -196,27 +246,10 @@ def backward_layer(
         tl.store(to + 2 * D, dv.to(dtype), mask=exists)
         tl.store(o_rows + first * HD + D + (lane[:, None] + token[None, :] * D), o.to(dtype), mask=exists)
 
-    WHOLE: tl.constexpr = 3 * D % BLOCK == 0
     tl.debug_barrier()  # what other threads have written is read below
-    dy = tl.zeros((NP, DP), tl.float32)
-    dy_cls = tl.zeros((DP, CC), tl.float32)
-    same = tl.zeros((CC,), tl.int32)
-    for start in range(0, 3 * D, BLOCK):
-        k = start + tl.arange(0, BLOCK)
-        mask = (k < 3 * D)[:, None] & inside[None, :]
-        w = load(qkv_weight + start * D + (tl.arange(0, BLOCK)[:, None] * D + column[None, :]), mask, D == DP and WHOLE)
-        exists = (token < N)[:, None] & (k < 3 * D)[None, :]
-        part = load(dqkv + 3 * D + (token[:, None] * (3 * D) + k[None, :]), exists, N == NP and WHOLE)
-        dy = tl.dot(part, w, dy, input_precision=PRECISION)
-        part = load(dqkv + k[:, None] + same[None, :], (k < 3 * D)[:, None], WHOLE)
-        dy_cls = tl.dot(tl.trans(w), part, dy_cls, input_precision=PRECISION)
-    gamma = load(norm_weight + column, inside, D == DP).to(tl.float32)
-    x = load(saved + at_rows, valid, N == NP and D == DP).to(tl.float32)
-    dx = load(dx_rows + at_rows, valid, N == NP and D == DP).to(tl.float32)
-    dx += normalise_backward(x, dy, gamma, column, eps, D, DP)
-    x_cls = load(rows_cls, inside[None, :], D == DP).to(tl.float32)
-    dx_cls += tl.trans(normalise_backward(x_cls, tl.trans(dy_cls), gamma, column, eps, D, DP))
-    return dx, dx_cls
+    return layer_input_gradient(
+        dx_cls, saved, dqkv, dx_rows, norm_weight, qkv_weight, eps, N, NP, D, DP, CC, BLOCK, PRECISION
+    )
 
 
 @triton.jit(do_not_specialize=["first_group", "threshold", "batch", "depth"])

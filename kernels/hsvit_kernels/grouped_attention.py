@@ -45,8 +45,8 @@ def grouped_attention(
     zero gradient.
 
     In Triton one launch forward and three backward, for D <= 64 with T <= 65 and D <= 128 with T <= 33, which save
-    every layer's input and nothing quadratic; where `dispatch` decides so, the batched PyTorch reference. Under autocast the
-    products are computed in its dtype, whatever the weights' own; gradients of weights are fp32 sums either way.
+    every layer's input and nothing quadratic; where `dispatch` decides so, the batched PyTorch reference. Under
+    autocast the products are computed in its dtype, whatever the weights' own; gradients of weights are fp32 sums.
 
     Args:
         tokens: [B, K, D], any strides; K a multiple of G; fp32, fp16 or bf16 (fp64 in the reference).

@@ -23,7 +23,13 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 
-from hsvit_kernels import attention_gradient_kernels, attention_kernels, configurations, linear_kernels
+from hsvit_kernels import (
+    attention_gradient_kernels,
+    attention_kernels,
+    attention_weight_kernels,
+    configurations,
+    linear_kernels,
+)
 
 RESULTS = Path(__file__).parents[1] / "kernels/results/compiled.csv"
 CAPABILITIES = (80, 90, 100)
@@ -90,7 +96,7 @@ def attention_case(kernel: str, shape: tuple[int, ...], options: dict[str, Any])
     function = {
         "attention_forward": attention_kernels.forward,
         "attention_backward": attention_gradient_kernels.backward,
-        "attention_products": attention_gradient_kernels.weight_products,
+        "attention_products": attention_weight_kernels.weight_products,
     }[kernel]
     if kernel == "attention_products":
         constants = {"D": width, "DP": padded, "BLOCK": options["BLOCK"]} | precision

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from . import attention_gradient_kernels as gradient_kernels
 from . import attention_kernels as kernels
+from . import attention_weight_kernels as weight_kernels
 from . import reference
 from .configurations import configuration
 from .dispatch import use_triton
@@ -207,10 +208,7 @@ def _forward(
     save: bool,
 ) -> tuple[Tensor, Tensor]:
     """The result and the layers' inputs [G, A, B, T, D], the latter empty without `save`. drop: in 1/256."""
-    out, saved = _forward_fake(
-        tokens, cls, positions, norm_weight, norm_bias, qkv_weight, qkv_bias, out_weight, out_bias,
-        key, image, heads, drop, first_group, eps, all_tokens, save,
-    )  # fmt: skip
+    out, saved = _results(tokens, positions, qkv_weight, all_tokens, save)
     groups, depth = qkv_weight.shape[:2]
     shape = _shape(tokens, qkv_weight, heads)
     kernels.forward[(len(tokens), groups)](
@@ -225,24 +223,12 @@ def _forward(
 
 
 @_forward.register_fake
-def _forward_fake(
-    tokens: Tensor,
-    cls: Tensor,
-    positions: Tensor,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
-    qkv_weight: Tensor,
-    qkv_bias: Tensor,
-    out_weight: Tensor,
-    out_bias: Tensor,
-    key: Tensor | None,
-    image: Tensor | None,
-    heads: int,
-    drop: int,
-    first_group: int,
-    eps: float,
-    all_tokens: bool,
-    save: bool,
+def _forward_fake(tokens: Tensor, cls: Tensor, positions: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    return _results(tokens, positions, rest[2], *rest[-2:])
+
+
+def _results(
+    tokens: Tensor, positions: Tensor, qkv_weight: Tensor, all_tokens: bool, save: bool
 ) -> tuple[Tensor, Tensor]:
     batch, (groups, length, width), depth = tokens.shape[0], positions.shape, qkv_weight.shape[1]
     out = tokens.new_empty((batch, groups, length, width) if all_tokens else (batch, groups, width))
@@ -307,7 +293,7 @@ def _backward(
     share = -(-rows // splits)
     products = tokens.new_empty((splits, layers, 4, width, width), dtype=torch.float32)
     sums = tokens.new_empty((splits, layers, 4, width), dtype=torch.float32)
-    gradient_kernels.weight_products[(4, splits, layers)](
+    weight_kernels.weight_products[(4, splits, layers)](
         saved, dqkv, o_rows, dx_rows, products, sums, rows, share, eps,
         D=width, DP=shape["DP"], PRECISION=precision, **options,
     )  # fmt: skip
@@ -317,7 +303,7 @@ def _backward(
     dcls, dpositions, *dweights = gradients
     columns, block = 16, 128
     programs = layers * (shape["DP"] // columns) + groups * -(-length * width // block)
-    gradient_kernels.weight_gradients[(programs,)](
+    weight_kernels.weight_gradients[(programs,)](
         products, sums, dtokens, dcls_rows, norm_weight.contiguous(), norm_bias.contiguous(), weight,
         *dweights, dcls, dpositions, splits, layers, groups, batch,
         N=shape["N"], D=width, DP=shape["DP"], COLUMNS=columns, BLOCK=block,

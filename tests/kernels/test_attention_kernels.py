@@ -17,6 +17,7 @@ from torch import Tensor
 
 from hsvit_kernels import attention_gradient_kernels as gradient_kernels
 from hsvit_kernels import attention_kernels as kernels
+from hsvit_kernels import attention_weight_kernels as weight_kernels
 from hsvit_kernels import configurations, dispatch, grouped_attention, reference
 from hsvit_kernels.random import Draw, keep_scale, threshold
 from tests.kernels.test_grouped_attention import NAMES, arguments
@@ -220,7 +221,7 @@ def test_a_step_of_eight_layers_is_one_launch_forward_and_three_backward(monkeyp
             kernel, "run", lambda *args, **kwargs: (launches.append(kernel.fn.__name__), launch(*args, **kwargs))
         )
 
-    for kernel in [*vars(kernels).values(), *vars(gradient_kernels).values()]:
+    for kernel in [k for module in (kernels, gradient_kernels, weight_kernels) for k in vars(module).values()]:
         if hasattr(kernel, "arg_names"):
             count(kernel)
     case = Case(1, 16, 1, 8, width=8, heads=1)  # small, as only the launches are counted

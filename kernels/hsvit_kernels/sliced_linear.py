@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -61,20 +62,25 @@ def sliced_linear(
     *,
     out_features: int,
     side: str = "leading",
+    out_segments: int = 1,
+    in_segments: int = 1,
     gelu: bool = False,
     residual: Tensor | None = None,
     state: StepState | None = None,
 ) -> Tensor:
     """act(x W_s^T + b_s) + residual, where W_s are the leading or trailing rows and columns of the full weight.
 
-    Scala, arXiv 2412.04786, equations 2 and 3. No slice is copied. Without `state`, autograd gives a full-size
-    gradient, as for any slice. Computed in x's dtype, or autocast's.
+    Scala, arXiv 2412.04786, equations 2 and 3. A slice is used where it lies; only one of several segments, which no
+    matrix product can address, is copied. Without `state`, autograd gives a full-size gradient, as for any slice.
+    Computed in x's dtype, or autocast's.
 
     Args:
         x: [..., k]; k says how many columns of the weight are used.
         weight: [N, K], full. bias: [N], full.
         out_features: n, the rows of the weight that are used.
         side: which end of both axes, "leading" or "trailing".
+        out_segments, in_segments: the rows and the columns are so many equal parts (the heads of attention, say), and
+            `side` is the end of each part; both divide the full and the used features.
         gelu: apply the exact GELU. residual: [..., n], added at the end.
         state: gathers the gradients of several passes in place.
 
@@ -85,26 +91,86 @@ def sliced_linear(
         ValueError: a shape, dtype, device or slice that does not fit, with its name, value and limit.
     """
     _check(x, weight, bias, out_features, side, residual)
+    _check_segments(weight, out_features, x.shape[-1], out_segments, in_segments)
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
     residual = None if residual is None else residual.to(x.dtype)
-    rows, columns = _slices(weight.shape, out_features, x.shape[-1], side)
+    cut = _Cut(out_features, x.shape[-1], side == "leading", out_segments, in_segments)
     flat = x.reshape(-1, x.shape[-1])
     added = None if residual is None else residual.reshape(-1, out_features)
+    if torch.compiler.is_compiling():
+        state = None  # which pass is the last is not known to a graph; the compiler has its own way with slices
     if state is not None and torch.is_grad_enabled() and weight.requires_grad:
-        y: Tensor = _Accumulating.apply(flat, weight, bias, added, rows, columns, gelu, state)
+        y: Tensor = _Accumulating.apply(flat, weight, bias, added, cut, gelu, state)
     else:
         low = weight.to(x.dtype) if state is None else state.low(weight, x.dtype)
-        b = None if bias is None else bias[rows].to(x.dtype)
+        b = None if bias is None else cut.vector(bias).to(x.dtype)
         save = torch.is_grad_enabled() and (flat.requires_grad or low.requires_grad)
-        y, _ = _linear(flat, low[rows, columns], b, added, gelu, save)
+        y, _ = _linear(flat, cut.matrix(low), b, added, gelu, save)
     return y.view(*x.shape[:-1], out_features)
 
 
-def _slices(full: torch.Size, n: int, k: int, side: str) -> tuple[slice, slice]:
-    if side == "leading":
-        return slice(0, n), slice(0, k)
-    return slice(full[0] - n, full[0]), slice(full[1] - k, full[1])
+@dataclass(frozen=True)
+class _Cut:
+    """Which n rows and k columns of a weight are used."""
+
+    n: int
+    k: int
+    leading: bool
+    out_segments: int
+    in_segments: int
+
+    @property
+    def in_place(self) -> bool:
+        """Whether the slice is a matrix where it lies."""
+        return self.out_segments == self.in_segments == 1
+
+    def segments(self, matrix: Tensor) -> Tensor:
+        """[N, K] to a view [out segments, rows, in segments, columns] of what is used."""
+        parts = matrix.unflatten(0, (self.out_segments, -1)).unflatten(2, (self.in_segments, -1))
+        rows = self._within(parts.shape[1], self.n // self.out_segments)
+        return parts[:, rows, :, self._within(parts.shape[3], self.k // self.in_segments)]
+
+    def matrix(self, matrix: Tensor) -> Tensor:
+        """[N, K] to [n, k]: a view where one can be."""
+        return self.segments(matrix).reshape(self.n, self.k)
+
+    def rows(self, vector: Tensor) -> Tensor:
+        """[N] to a view [out segments, rows] of what is used."""
+        parts = vector.unflatten(0, (self.out_segments, -1))
+        return parts[:, self._within(parts.shape[1], self.n // self.out_segments)]
+
+    def vector(self, vector: Tensor) -> Tensor:
+        """[N] to [n]: a view where one can be."""
+        return self.rows(vector).reshape(self.n)
+
+    def _within(self, size: int, used: int) -> slice:
+        return slice(0, used) if self.leading else slice(size - used, size)
+
+    def add(self, main: Tensor, bias_main: Tensor | None, dz: Tensor, x: Tensor) -> None:
+        """main [N, K] += dz [M, n]^T x [M, k], and bias_main [N] += dz's column sums, in what is used."""
+        if self.in_place:
+            bias = None if bias_main is None else self.vector(bias_main)
+            _accumulate(self.matrix(main), bias, dz, x)
+            return
+        dweight = main.new_zeros(self.n, self.k)
+        dbias = None if bias_main is None else main.new_zeros(self.n)
+        _accumulate(dweight, dbias, dz, x)
+        part = self.segments(main)
+        part.add_(dweight.view(part.shape))
+        if bias_main is not None and dbias is not None:
+            rows = self.rows(bias_main)
+            rows.add_(dbias.view(rows.shape))
+
+
+def _check_segments(weight: Tensor, n: int, k: int, out_segments: int, in_segments: int) -> None:
+    for name, segments, sizes in (
+        ("out_segments", out_segments, {"the rows of weight": weight.shape[0], "out_features": n}),
+        ("in_segments", in_segments, {"the columns of weight": weight.shape[1], "the features of x": k}),
+    ):
+        for what, size in sizes.items():
+            if segments < 1 or size % segments:
+                raise ValueError(f"{name} = {segments}: must divide {size}, {what}")
 
 
 def _check(
@@ -142,31 +208,31 @@ class _Accumulating(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         residual: Tensor | None,
-        rows: slice,
-        columns: slice,
+        cut: _Cut,
         gelu: bool,
         state: StepState,
     ) -> Tensor:
         low = state.low(weight, x.dtype)
-        b = None if bias is None else state.low(bias, x.dtype)[rows]
+        b = None if bias is None else cut.vector(state.low(bias, x.dtype))
+        part = cut.matrix(low)
         y: Tensor
-        y, z = _linear(x, low[rows, columns], b, residual, gelu, True)
-        ctx.save_for_backward(x, z, low)
-        ctx.full, ctx.state, ctx.slices, ctx.gelu = (weight, bias), state, (rows, columns), gelu
+        y, z = _linear(x, part, b, residual, gelu, True)
+        ctx.save_for_backward(x, z, part)
+        ctx.full, ctx.shape, ctx.state, ctx.cut, ctx.gelu = (weight, bias), low.shape, state, cut, gelu
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Any:
-        x, z, low = ctx.saved_tensors
-        (weight, bias), state, (rows, columns) = ctx.full, ctx.state, ctx.slices
+        x, z, part = ctx.saved_tensors
+        (weight, bias), state = ctx.full, ctx.state
         dz = _gelu_gradient(dy, z) if ctx.gelu else dy.contiguous()
-        dx = _input_gradient(dz, low[rows, columns]) if ctx.needs_input_grad[0] else None
-        main = state.main(weight, low.shape)
-        bias_main = None if bias is None else state.main(bias, low.shape[:1])
-        _accumulate(main[rows, columns], None if bias_main is None else bias_main[rows], dz, x)
+        dx = _input_gradient(dz, part) if ctx.needs_input_grad[0] else None
+        main = state.main(weight, ctx.shape)
+        bias_main = None if bias is None else state.main(bias, ctx.shape[:1])
+        ctx.cut.add(main, bias_main, dz, x)
         if not state.last:
             main = bias_main = None
-        return dx, main, bias_main, dy if ctx.needs_input_grad[3] else None, *(None,) * 4
+        return dx, main, bias_main, dy if ctx.needs_input_grad[3] else None, *(None,) * 3
 
 
 def _gelu_gradient(dy: Tensor, z: Tensor) -> Tensor:

@@ -73,6 +73,30 @@ def test_many_rows_are_split_and_summed_in_order() -> None:
     check("triton", 3000, 48, 32, "leading", False, torch.float32, True)
 
 
+def picked(full: int, used: int, segments: int, side: str) -> Tensor:
+    """The features of every segment that a slice uses."""
+    parts = torch.arange(full).view(segments, -1)
+    part = used // segments
+    return (parts[:, :part] if side == "leading" else parts[:, -part:]).flatten()
+
+
+@pytest.mark.parametrize("choice", ["triton", "reference"])
+@pytest.mark.parametrize("gather", [True, False])
+@pytest.mark.parametrize(("out_segments", "in_segments"), [(6, 1), (1, 4), (3, 2)])
+def test_segments_are_sliced_one_by_one(choice: str, gather: bool, out_segments: int, in_segments: int) -> None:
+    x, weight, bias, _ = tensors(20, 48, 32, torch.float32)
+    dispatch.force(choice)
+    for side in ("leading", "trailing"):
+        rows, columns = picked(N, 48, out_segments, side), picked(K, 32, in_segments, side)
+        expected = gradients(F.linear(x, weight[rows][:, columns], bias[rows]), (x, weight, bias))
+        y = sliced_linear(
+            x, weight, bias, out_features=48, side=side, out_segments=out_segments, in_segments=in_segments,
+            state=StepState() if gather else None,
+        )  # fmt: skip
+        for found, other in zip(gradients(y, (x, weight, bias)), expected, strict=True):
+            torch.testing.assert_close(found, other, rtol=1e-5, atol=1e-4)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("rows", [1, 1000, 50000])
@@ -201,6 +225,9 @@ def test_an_empty_batch_and_leading_axes() -> None:
         ({"bias": torch.zeros(3)}, r"bias has shape \(3,\): must be \[96\], the rows of weight"),
         ({"residual": torch.zeros(3, 2)}, r"residual has shape \(3, 2\): must be \(3, 48\)"),
         ({"x": torch.zeros(3, 64, dtype=torch.int32)}, "x has dtype torch.int32: must be floating point"),
+        ({"out_segments": 5}, "out_segments = 5: must divide 96, the rows of weight"),
+        ({"in_segments": 3}, "in_segments = 3: must divide 64, the columns of weight"),
+        ({"out_segments": 32}, "out_segments = 32: must divide 48, out_features"),
         ({"bias": torch.zeros(96, device="meta")}, "bias is on meta: must be on cpu, as x is"),
     ],
 )

@@ -267,21 +267,14 @@ class Checkpoints:
         """Whole tensors by name for this rank: its submodules stacked, the head as it is."""
         here = self._here
         parts = ["model"] if here is None else ["head", *(f"submodule-{m:03d}" for m in here)]
-        stacks: dict[str, list[Tensor]] = {}
-        for part in parts:
-            file = f"{part}{kind}.safetensors"
-            if file in manifest["files"]:
-                for name, tensor in read_file(folder, file, manifest).items():
-                    stacks.setdefault(name, []).append(tensor)
-            elif not kind:  # there are no moments before the first step
-                raise RefusedError(f"{folder / MANIFEST} names no {file}: of another architecture")
-        return {name: torch.cat(pieces) if pieces[0].dim() else pieces[0] for name, pieces in stacks.items()}
+        return _read_parts(folder, manifest, parts, kind)
 
     def _check_recipe(self, folder: Path, manifest: Mapping[str, Any]) -> None:
         """Refuse a checkpoint of another architecture, optimizer or order, key by key."""
         saved, mine = manifest["recipe"], json.loads(json.dumps(self.recipe))
         fixed = {
             "model": None,
+            "task": {"kind", "sampling", "width", "same_widths", "full_epochs"},
             "optimizer": {"name"},
             "run": {"global_batch", "seed"},
             "ema": {"decay"},
@@ -334,6 +327,36 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if manifest.get("format") != FORMAT:
         raise RefusedError(f"{folder / MANIFEST}: format {manifest.get('format')!r}, this version reads {FORMAT}")
     return manifest
+
+
+def read_weights(folder: Path, manifest: Mapping[str, Any], ema: bool) -> dict[str, Tensor]:
+    """The whole model's tensors by name, buffers included; ema: the averaged ones."""
+    submodules = sorted(f.removesuffix(".safetensors") for f in manifest["files"] if f.startswith("submodule-"))
+    parts = ["head", *(part for part in submodules if "." not in part)] if submodules else ["model"]
+    weights = _read_parts(folder, manifest, parts, "")
+    if ema:
+        averages = _read_parts(folder, manifest, parts, ".ema", "the run keeps no average (ema.decay = 0)")
+        weights |= averages
+    return weights
+
+
+def _read_parts(
+    folder: Path,
+    manifest: Mapping[str, Any],
+    parts: list[str],
+    kind: str,
+    missing: str = "of another architecture",
+) -> dict[str, Tensor]:
+    """Whole tensors by name: submodules stacked in their order, everything else as it is."""
+    stacks: dict[str, list[Tensor]] = {}
+    for part in parts:
+        file = f"{part}{kind}.safetensors"
+        if file in manifest["files"]:
+            for name, tensor in read_file(folder, file, manifest).items():
+                stacks.setdefault(name, []).append(tensor)
+        elif kind != ".optimizer":  # there are no moments before the first step
+            raise RefusedError(f"{folder / MANIFEST} names no {file}: {missing}")
+    return {name: torch.cat(pieces) if pieces[0].dim() else pieces[0] for name, pieces in stacks.items()}
 
 
 def read_file(folder: Path, file: str, manifest: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -157,7 +157,7 @@ class Engine:
         self.shards: Shards = shards(config.zero_stage, self.module, self.optimizer, grid)
         synced = batch_statistics.synced and grid.replicas > 1
         set_statistics(self.module, Statistics(batch_statistics.runs, grid.norms if synced else None))
-        self._runs_differ = grid.norms if grid.replicas > 1 and not synced else None
+        self.runs_differ = grid.norms if grid.replicas > 1 and not synced else None
         self.skipped_steps = 0
         self._skipped_in_a_row = 0
         if config.compile:
@@ -200,7 +200,7 @@ class Engine:
                     losses.append(loss.detach().float())
         applied, norm = self._update()
         self.step_state.clear()
-        move_running_statistics(self.module, applied, self._runs_differ)
+        move_running_statistics(self.module, applied, self.runs_differ)
         loss = torch.stack(losses).sum() / self.accumulation
         if not applied:
             self._skip(passes, loss, step)
@@ -289,7 +289,3 @@ class Engine:
                 if isinstance(module, BatchNorm2d):
                     module.pending.clear()
         return found[0] if found else ""
-
-    def eager(self) -> AbstractContextManager[None]:
-        """Evaluation runs eagerly also under torch.compile: its last batch would compile a second graph."""
-        return torch.compiler.set_stance("force_eager")

@@ -1,28 +1,84 @@
-"""Exact evaluation over all ranks: every sample once, the count asserted."""
+"""Exact evaluation over all ranks: every sample once, the count asserted, all widths in one pass over the data."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from itertools import islice
+
 import torch
+from torch import Tensor, nn
 
 from .data import augment
 from .data.reader import Reader
-from .engine import Engine
+from .grid import Channel
+from .models.batchnorm import BatchNorm2d, recalibrate
+from .models.slimmable import FULL, Width
+
+CALIBRATION_STEPS = 16
+"""Global batches of the training split that BatchNorm's statistics of a width are taken from."""
 
 
 @torch.no_grad()
-def evaluate(engine: Engine, reader: Reader, split: str) -> dict[str, float]:
-    """top1 and top5 (% of the split) and loss (mean cross-entropy, nats) of the model as it is now. Collective."""
-    grid, facts = engine.grid, reader.facts
-    engine.module.eval()
-    sums = torch.zeros(4, dtype=torch.float64, device=grid.device)  # samples, top1, top5, loss
-    with engine.eager():
+def evaluate(
+    forward: Callable[..., Tensor],
+    module: nn.Module,
+    reader: Reader,
+    split: str,
+    widths: Sequence[Width] = (FULL,),
+    runs_differ: Channel | None = None,
+) -> dict[str, float]:
+    """Score a model as it is now. Collective.
+
+    Args:
+        forward: computes `module`, an engine or the module itself.
+        widths: each image is read and moved once for all of them.
+        runs_differ: the ranks that see different batches, for BatchNorm's statistics of smaller widths.
+
+    Returns:
+        Of the largest width top1 and top5 (% of the split) and loss (mean cross-entropy, nats); where there are more,
+        top1_w0.50 and so on for each of them.
+    """
+    grid, facts = reader.grid, reader.facts
+    # Eager also under torch.compile: the last batch would compile a second graph.
+    with torch.compiler.set_stance("force_eager"):
+        _recalibrate(forward, module, reader, widths, runs_differ)
+        module.eval()
+        sums = torch.zeros(len(widths), 4, dtype=torch.float64, device=grid.device)  # samples, top1, top5, loss
         for images, labels, valid in reader.evaluation(split):
-            logits = engine(augment.normalise(images, facts.mean, facts.std)).float()
-            best = logits.topk(min(5, facts.classes)).indices == labels[:, None]
-            loss = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
-            row = torch.stack((torch.ones_like(loss), best[:, 0].float(), best.any(1).float(), loss))
-            sums += torch.where(valid, row, 0).double().sum(1)
-    count, top1, top5, loss_sum = grid.sum_over_replicas(sums).tolist()
-    if count != facts.count(split):
-        raise AssertionError(f"evaluated {count:.0f} of the {facts.count(split)} samples of {split}")
-    return {"top1": 100 * top1 / count, "top5": 100 * top5 / count, "loss": loss_sum / count}
+            images = augment.normalise(images, facts.mean, facts.std)
+            for row, width in zip(sums, widths, strict=True):
+                row += _score(forward(images, width=width).float(), labels, valid)
+    rows = grid.sum_over_replicas(sums).tolist()
+    if any(row[0] != facts.count(split) for row in rows):
+        raise AssertionError(f"evaluated {rows[0][0]:.0f} of the {facts.count(split)} samples of {split}")
+    count, top1, top5, loss = rows[max(range(len(rows)), key=lambda i: float(widths[i]))]
+    found = {"top1": 100 * top1 / count, "top5": 100 * top5 / count, "loss": loss / count}
+    if len(rows) > 1:
+        found |= {f"top1_w{width}": 100 * row[1] / count for width, row in zip(widths, rows, strict=True)}
+    return found
+
+
+def _score(logits: Tensor, labels: Tensor, valid: Tensor) -> Tensor:
+    """fp64 [4]: samples, right at the first guess, within five, and the sum of losses."""
+    best = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
+    loss = nn.functional.cross_entropy(logits, labels, reduction="none")
+    row = torch.stack((torch.ones_like(loss), best[:, 0].float(), best.any(1).float(), loss))
+    return torch.where(valid, row, 0).double().sum(1)
+
+
+def _recalibrate(
+    forward: Callable[..., Tensor],
+    module: nn.Module,
+    reader: Reader,
+    widths: Sequence[Width],
+    runs_differ: Channel | None,
+) -> None:
+    smaller = [width for width in widths if not width.is_full]
+    if not smaller or not any(isinstance(m, BatchNorm2d) for m in module.modules()):
+        return
+    with recalibrate(module, smaller, runs_differ):
+        for batches in islice(reader.train(0, 0), CALIBRATION_STEPS):
+            for batch in batches:
+                images = augment.normalise(batch.images, reader.facts.mean, reader.facts.std)
+                for width in smaller:
+                    forward(images, width=width)

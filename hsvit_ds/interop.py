@@ -1,22 +1,114 @@
-"""Weights from and to other programs: the published HSViT code's, and single-file models of this project."""
+"""Weights from and to other programs: published code's, timm's, runs of this project, and its single-file models."""
 
 from __future__ import annotations
 
 import json
 import pickle
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
+from math import isqrt
 from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import TypeAdapter
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from . import models
+from .checkpoint import Position, pointed, read_manifest, read_weights
+from .data import reader
 from .errors import RefusedError
+from .models import slimmable, vit
 from .models.hsvit import Config as HSViTConfig
 from .models.hsvit import HSViT
+
+
+def import_weights(state_dict: Mapping[str, Any], **hints: Any) -> models.Model:
+    """Build the model that weights of published code belong to, told by the keys: HSViT's or a DeiT's.
+
+    Args:
+        hints: of `import_hsvit`, or `smallest` and `granularity` for Scala's, which has the keys of a DeiT.
+    """
+    weights = _unwrapped(state_dict)
+    if "blocks.0.attn.qkv.weight" not in weights:
+        return import_hsvit(state_dict, **{k: v for k, v in hints.items() if k not in ("smallest", "granularity")})
+    if hints.get("smallest") is not None:
+        return import_scala(state_dict, smallest=hints["smallest"], granularity=hints["granularity"])
+    return import_deit(state_dict)
+
+
+def import_scala(
+    state_dict: Mapping[str, Any], *, smallest: float, granularity: float, side: str = "leading", heads: int = 0
+) -> vit.ViT:
+    """Build a `ViT` that computes what the published Scala code (github BeSpontaneous/Scala-pytorch) does with weights.
+
+    Args:
+        state_dict: a DeiT's keys, or a checkpoint that nests them under "model", with or without "module." in front.
+        smallest, granularity: the widths it was trained at. side: of the smallest; the published code takes leading
+            channels, the paper trailing ones. heads: by default one for 64 channels, as in every DeiT.
+
+    Raises:
+        RefusedError: keys that are missing or left over (listed), or shapes that are no square ViT's.
+    """
+    widths = {"smallest": smallest, "granularity": granularity, "side": side}
+    return _import_vit(state_dict, widths, heads, qkv="fused", softmax_scale="full", norm_eps=1e-5)
+
+
+def import_deit(state_dict: Mapping[str, Any], heads: int = 0) -> vit.ViT:
+    """Build a `ViT` from weights of a timm or DeiT model, plain or distilled; see `import_scala`."""
+    return _import_vit(state_dict, {}, heads)
+
+
+def _import_vit(state_dict: Mapping[str, Any], widths: dict[str, Any], heads: int, **options: Any) -> vit.ViT:
+    weights = _unwrapped(state_dict)
+    patch, positions = weights.get("patch_embed.proj.weight"), weights.get("pos_embed")
+    head, fc1 = weights.get("head.weight"), weights.get("blocks.0.mlp.fc1.weight")
+    if patch is None or positions is None or head is None or fc1 is None:
+        raise RefusedError(
+            "these are not weights of a DeiT: patch_embed.proj.weight, pos_embed, head.weight or "
+            f"blocks.0.mlp.fc1.weight is missing among {len(weights)} keys"
+        )
+    embedding, channels, side = patch.shape[0], patch.shape[1], patch.shape[2]
+    distilled = "dist_token" in weights
+    grid = isqrt(positions.shape[1] - 1 - distilled)
+    if grid**2 != positions.shape[1] - 1 - distilled:
+        raise RefusedError(f"pos_embed has shape {tuple(positions.shape)}: not the patches of a square image")
+    depth = 1 + max(int(key.split(".")[1]) for key in weights if key.startswith("blocks."))
+    scales = weights.get("blocks.0.ls1.gamma")
+    try:
+        model = vit.Config(
+            embedding=embedding,
+            heads=heads or max(embedding // 64, 1),
+            depth=depth,
+            mlp_ratio=fc1.shape[0] / embedding,
+            patch_size=side,
+            distilled=distilled,
+            layer_scale=0.0 if scales is None else 1e-5,
+            widths=slimmable.Config(**widths),
+            **options,
+        ).build(image_size=grid * side, channels=channels, classes=head.shape[0])
+    except ValueError as error:
+        raise RefusedError(str(error)) from error
+    own = model.state_dict()
+    wrong = [f"{key} is missing" for key in own if key not in weights]
+    wrong += [f"{key} is left over" for key in weights if key not in own]
+    wrong += [
+        f"{key} has shape {tuple(weights[key].shape)}, not {tuple(value.shape)}"
+        for key, value in own.items()
+        if key in weights and weights[key].shape != value.shape
+    ]
+    if wrong:
+        raise RefusedError(f"the weights do not fit {model.config}: {'; '.join(wrong)}")
+    model.load_state_dict(weights)
+    return model
+
+
+def _unwrapped(state_dict: Mapping[str, Any]) -> dict[str, Any]:
+    """The tensors of a checkpoint of a DeiT's training code, which nests them and may say which wrapper it used."""
+    weights = state_dict.get("model", state_dict)
+    return {key.removeprefix("module."): value for key, value in weights.items()}
 
 
 def import_hsvit(
@@ -146,7 +238,7 @@ def read_foreign(path: Path) -> Mapping[str, Any]:
     return loaded
 
 
-def save_model(model: HSViT, path: Path) -> None:
+def save_model(model: models.Model, path: Path) -> None:
     """Write one whole model to a safetensors file that `load_model` rebuilds."""
     about = {
         "config": asdict(model.config),
@@ -158,14 +250,45 @@ def save_model(model: HSViT, path: Path) -> None:
     save_file(tensors, path, metadata={"hsvit": json.dumps(about)})
 
 
-def load_model(path: Path) -> HSViT:
+def load_model(path: Path) -> models.Model:
     """The model in a file of `save_model`, in eval mode."""
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata() or {}
     if "hsvit" not in metadata:
         raise RefusedError(f'{path}: not a model file of hsvit-ds (no "hsvit" in its metadata)')
     about = json.loads(metadata["hsvit"])
-    config: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in about.pop("config").items()}
-    model = HSViT(HSViTConfig(**config), **about)
+    model = _config(about.pop("config")).build(**about)
     model.load_state_dict(load_file(path))
     return model.eval()
+
+
+@dataclass(frozen=True)
+class LoadedRun:
+    """A run's whole model in eval mode, the resolved recipe as a nested table, and where its checkpoint stands."""
+
+    model: models.Model
+    recipe: dict[str, Any]
+    position: Position
+
+
+def load_run(folder: Path, ema: bool = False) -> LoadedRun:
+    """The newest checkpoint of a run. ema: its averaged weights. On the meta device the weights are not read.
+
+    Raises:
+        RefusedError: no checkpoint, none with an average, or a damaged one.
+    """
+    checkpoint = pointed(folder / "checkpoints", "latest")
+    if checkpoint is None:
+        raise RefusedError(f"{folder}: no checkpoint of a run there ({folder}/checkpoints/latest is missing)")
+    manifest = read_manifest(checkpoint)
+    recipe = manifest["recipe"]
+    facts = reader.facts(reader.Config(**recipe["data"]))
+    model = _config(recipe["model"]).build(image_size=facts.image_size, channels=facts.channels, classes=facts.classes)
+    if not next(model.parameters()).is_meta:
+        model.load_state_dict(read_weights(checkpoint, manifest, ema))
+    return LoadedRun(model.eval(), recipe, Position(**manifest["position"]))
+
+
+def _config(table: Mapping[str, Any]) -> models.Config:
+    config: models.Config = TypeAdapter(models.Config).validate_json(json.dumps(table), strict=True)
+    return config

@@ -50,7 +50,7 @@ class Config:
                 raise ValueError(f"{key} = {getattr(self, key)}: must not be negative")
 
 
-_UNDECAYED = re.compile(r"(^|[._])(bias|cls|positions)$|norm\d*[._]weight$")
+_UNDECAYED = re.compile(r"(^|[._])(bias|cls|positions|cls_token|dist_token|pos_embed)$|norm\d*[._]weight$")
 
 
 def decays(name: str, parameter: Tensor) -> bool:

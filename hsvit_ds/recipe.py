@@ -9,17 +9,18 @@ import tomllib
 import typing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import tomli_w
 import torch
-from pydantic import TypeAdapter, ValidationError
+from pydantic import Discriminator, TypeAdapter, ValidationError
 
-from . import checkpoint, ema, engine, grid, optimizer, tracking
+from . import checkpoint, ema, engine, grid, models, optimizer, tracking
 from .data import augment, reader
 from .data.order import Order, Share
+from .data.reader import Facts
 from .errors import RefusedError
-from .models import hsvit
+from .tasks import scala, supervised, teacher
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +55,8 @@ class Run:
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
     run: Run = field(default_factory=Run)
-    model: hsvit.Config
+    model: Annotated[models.Config, Discriminator("kind")]
+    task: Annotated[supervised.Config | scala.Config, Discriminator("kind")] = field(default_factory=supervised.Config)
     data: reader.Config = field(default_factory=reader.Config)
     augment: augment.Config = field(default_factory=augment.Config)
     optimizer: optimizer.Config = field(default_factory=optimizer.Config)
@@ -85,6 +87,8 @@ class Plan:
     parameters: int
     flops: int
     """Of one image, forward, 2 a multiply-add."""
+    teacher_bytes: int
+    """Memory of the teacher's weights on every rank."""
 
     def order(self, recipe: Recipe) -> Order:
         shards = reader.facts(recipe.data).samples["train"]
@@ -171,17 +175,30 @@ def _build(table: dict[str, Any], where: str) -> Recipe:
 
 
 def _explain(error: Any) -> str:
-    key = ".".join(str(part) for part in error["loc"])
+    tagged = error["loc"][:1] in (("model",), ("task",))  # the second part is then the kind
+    key = ".".join(str(part) for i, part in enumerate(error["loc"]) if not (tagged and i == 1))
     message = str(error["msg"]).removeprefix("Value error, ")
     if error["type"] == "value_error":
         return f"[{key}] {message}"
+    if error["type"] == "union_tag_not_found":
+        return f"{key}.kind is missing: one of {', '.join(_kinds(key))}"
+    if error["type"] == "union_tag_invalid":
+        return f'{key}.kind = "{error["input"]["kind"]}": must be one of {", ".join(_kinds(key))}'
     if error["type"] == "missing":
         return f"{key} is missing"
     return f"{key} = {error['input']!r}: {message[:1].lower()}{message[1:]}"
 
 
+def _kinds(table: str) -> dict[str, Any]:
+    """{kind: Config} of a table that has several."""
+    return {config.kind: config for config in typing.get_args(typing.get_type_hints(Recipe)[table])}
+
+
 def _refuse_unknown(table: dict[str, Any], config: Any, prefix: str, where: str) -> None:
     hints = typing.get_type_hints(config)
+    if not prefix:
+        for name in ("model", "task"):  # without a known kind nothing can be said of the keys
+            hints[name] = _kinds(name).get(table.get(name, {}).get("kind"), object)
     for key, value in table.items():
         if key not in hints:
             near = difflib.get_close_matches(key, hints, n=1)
@@ -205,6 +222,7 @@ def resolve(recipe: Recipe, ranks: int) -> tuple[Recipe, Plan]:
         model = recipe.model.resolved(facts.image_size)
     except ValueError as error:
         raise RefusedError(f"[model] {error}") from error
+    _check_task(recipe.task, model)
     replicas = grid.replicas(ranks, recipe.grid.submodule_ranks, model.submodules)
     micro, accumulation = _batches(recipe.run, replicas)
     reader.check_share(recipe.data, facts, recipe.grid.submodule_ranks, micro)
@@ -219,7 +237,7 @@ def resolve(recipe: Recipe, ranks: int) -> tuple[Recipe, Plan]:
     if precision == "auto":
         precision = "bf16" if torch.cuda.is_available() else "fp32"
     with torch.device("meta"):
-        shape = hsvit.HSViT(model, image_size=facts.image_size, channels=facts.channels, classes=facts.classes)
+        shape = model.build(image_size=facts.image_size, channels=facts.channels, classes=facts.classes)
     recipe = replace(
         recipe,
         model=model,
@@ -240,7 +258,31 @@ def resolve(recipe: Recipe, ranks: int) -> tuple[Recipe, Plan]:
         bf16=precision == "bf16",
         parameters=sum(p.numel() for p in shape.parameters()),
         flops=model.flops(facts.image_size, facts.channels, facts.classes),
+        teacher_bytes=_teacher_bytes(recipe.task, facts, 2 if precision == "bf16" else 4),
     )
+
+
+def _check_task(task: supervised.Config | scala.Config, model: models.Config) -> None:
+    """Refuse a task that the model does not fit."""
+    distilled = getattr(model, "distilled", False)
+    if isinstance(task, scala.Config):
+        try:
+            task.resolved(model.widths)
+        except ValueError as error:
+            raise RefusedError(f"[task] {error}") from error
+        if distilled and not task.teacher.name:
+            raise RefusedError("model.distilled = true needs a teacher: set task.teacher.name")
+    elif distilled or len(model.widths.family) > 1:
+        key = "distilled = true" if distilled else f"widths.smallest = {model.widths.smallest}"
+        raise RefusedError(f'model.{key} needs task.kind = "scala"; task.kind = "supervised" trains one output')
+
+
+def _teacher_bytes(task: supervised.Config | scala.Config, facts: Facts, each: int) -> int:
+    if not isinstance(task, scala.Config) or not task.teacher.name:
+        return 0
+    with torch.device("meta"):
+        module = teacher.load(task.teacher, facts)
+    return each * sum(int(tensor.numel()) for tensor in module.state_dict().values())
 
 
 def _batches(run: Run, replicas: int) -> tuple[int, int]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import statistics
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,11 +19,12 @@ from .engine import BatchStatistics, Engine, StepResult
 from .errors import RefusedError
 from .evaluation import evaluate
 from .grid import Grid
-from .models.hsvit import HSViT
 from .optimizer import Schedule, describe
 from .recipe import Plan, Recipe
 from .report import Reporter, draw_curves, duration
+from .tasks import Task, scala
 from .tasks.supervised import Supervised
+from .tasks.teacher import Teacher
 from .tracking import Tracker, Untracked
 
 # Dense bf16 TFLOP/s of one GPU, by a part of its name (vendors' data sheets), for perf/mfu.
@@ -48,8 +50,7 @@ class Trainer:
     def __init__(self, recipe: Recipe, plan: Plan, grid: Grid, folder: Path, resume: bool) -> None:
         self.recipe, self.plan, self.grid, self.folder = recipe, plan, grid, folder
         facts = readers.facts(recipe.data)
-        model = HSViT(
-            recipe.model,
+        model = recipe.model.build(
             image_size=facts.image_size,
             channels=facts.channels,
             classes=facts.classes,
@@ -68,7 +69,7 @@ class Trainer:
             bf16=plan.bf16,
         )
         self.schedule = Schedule(recipe.optimizer, recipe.run.epochs, plan.steps_per_epoch)
-        self.task = Supervised(recipe.augment, facts)
+        self.task = self._task(facts)
         self.reader = readers.Reader(recipe.data, plan.order(recipe), plan.share(recipe, grid.replica), grid)
         self.ema = None
         if recipe.ema.decay:
@@ -89,6 +90,19 @@ class Trainer:
             self.tracker = Tracker(recipe.tracking, folder, folder.name, recipes.flat(recipe), last_step)
         self.report = Reporter(grid.is_main, plan.steps, self.start.total)
         self.interval = Interval([], [], 0.0)
+
+    def _task(self, facts: readers.Facts) -> Task:
+        r, p = self.recipe, self.plan
+        if not isinstance(r.task, scala.Config):
+            return Supervised(r.augment, facts)
+        sampler = scala.Sampler(r.task, r.model.widths, r.run.seed, p.steps_per_epoch)
+        taught = None
+        if r.task.teacher.name:
+            key = {"seed": r.run.seed, "global_batch": r.run.global_batch, "augment": asdict(r.augment)}
+            key |= {"data": r.data.name, "window": r.data.window}
+            dtype = torch.bfloat16 if p.bf16 else torch.float32
+            taught = Teacher(r.task.teacher, facts, self.grid.device, dtype, r.run.global_batch, key)
+        return scala.Scala(r.task, r.augment, facts, sampler, taught)
 
     def fit(self) -> dict[str, float]:
         """Train to the end; the last evaluation's metrics, the test split's included."""
@@ -134,16 +148,21 @@ class Trainer:
     def _step(self, batches: list[Batch], step: int) -> StepResult:
         return self.engine.step(
             lambda: (self.task.losses(self.engine, batch) for batch in batches),
-            self.task.passes,
-            self.schedule.lr(step),
+            self.task.passes(step),
+            self._lr(step),
             step,
         )
 
+    def _lr(self, step: int) -> float:
+        return self.schedule.lr(step) * self.task.lr_factor(step)
+
     def _evaluate(self, split: str, step: int) -> dict[str, float]:
-        found = {f"{split}/{k}": v for k, v in evaluate(self.engine, self.reader, split).items()}
+        engine, widths = self.engine, self.task.trained(step)
+        score = partial(evaluate, engine, engine.module, self.reader, split, widths, engine.runs_differ)
+        found = {f"{split}/{k}": v for k, v in score().items()}
         if self.ema is not None:
             with self.ema.in_place():
-                averaged = evaluate(self.engine, self.reader, split)
+                averaged = score()
             found |= {f"ema/{split}_{k}": v for k, v in averaged.items()}
         self.tracker.log(found, step)
         self.report.say(
@@ -167,7 +186,7 @@ class Trainer:
         metrics = {
             "train/loss": loss,
             "train/grad_norm": done.results[-1].grad_norm,
-            "train/lr": self.schedule.lr(step - 1),
+            "train/lr": self._lr(step - 1),
             "train/skipped_steps": float(self.engine.skipped_steps),
             "perf/images_per_sec": images / seconds,
             "perf/step_ms_p50": 1000 * statistics.median(done.seconds),
@@ -175,10 +194,16 @@ class Trainer:
             **self.engine.traffic(len(done.seconds)),
         }
         if (peak := _peak_flops(self.grid.device)) is not None:
-            flops = 3 * self.plan.flops * images / seconds / self.plan.ranks
-            metrics["perf/mfu"] = flops / peak
+            work = sum(self._flops(s) for s in range(step - len(done.seconds), step))
+            metrics["perf/mfu"] = work / seconds / self.plan.ranks / peak
         self.tracker.log(metrics, step)
         self.report.step(step, metrics)
+
+    def _flops(self, step: int) -> float:
+        """Of all passes of a step over the global batch, forward and backward."""
+        facts, model = self.reader.facts, self.recipe.model
+        shape = (facts.image_size, facts.channels, facts.classes)
+        return 3 * 2 * self.recipe.run.global_batch * sum(model.macs(*shape, w) for w in self.task.widths(step))
 
     def _announce(self) -> None:
         p, g = self.plan, self.grid
@@ -192,6 +217,8 @@ class Trainer:
             f"micro batches x {p.micro_batch}; {p.steps_per_epoch} steps an epoch, {p.steps} in all; "
             f"{describe(self.engine.parameter_groups)}"
         )
+        if p.teacher_bytes:
+            self.report.say(f"the teacher's weights take {p.teacher_bytes / 2**20:,.1f} MiB on every rank")
         if self.start.total:
             s = self.start
             self.report.say(f"resumed at step {s.total}: epoch {s.epoch}, step {s.step} of it")

@@ -1,11 +1,14 @@
 """BatchNorm whose statistics depend on the global batch only, never on ranks, replicas or accumulation.
 
 `nn.SyncBatchNorm` refuses CPU tensors and cannot take statistics over fixed runs of samples; DeepSpeed synchronises
-nothing. Running statistics move once a step (`move_running_statistics`), with the mean over the step's runs.
+nothing. Running statistics move once a step (`move_running_statistics`), with the mean over the step's runs. They are
+those of full width; a subnet's are taken anew for evaluation (`recalibrate`), since no width is trained at every step.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..grid import Channel
+from .slimmable import FULL, Width
 
 
 @dataclass(frozen=True)
@@ -26,40 +30,65 @@ class Statistics:
 
 
 class BatchNorm2d(nn.Module):
-    """Batch normalisation of [B, C, H, W] (Ioffe and Szegedy, 2015), eps 1e-5, momentum 0.1 as in PyTorch."""
+    """Batch normalisation of [B, C, H, W] (Ioffe and Szegedy, 2015), eps 1e-5, momentum 0.1 as in PyTorch.
+
+    Args:
+        segments: equal parts of the channels that a width slices one by one.
+    """
 
     running_mean: Tensor
     running_var: Tensor
 
-    def __init__(self, channels: int, eps: float = 1e-5, momentum: float = 0.1) -> None:
+    def __init__(self, channels: int, eps: float = 1e-5, momentum: float = 0.1, segments: int = 1) -> None:
         super().__init__()
-        self.eps, self.momentum = eps, momentum
+        self.eps, self.momentum, self.segments = eps, momentum, segments
         self.weight = nn.Parameter(torch.ones(channels))
         self.bias = nn.Parameter(torch.zeros(channels))
         self.register_buffer("running_mean", torch.zeros(channels))
         self.register_buffer("running_var", torch.ones(channels))
         self.statistics = Statistics()
-        self.pending: list[Tensor] = []  # [2, C] mean and unbiased variance of each run of this step
+        self.pending: dict[Width, list[Tensor]] = {}  # [2, C] mean and unbiased variance of each run of this step
+        self.recalibrated: dict[Width, Tensor] = {}  # [2, C at this width], until the next step
 
-    def forward(self, x: Tensor) -> Tensor:
+    def slices(self, width: Width) -> dict[str, Tensor]:
+        """The parameters and statistics of the standalone layer at `width`.
+
+        Raises:
+            ValueError: the width's statistics have not been taken.
+        """
+        if width.is_full:
+            mean, var = self.running_mean, self.running_var
+        elif width in self.recalibrated:
+            mean, var = self.recalibrated[width]
+        else:
+            raise ValueError(f"BatchNorm has no statistics for width {width}: call recalibrate(model, [width]) first")
+        return {**self._affine(width), "running_mean": mean, "running_var": var}
+
+    def _affine(self, width: Width) -> dict[str, Tensor]:
+        return {name: width.take(p, 0, self.segments) for name, p in self.named_parameters()}
+
+    def forward(self, x: Tensor, width: Width = FULL) -> Tensor:
         if not self.training:
-            return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
+            s = self.slices(width)
+            return F.batch_norm(x, s["running_mean"], s["running_var"], s["weight"], s["bias"], eps=self.eps)
         if self.statistics.channel is not None:
-            return self._normalise_together(x)
-        runs = [self._normalise(run) for run in x.chunk(self.statistics.runs)]
+            return self._normalise_together(x, width)
+        runs = [self._normalise(run, width) for run in x.chunk(self.statistics.runs)]
         return runs[0] if len(runs) == 1 else torch.cat(runs)
 
     @torch.compiler.disable  # as Grid.exchange
-    def _normalise_together(self, x: Tensor) -> Tensor:
-        y, mean, var = _SyncedNorm.apply(x, self.weight, self.bias, self.eps, self.statistics.channel)
-        self.pending.append(torch.stack((mean, var)))
+    def _normalise_together(self, x: Tensor, width: Width) -> Tensor:
+        affine = self._affine(width)
+        y, mean, var = _SyncedNorm.apply(x, affine["weight"], affine["bias"], self.eps, self.statistics.channel)
+        self.pending.setdefault(width, []).append(torch.stack((mean, var)))
         return y
 
-    def _normalise(self, x: Tensor) -> Tensor:
+    def _normalise(self, x: Tensor, width: Width) -> Tensor:
         # Momentum 1 makes PyTorch write this run's own mean and unbiased variance into fresh buffers.
         moments = self.running_mean.new_zeros(2, x.shape[1])
-        y = F.batch_norm(x, moments[0], moments[1], self.weight, self.bias, True, 1.0, self.eps)
-        self.pending.append(moments)
+        affine = self._affine(width)
+        y = F.batch_norm(x, moments[0], moments[1], affine["weight"], affine["bias"], True, 1.0, self.eps)
+        self.pending.setdefault(width, []).append(moments)
         return y
 
 
@@ -106,14 +135,44 @@ def move_running_statistics(model: nn.Module, applied: bool, channel: Channel | 
 
     channel: the ranks whose runs differ, None where every rank saw all of them. One all-reduce for the whole model.
     """
-    layers = [m for m in model.modules() if isinstance(m, BatchNorm2d) and m.pending]
-    if layers and applied:
-        flat = torch.cat([torch.stack(layer.pending).mean(0) for layer in layers], dim=1)
-        if channel is not None:
-            flat = channel.all_reduce(flat) / channel.size
-        moments = flat.split([len(layer.running_mean) for layer in layers], dim=1)
-        for layer, (mean, var) in zip(layers, moments, strict=True):
-            layer.running_mean.lerp_(mean, layer.momentum)
-            layer.running_var.lerp_(var, layer.momentum)
+    moments = _means(model, FULL, channel) if applied else {}
+    for layer, (mean, var) in moments.items():
+        layer.running_mean.lerp_(mean, layer.momentum)
+        layer.running_var.lerp_(var, layer.momentum)
+    for layer in _layers(model):
+        layer.pending.clear()
+        layer.recalibrated.clear()
+
+
+@contextmanager
+def recalibrate(model: nn.Module, widths: Sequence[Width], channel: Channel | None = None) -> Iterator[None]:
+    """Take the statistics of every width anew from the forwards, at each of `widths`, of the model inside the block,
+    as for US-Net (arXiv 1903.05134); everything else is in eval mode. channel: as above."""
+    model.eval()
+    layers = _layers(model)
+    for layer in layers:
+        layer.train()
+    with torch.no_grad():
+        yield
+        for width in widths:
+            for layer, moments in _means(model, width, channel).items():
+                layer.recalibrated[width] = moments
     for layer in layers:
         layer.pending.clear()
+        layer.eval()
+
+
+def _means(model: nn.Module, width: Width, channel: Channel | None) -> dict[BatchNorm2d, Tensor]:
+    """[2, C] for every layer: the mean over this step's runs at a width, on all ranks of `channel`."""
+    layers = [layer for layer in _layers(model) if layer.pending.get(width)]
+    if not layers:
+        return {}
+    means = [torch.stack(layer.pending[width]).mean(0) for layer in layers]
+    flat = torch.cat(means, dim=1)
+    if channel is not None:
+        flat = channel.all_reduce(flat) / channel.size
+    return dict(zip(layers, flat.split([mean.shape[1] for mean in means], dim=1), strict=True))
+
+
+def _layers(model: nn.Module) -> list[BatchNorm2d]:
+    return [module for module in model.modules() if isinstance(module, BatchNorm2d)]

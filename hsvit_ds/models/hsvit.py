@@ -1,5 +1,8 @@
 """HSViT (arXiv 2404.05196): channels as tokens, disjoint attention groups, and M submodules that ranks can own.
 
+A width takes its share of every submodule's kernels and groups, so that tokens per group and the embedding stay, and
+one model serves every width and every subset of submodules.
+
 A submodule has its own conv trunk (K_l / M kernels a block), embedding projection and G / M groups; it sends the sum
 of its CLS tokens, nothing else. M = 1 is the published model; M > 1 equals it with every convolution but the first
 grouped into M and a projection for each submodule. A rank computes its M / S submodules together: grouped
@@ -13,7 +16,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -21,9 +25,11 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from hsvit_kernels import grouped_attention
-from hsvit_kernels.random import Draw, Site, keep_scale, key, threshold
+from hsvit_kernels.random import Draw, Site, generator, keep_scale, threshold
 
+from . import slimmable
 from .batchnorm import BatchNorm2d
+from .slimmable import FULL, Width
 
 
 @dataclass(frozen=True)
@@ -48,6 +54,7 @@ VARIANTS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
+    kind: Literal["hsvit"] = "hsvit"
     variant: str = ""
     """A published variant: C2A2, C3A4, C4A8, ImageNet-256; gives kernels, depth and pool_strides where not set."""
     kernels: tuple[int, ...] = ()
@@ -72,6 +79,7 @@ class Config:
     """Independent shares of the model (M); divides every K_l and G. 1 is the published model."""
     submodule_drop: float = 0.0
     """Probability that a submodule is absent for an image in training; at least one stays."""
+    widths: slimmable.Config = field(default_factory=slimmable.Config)
 
     def __post_init__(self) -> None:
         for name in ("groups", "heads", "embedding", "submodules"):
@@ -131,11 +139,50 @@ class Config:
                 raise ValueError(f"submodules = {self.submodules} does not divide kernels {kernels}")
         if self.kernels[-1] % self.groups:
             raise ValueError(f"groups = {self.groups} does not divide the {self.kernels[-1]} kernels of the last block")
+        for width in self.widths.family:
+            self.check_width(width)
         if not self.convolution and image_size**2 != self.embedding:
             raise ValueError(
                 f"convolution = false needs images of embedding = {self.embedding} pixels; "
                 f"{image_size} x {image_size} = {image_size**2}"
             )
+
+    def check_width(self, width: Width) -> None:
+        """Refuse a width that the groups or a block's kernels cannot be cut to, with the nearest that they can."""
+        if not self.convolution and not width.is_full:
+            raise ValueError("widths.smallest: without convolutions (convolution = false) there is nothing to slice")
+        for name, size in (("groups", self.groups), *(("kernels", k) for k in self.kernels)):
+            share = size // self.submodules
+            if share * width.numerator % width.denominator:
+                valid = tuple(Width(n, share) for n in range(1, share + 1))
+                raise ValueError(
+                    f"width {width}: {float(width):g} x {share} {name} of a submodule = {share * float(width):g} is "
+                    f"not a whole number; {slimmable.nearest(float(width), valid)}"
+                )
+
+    def at(self, width: Width) -> Config:
+        """The standalone network at a width."""
+        kernels = tuple(width.of(k) for k in self.kernels)
+        return replace(self, variant="", kernels=kernels, groups=width.of(self.groups), widths=slimmable.Config())
+
+    def macs(self, image_size: int, channels: int, classes: int, width: Width = FULL) -> int:
+        """Multiply-adds of one image, forward."""
+        return self.resolved(image_size).at(width).flops(image_size, channels, classes) // 2
+
+    def build(
+        self,
+        *,
+        image_size: int,
+        channels: int,
+        classes: int,
+        seed: int = 0,
+        here: range | None = None,
+        exchange: Callable[[Tensor], Tensor] = lambda x: x,
+    ) -> HSViT:
+        """The model, or a rank's share of it; see `HSViT`."""
+        return HSViT(
+            self, image_size=image_size, channels=channels, classes=classes, seed=seed, here=here, exchange=exchange
+        )
 
     def map_sides(self, image_size: int) -> list[int]:
         """Side of the maps that leave each conv block, by the pools' real output (they round up, not down)."""
@@ -181,15 +228,29 @@ class ConvBlock(nn.Module):
     def __init__(self, c_in: int, c_out: int, kernel: int, stride: int, submodules: int, first: bool) -> None:
         super().__init__()
         groups = 1 if first else submodules  # every submodule's first convolution sees the full image
-        self.conv1 = nn.Conv2d(c_in, c_out, kernel, padding=kernel // 2, groups=groups, bias=False)
-        self.norm1 = BatchNorm2d(c_out)
-        self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1, groups=submodules, bias=False)
-        self.norm2 = BatchNorm2d(c_out)
+        self.conv1 = _conv(c_in, c_out, kernel, groups, submodules, slice_in=not first)
+        self.norm1 = BatchNorm2d(c_out, segments=submodules)
+        self.conv2 = _conv(c_out, c_out, 3, submodules, submodules, slice_in=True)
+        self.norm2 = BatchNorm2d(c_out, segments=submodules)
         self.pool = nn.MaxPool2d(kernel, stride, kernel // 2) if stride > 1 else nn.Identity()
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = F.relu(self.norm1(self.conv1(x)), inplace=True)
-        return F.relu(self.pool(self.norm2(self.conv2(x))), inplace=True)
+    def forward(self, x: Tensor, width: Width) -> Tensor:
+        x = F.relu(self.norm1(self.conv1(x, width), width), inplace=True)
+        return F.relu(self.pool(self.norm2(self.conv2(x, width), width)), inplace=True)
+
+
+def _conv(c_in: int, c_out: int, kernel: int, groups: int, submodules: int, slice_in: bool) -> slimmable.Conv2d:
+    return slimmable.Conv2d(
+        c_in,
+        c_out,
+        kernel,
+        slice_in=slice_in,
+        slice_out=True,
+        out_segments=submodules,
+        padding=kernel // 2,
+        groups=groups,
+        bias=False,
+    )
 
 
 class Submodules(nn.Module):
@@ -232,45 +293,45 @@ class Submodules(nn.Module):
         """PyTorch's defaults, CLS and positions N(0, 1), as published; keyed on the global submodule."""
         for name, parameter in self.named_parameters():
             for submodule, part in zip(self.here, parameter.chunk(self.count), strict=True):
-                generator = _generator(seed, submodule, name)
+                source = generator(seed, Site.INIT, submodule, *name.encode())
                 leaf = name.rsplit(".", 1)[-1]
                 if leaf in ("cls", "positions"):
-                    part.normal_(generator=generator)
+                    part.normal_(generator=source)
                 elif leaf == "qkv_weight":  # Xavier over the stacked [3D, D]
                     bound = math.sqrt(6 / (4 * self.config.embedding))
-                    part.uniform_(-bound, bound, generator=generator)
+                    part.uniform_(-bound, bound, generator=source)
                 elif leaf in ("projection_weight", "projection_bias"):
                     bound = self.projection_weight.shape[-1] ** -0.5
-                    part.uniform_(-bound, bound, generator=generator)
+                    part.uniform_(-bound, bound, generator=source)
                 elif leaf == "out_weight" or ".conv" in name:  # fan-in of an output row
                     row = part[0, 0] if leaf == "out_weight" else part
                     bound = row[0].numel() ** -0.5
-                    part.uniform_(-bound, bound, generator=generator)
+                    part.uniform_(-bound, bound, generator=source)
                 elif leaf == "norm_weight" or (".norm" in name and leaf == "weight"):
                     part.fill_(1)
                 else:
                     part.zero_()
 
-    def forward(self, images: Tensor, draw: Draw | None) -> Tensor:
+    def slices(self, width: Width) -> dict[str, Tensor]:
+        """Every parameter of the groups, and the projections, which all widths share."""
+        shared = ("projection_weight", "projection_bias")
+        own = dict(self.named_parameters(recurse=False))
+        return {n: p if n in shared else width.take(p, 0, self.count) for n, p in own.items()}
+
+    def forward(self, images: Tensor, draw: Draw | None, width: Width = FULL) -> Tensor:
         """images [B, C, H, W] to [B, M, D]: for each submodule the sum over its groups' CLS tokens."""
         c = self.config
-        tokens = self._tokens(images, draw)
+        tokens = self._tokens(images, draw, width)
         if not c.depth:
             return self._sum(tokens)
+        own: dict[str, Any] = self.slices(width)
         cls = grouped_attention(
             tokens,
-            self.cls,
-            self.positions,
-            self.norm_weight,
-            self.norm_bias,
-            self.qkv_weight,
-            self.qkv_bias,
-            self.out_weight,
-            self.out_bias,
+            **{name: p for name, p in own.items() if not name.startswith("projection")},
             heads=c.heads,
             dropout=c.dropout if self.training else 0.0,
             draw=draw,
-            first_group=c.groups // c.submodules * self.here.start,
+            first_group=width.of(c.groups // c.submodules) * self.here.start,
         )
         return self._sum(cls)
 
@@ -279,10 +340,10 @@ class Submodules(nn.Module):
         dtype = torch.promote_types(vectors.dtype, torch.float32)
         return rearrange(vectors, "b (m n) d -> b m n d", m=self.count).sum(2, dtype=dtype)
 
-    def _tokens(self, images: Tensor, draw: Draw | None) -> Tensor:
+    def _tokens(self, images: Tensor, draw: Draw | None, width: Width = FULL) -> Tensor:
         """images to channel tokens [B, K, D] of the submodules here."""
         c = self.config
-        first = c.kernels[-1] // c.submodules * self.here.start
+        first = width.of(c.kernels[-1] // c.submodules) * self.here.start
         if not c.convolution:
             count = c.kernels[-1] // c.submodules * self.count
             plane = torch.arange(first, first + count, device=images.device) % images.shape[1]
@@ -290,7 +351,7 @@ class Submodules(nn.Module):
         # The activations' format decides the convolutions'; weights stay as DeepSpeed's flat buffers keep them.
         x = images.contiguous(memory_format=torch.channels_last)
         for block in self.trunk:
-            x = block(x)
+            x = block(x, width)
         maps = rearrange(x, "b (m k) h w -> m (b k) (h w)", m=self.count)
         weight = self.projection_weight.transpose(1, 2)
         tokens = torch.baddbmm(self.projection_bias[:, None], maps, weight)
@@ -322,15 +383,11 @@ class Head(nn.Module):
     def initialise(self, seed: int) -> None:
         bound = self.linear.in_features**-0.5
         for name, parameter in self.linear.named_parameters():
-            parameter.uniform_(-bound, bound, generator=_generator(seed, -1, f"head.{name}"))
+            source = generator(seed, Site.INIT, -1, *f"head.{name}".encode())
+            parameter.uniform_(-bound, bound, generator=source)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.linear(self.norm(x))
-
-
-def _generator(seed: int, submodule: int, name: str) -> torch.Generator:
-    high, low = key(seed, Site.INIT, submodule, *name.encode())
-    return torch.Generator().manual_seed(high << 32 | low)
 
 
 class HSViT(nn.Module):
@@ -366,24 +423,35 @@ class HSViT(nn.Module):
             self.submodules.initialise(seed)
             self.head.initialise(seed)
 
-    def forward(self, images: Tensor, draw: Draw | None = None, present: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        images: Tensor,
+        draw: Draw | None = None,
+        present: Tensor | None = None,
+        width: Width = FULL,
+    ) -> Tensor:
         """Classify images.
 
         Args:
             images: [B, C, H, W], normalised.
             draw: the pass's randomness; needed in training where dropout or submodule_drop is on.
             present: bool [M] or [B, M], which submodules (global index) answered; all of them by default.
+            width: which subnet.
 
         Returns:
             Logits [B, Q].
+
+        Raises:
+            ValueError: a width that the model cannot be cut to, or training without a draw.
         """
         c = self.config
+        c.check_width(width)
         if self.training and draw is None and (c.dropout or c.submodule_drop):
             raise ValueError("training with dropout or submodule_drop needs draw=Draw.of(seed, step, …)")
         if present is None and self.training and c.submodule_drop and draw is not None:
             present = self._drop_submodules(draw)
-        sums = self.submodules(images, draw)  # [B, M here, D]
-        answers = c.groups if c.depth else c.kernels[-1]
+        sums = self.submodules(images, draw, width)  # [B, M here, D]
+        answers = width.of(c.groups if c.depth else c.kernels[-1])
         if present is None:
             return self.head(self.exchange(sums.sum(1)) / answers)
         here = self.submodules.here
@@ -397,3 +465,18 @@ class HSViT(nn.Module):
         index = torch.arange(self.config.submodules, dtype=torch.int32, device=draw.key.device)
         luck = draw.uniform(Site.SUBMODULE, index)
         return (luck >= self.config.submodule_drop) | (luck == luck.amax(1, keepdim=True))
+
+    @torch.no_grad()
+    def subnet(self, width: Width) -> HSViT:
+        """The standalone network at a width, with copies of its weights; BatchNorm's statistics are those in force."""
+        self.config.check_width(width)
+        small = self.config.at(width).build(
+            image_size=self.image_size, channels=self.channels, classes=self.classes, here=self.submodules.here,
+            exchange=self.exchange,
+        ).train(self.training)  # fmt: skip
+        found = dict(self.head.state_dict(prefix="head."))
+        for name, module in self.named_modules():
+            if hasattr(module, "slices"):
+                found |= {f"{name}.{key}": value for key, value in module.slices(width).items()}
+        small.load_state_dict(found)
+        return small

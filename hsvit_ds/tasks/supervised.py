@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -10,19 +12,33 @@ from torch import Tensor
 from ..data import augment
 from ..data.reader import Batch, Facts
 from ..engine import Engine
+from ..models.slimmable import FULL, Width
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    kind: Literal["supervised"] = "supervised"
 
 
 class Supervised:
     """Cross-entropy of the whole model."""
 
-    passes = 1
-    """Forwards with a backward each, for one micro batch."""
+    def __init__(self, augmentation: augment.Config, facts: Facts) -> None:
+        self.augmentation, self.facts = augmentation, facts
 
-    def __init__(self, config: augment.Config, facts: Facts) -> None:
-        self.augment, self.facts = config, facts
+    def passes(self, step: int) -> int:
+        return 1
 
     def losses(self, engine: Engine, batch: Batch) -> Iterator[Tensor]:
-        """The loss of every pass over a micro batch, computed when asked for."""
-        images, soft = augment.prepare(batch, self.augment, self.facts)
+        images, soft = augment.prepare(batch, self.augmentation, self.facts)
         logits = engine(images, draw=batch.draw(0, images.device))
         yield F.cross_entropy(logits.float(), soft)
+
+    def lr_factor(self, step: int) -> float:
+        return 1.0
+
+    def widths(self, step: int) -> tuple[Width, ...]:
+        return (FULL,)
+
+    def trained(self, steps: int) -> tuple[Width, ...]:
+        return (FULL,)

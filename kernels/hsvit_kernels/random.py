@@ -30,6 +30,8 @@ class Site(IntEnum):
     ORDER = 5
     INIT = 6
     AUGMENT = 7
+    DROP_PATH = 8
+    WIDTH = 9
 
 
 def pcg4d(a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -67,6 +69,12 @@ def key(*words: int) -> tuple[int, int]:
     for word in words:
         high, low, _, _ = _hash((high, low, word & _MASK32, (word >> 32) & _MASK32))
     return high, low
+
+
+def generator(*words: int) -> torch.Generator:
+    """PyTorch's generator on the CPU, seeded with the key of `words`: for initial weights."""
+    high, low = key(*words)
+    return torch.Generator().manual_seed(high << 32 | low)
 
 
 def _signed(word: int) -> int:

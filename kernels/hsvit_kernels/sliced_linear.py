@@ -103,7 +103,7 @@ def sliced_linear(
     if state is not None and torch.is_grad_enabled() and weight.requires_grad:
         y: Tensor = _Accumulating.apply(flat, weight, bias, added, cut, gelu, state)
     else:
-        low = weight.to(x.dtype) if state is None else state.low(weight, x.dtype)
+        low = weight.to(x.dtype)
         b = None if bias is None else cut.vector(bias).to(x.dtype)
         save = torch.is_grad_enabled() and (flat.requires_grad or low.requires_grad)
         y, _ = _linear(flat, cut.matrix(low), b, added, gelu, save)
@@ -127,7 +127,7 @@ class _Cut:
 
     def segments(self, matrix: Tensor) -> Tensor:
         """[N, K] to a view [out segments, rows, in segments, columns] of what is used."""
-        parts = matrix.unflatten(0, (self.out_segments, -1)).unflatten(2, (self.in_segments, -1))
+        parts: Tensor = matrix.unflatten(0, (self.out_segments, -1)).unflatten(2, (self.in_segments, -1))
         rows = self._within(parts.shape[1], self.n // self.out_segments)
         return parts[:, rows, :, self._within(parts.shape[3], self.k // self.in_segments)]
 
@@ -137,7 +137,7 @@ class _Cut:
 
     def rows(self, vector: Tensor) -> Tensor:
         """[N] to a view [out segments, rows] of what is used."""
-        parts = vector.unflatten(0, (self.out_segments, -1))
+        parts: Tensor = vector.unflatten(0, (self.out_segments, -1))
         return parts[:, self._within(parts.shape[1], self.n // self.out_segments)]
 
     def vector(self, vector: Tensor) -> Tensor:

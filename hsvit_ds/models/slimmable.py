@@ -1,0 +1,235 @@
+"""Widths, and layers that compute with the slice of their parameters that a width uses (Scala, arXiv 2412.04786).
+
+A width is a whole number of T-ths of every sliced axis, and the end of the axis that it takes. Isolated Activation
+(equations 2 and 3): the smallest width and the widths between take opposite ends, so that training the smallest at
+every step disturbs the others least.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import cached_property
+from math import lcm
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hsvit_kernels import StepState, sliced_linear
+
+
+@dataclass(frozen=True)
+class Width:
+    """`numerator` / `denominator` of every sliced axis, from its end `side`, "leading" or "trailing"."""
+
+    numerator: int
+    denominator: int
+    side: str = "leading"
+
+    def __str__(self) -> str:
+        """The ratio with two decimals at least: 0.50, 0.3125."""
+        text = f"{float(self):.6f}".rstrip("0")
+        return text + "0" * (2 - len(text.partition(".")[2]))
+
+    def __float__(self) -> float:
+        return self.numerator / self.denominator
+
+    @property
+    def is_full(self) -> bool:
+        return self.numerator == self.denominator
+
+    def of(self, size: int) -> int:
+        """How much of an axis of `size` is used.
+
+        Raises:
+            ValueError: not a whole number.
+        """
+        used, rest = divmod(size * self.numerator, self.denominator)
+        if rest:
+            raise ValueError(f"width {self} of {size} is {float(self) * size:g}, not a whole number")
+        return used
+
+    def take(self, x: Tensor, axis: int = 0, segments: int = 1) -> Tensor:
+        """What is used of an axis that consists of so many equal segments, each sliced by itself."""
+        if self.is_full:
+            return x
+        if segments > 1:
+            parts = x.unflatten(axis, (segments, -1))
+            return self.take(parts, axis + 1).flatten(axis, axis + 1)
+        size = x.shape[axis]
+        used = self.of(size)
+        return x.narrow(axis, 0 if self.side == "leading" else size - used, used)
+
+
+FULL = Width(1, 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    smallest: float = 1.0
+    """The smallest width (s), a decimal fraction; 1: the model is not sliced."""
+    granularity: float = 0.125
+    """Step between widths (epsilon); divides 1 - smallest. The widths are X = (1 - smallest) / granularity + 1."""
+    side: str = "trailing"
+    """End of each axis that the smallest width uses: "trailing" as in the paper, "leading" as in the published code."""
+    isolated: bool = True
+    """Isolated Activation: the widths between use the other end. False: every width uses `side`."""
+
+    def __post_init__(self) -> None:
+        for name in ("smallest", "granularity"):
+            if not 0 < getattr(self, name) <= 1:
+                raise ValueError(f"{name} = {getattr(self, name)}: must be above 0 and at most 1")
+        if self.side not in ("leading", "trailing"):
+            raise ValueError(f'side = "{self.side}": must be "leading" or "trailing"')
+        s, step = _exact(self.smallest), _exact(self.granularity)
+        if (1 - s) % step:
+            below = (1 - s) // step
+            near = [str(float((1 - s) / n)) for n in (below, below + 1) if n]
+            raise ValueError(
+                f"granularity = {self.granularity} does not divide 1 - smallest = {float(1 - s):g}; "
+                f"the nearest that do: {', '.join(near)}"
+            )
+
+    @cached_property
+    def family(self) -> tuple[Width, ...]:
+        """The X widths, the smallest first, with their sides."""
+        s, step = _exact(self.smallest), _exact(self.granularity)
+        t = lcm(s.denominator, step.denominator)
+        numerators = range(int(s * t), t + 1, int(step * t))
+        return tuple(self._width(n, t) for n in numerators)
+
+    def _width(self, numerator: int, denominator: int) -> Width:
+        if numerator == denominator:
+            return Width(numerator, denominator)
+        is_smallest = Fraction(numerator, denominator) == _exact(self.smallest)
+        other = {"leading": "trailing", "trailing": "leading"}[self.side]
+        return Width(numerator, denominator, self.side if is_smallest or not self.isolated else other)
+
+    def find(self, value: float | str, untrained: bool = False) -> Width:
+        """The width of a ratio such as 0.5.
+
+        untrained: also one between the smallest and 1 that is not among the X.
+
+        Raises:
+            ValueError: not a number, outside, or not one of the X, with the nearest that are.
+        """
+        try:
+            ratio = _exact(value)
+        except ValueError:
+            raise ValueError(f'width "{value}": must be a number such as 0.5') from None
+        for width in self.family:
+            if Fraction(width.numerator, width.denominator) == ratio:
+                return width
+        if not _exact(self.smallest) <= ratio <= 1:
+            raise ValueError(f"width {value}: must be from {self.smallest:g} to 1")
+        if untrained:
+            return self._width(ratio.numerator, ratio.denominator)
+        raise ValueError(
+            f"width {value} is not one of the {len(self.family)} of this model; {nearest(ratio, self.family)}"
+        )
+
+
+def nearest(ratio: float | Fraction, among: tuple[Width, ...]) -> str:
+    """The two widths closest to a ratio, for a message."""
+    close = sorted(sorted(among, key=lambda width: abs(float(width) - float(ratio)))[:2], key=float)
+    return f"nearest: {', '.join(str(width) for width in close)}"
+
+
+def _exact(value: float | str) -> Fraction:
+    return Fraction(str(value))  # as written: 0.1 is a tenth
+
+
+class Linear(nn.Linear):
+    """A linear layer whose inputs, outputs or both are sliced.
+
+    Args:
+        in_segments, out_segments: equal parts of the inputs and outputs that are sliced one by one.
+        state: gathers the gradients of a step's passes; the layer must then be used once in each pass.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        slice_in: bool = True,
+        slice_out: bool = True,
+        in_segments: int = 1,
+        out_segments: int = 1,
+        state: StepState | None = None,
+    ) -> None:
+        super().__init__(in_features, out_features)
+        self.slice_in, self.slice_out = slice_in, slice_out
+        self.in_segments, self.out_segments, self.state = in_segments, out_segments, state
+
+    def forward(self, x: Tensor, width: Width = FULL, **epilogue: Any) -> Tensor:  # type: ignore[override]
+        """[..., inputs at this width] to [..., outputs at this width]; epilogue: `sliced_linear`'s."""
+        return sliced_linear(
+            x,
+            self.weight,
+            self.bias,
+            out_features=width.of(self.out_features) if self.slice_out else self.out_features,
+            side=width.side,
+            in_segments=self.in_segments,
+            out_segments=self.out_segments,
+            state=self.state,
+            **epilogue,
+        )
+
+    def slices(self, width: Width) -> dict[str, Tensor]:
+        """The parameters of the standalone layer at `width`."""
+        found: dict[str, Tensor] = dict(self.named_parameters())
+        if self.slice_out:
+            found = {name: width.take(p, 0, self.out_segments) for name, p in found.items()}
+        if self.slice_in:
+            found["weight"] = width.take(found["weight"], 1, self.in_segments)
+        return found
+
+
+class LayerNorm(nn.LayerNorm):
+    """Normalises over the features of a width."""
+
+    def __init__(self, features: int, eps: float, sliced: bool = True) -> None:
+        super().__init__(features, eps)
+        self.sliced = sliced
+
+    def slices(self, width: Width) -> dict[str, Tensor]:
+        return {name: width.take(p) if self.sliced else p for name, p in self.named_parameters()}
+
+    def forward(self, x: Tensor, width: Width = FULL) -> Tensor:
+        return F.layer_norm(x, x.shape[-1:], eps=self.eps, **self.slices(width))
+
+
+class Conv2d(nn.Conv2d):
+    """A convolution whose output channels, and input channels where `slice_in` is on, are sliced.
+
+    Args:
+        out_segments: equal parts of the output channels that are sliced one by one.
+    """
+
+    def __init__(
+        self,
+        c_in: int,
+        c_out: int,
+        kernel: int,
+        *,
+        slice_in: bool,
+        slice_out: bool,
+        out_segments: int = 1,
+        **options: Any,
+    ) -> None:
+        super().__init__(c_in, c_out, kernel, **options)
+        self.slice_in, self.slice_out, self.out_segments = slice_in, slice_out, out_segments
+
+    def slices(self, width: Width) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = dict(self.named_parameters())
+        if self.slice_out:
+            found = {name: width.take(p, 0, self.out_segments) for name, p in found.items()}
+        if self.slice_in:
+            found["weight"] = width.take(found["weight"], 1)
+        return found
+
+    def forward(self, x: Tensor, width: Width = FULL) -> Tensor:
+        found = self.slices(width)
+        return F.conv2d(x, found["weight"], found.get("bias"), self.stride, self.padding, self.dilation, self.groups)

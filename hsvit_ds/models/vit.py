@@ -1,0 +1,373 @@
+"""A vision transformer that can be sliced by width: DeiT (arXiv 2012.12877) under Scala (arXiv 2412.04786).
+
+Parameter names are timm's, so weights travel both ways. A width takes its share of the channels of every layer; depth,
+heads, patches and tokens stay.
+
+Shape letters: B images, C channels, H x W pixels, n patches, T tokens (patches and 1 or 2 special ones), d embedding at
+a width, Q classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from hsvit_kernels import StepState
+from hsvit_kernels.random import Draw, Site, generator
+
+from . import slimmable
+from .slimmable import FULL, Width
+
+
+@dataclass(frozen=True)
+class Variant:
+    embedding: int
+    heads: int
+
+
+VARIANTS = {"DeiT-Ti": Variant(192, 3), "DeiT-S": Variant(384, 6), "DeiT-B": Variant(768, 12)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    kind: Literal["vit"] = "vit"
+    variant: str = ""
+    """A published variant: DeiT-Ti, DeiT-S, DeiT-B; gives embedding and heads where not set."""
+    embedding: int = 0
+    """Width of a token at full width (d); 0: the variant's."""
+    heads: int = 0
+    """Attention heads at every width; 0: the variant's."""
+    depth: int = 12
+    """Blocks."""
+    mlp_ratio: float = 4.0
+    """Hidden features of an MLP over `embedding`."""
+    patch_size: int = 16
+    """Side of a patch, pixels; divides the image's."""
+    distilled: bool = False
+    """A distillation token with a head of its own, which learns from the teacher; answers are the mean of both."""
+    drop_path: float = 0.0
+    """Probability of skipping a branch for an image in training, from 0 linearly to this at the last block."""
+    layer_scale: float = 0.0
+    """First value of LayerScale's factors (CaiT, arXiv 2103.17239); 0: none."""
+    qkv: str = "per_role"
+    """"per_role": q, k, v and every head are sliced one by one, so each keeps its role and each subnet is an ordinary
+    ViT; "fused": the three as one block, as in the published Scala code, where rows trade roles between widths."""
+    softmax_scale: str = "head"
+    """1 / sqrt of the head width at the "head"'s width, or of the "full" network's at every width, as published."""
+    norm_eps: float = 1e-6
+    """Of every LayerNorm: 1e-6 as in timm; the published Scala code computes with 1e-5."""
+    sliced: str = "all"
+    """"all" layers, or only the hidden features of each "mlp" (MatFormer, arXiv 2310.07707)."""
+    widths: slimmable.Config = field(default_factory=slimmable.Config)
+
+    def __post_init__(self) -> None:
+        choices = {"qkv": ("per_role", "fused"), "softmax_scale": ("head", "full"), "sliced": ("all", "mlp")}
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f'{name} = "{getattr(self, name)}": must be one of {", ".join(allowed)}')
+        if self.variant and self.variant not in VARIANTS:
+            raise ValueError(f'variant = "{self.variant}": must be one of {", ".join(VARIANTS)}')
+        if not self.variant and not (self.embedding and self.heads):
+            raise ValueError("name a variant, or set both embedding and heads")
+        for name in ("depth", "patch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} = {getattr(self, name)}: must be at least 1")
+        for name in ("embedding", "heads", "layer_scale", "norm_eps"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} = {getattr(self, name)}: must not be negative")
+        if not 0 <= self.drop_path < 1:
+            raise ValueError(f"drop_path = {self.drop_path}: must be in [0, 1)")
+
+    @property
+    def submodules(self) -> int:
+        """A ViT is not shared between submodule ranks."""
+        return 1
+
+    @property
+    def hidden(self) -> int:
+        """Features inside an MLP, at full width."""
+        return round(self.embedding * self.mlp_ratio)
+
+    @property
+    def special_tokens(self) -> int:
+        return 2 if self.distilled else 1
+
+    def resolved(self, image_size: int) -> Config:
+        """Fill what the variant gives; refuse what cannot be divided, with the arithmetic."""
+        full = self
+        if self.variant:
+            variant = VARIANTS[self.variant]
+            full = replace(self, embedding=self.embedding or variant.embedding, heads=self.heads or variant.heads)
+        if full.embedding % full.heads:
+            raise ValueError(f"heads = {full.heads} does not divide embedding = {full.embedding}")
+        if image_size % full.patch_size:
+            raise ValueError(f"patch_size = {full.patch_size} does not divide the images' side of {image_size} pixels")
+        for width in full.widths.family:
+            full.check_width(width)
+        return full
+
+    def check_width(self, width: Width) -> None:
+        """Refuse a width that the heads or a layer cannot be cut to, with the nearest that they can."""
+        parts = {"MLP": (self.hidden, 1)}
+        if self.sliced == "all":
+            parts = {"embedding": (self.embedding, self.heads)} | parts
+        for name, (size, unit) in parts.items():
+            if size * width.numerator % (width.denominator * unit):
+                valid = tuple(Width(n, size // unit) for n in range(1, size // unit + 1))
+                raise ValueError(
+                    f"width {width}: {float(width):g} x {name} {size} = {size * float(width):g} is not "
+                    f"{f'a multiple of heads = {unit}' if unit > 1 else 'a whole number'}; "
+                    f"{slimmable.nearest(float(width), valid)}"
+                )
+
+    def at(self, width: Width) -> Config:
+        """The standalone network at a width: an ordinary ViT."""
+        outer = width if self.sliced == "all" else FULL
+        embedding = outer.of(self.embedding)
+        return replace(
+            self,
+            variant="",
+            embedding=embedding,
+            mlp_ratio=width.of(self.hidden) / embedding,
+            softmax_scale="head",
+            sliced="all",
+            widths=slimmable.Config(),
+        )
+
+    def macs(self, image_size: int, channels: int, classes: int, width: Width = FULL) -> int:
+        """Multiply-adds of one image, forward; norms, softmax, GELU and additions not counted (Scala's GFLOPs)."""
+        c = self.resolved(image_size).at(width)
+        patches = (image_size // c.patch_size) ** 2
+        tokens, d = patches + c.special_tokens, c.embedding
+        block = tokens * (4 * d * d + 2 * d * c.hidden) + 2 * tokens**2 * d
+        return patches * channels * c.patch_size**2 * d + c.depth * block + c.special_tokens * d * classes
+
+    def flops(self, image_size: int, channels: int, classes: int) -> int:
+        """FLOPs of one image, forward, at full width: 2 a multiply-add."""
+        return 2 * self.macs(image_size, channels, classes)
+
+    def build(
+        self,
+        *,
+        image_size: int,
+        channels: int,
+        classes: int,
+        seed: int = 0,
+        here: range | None = None,
+        exchange: Callable[[Tensor], Tensor] | None = None,
+    ) -> ViT:
+        """The model; `here` and `exchange` are HSViT's."""
+        return ViT(self, image_size=image_size, channels=channels, classes=classes, seed=seed)
+
+
+class Attention(nn.Module):
+    def __init__(self, config: Config, state: StepState) -> None:
+        super().__init__()
+        d, by_role, every = config.embedding, config.qkv == "per_role", config.sliced == "all"
+        heads = config.heads if by_role else 1
+        self.heads = config.heads
+        self.scale = (d // config.heads) ** -0.5 if config.softmax_scale == "full" else None
+        ends: dict[str, Any] = {"slice_in": every, "slice_out": every, "state": state}
+        self.qkv = slimmable.Linear(d, 3 * d, out_segments=3 * heads if by_role else 1, **ends)
+        self.proj = slimmable.Linear(d, d, in_segments=heads, **ends)
+        if by_role:
+            # No key bias can change a softmax: its gradient is rounding noise, which Adam would turn into steps.
+            self.qkv.bias.register_hook(_without_keys)
+
+    def forward(self, x: Tensor, width: Width, residual: Tensor | None) -> Tensor:
+        q, k, v = rearrange(self.qkv(x, width), "b t (r h c) -> r b h t c", r=3, h=self.heads)
+        x = F.scaled_dot_product_attention(q, k, v, scale=self.scale)
+        return self.proj(rearrange(x, "b h t c -> b t (h c)"), width, residual=residual)
+
+
+def _without_keys(grad: Tensor | None) -> Tensor | None:
+    """The gradient [3d] of a qkv bias with zeros for k; None in passes that hand none over (see `StepState`)."""
+    if grad is None:
+        return None
+    q, k, v = grad.chunk(3)
+    return torch.cat((q, torch.zeros_like(k), v))
+
+
+class Mlp(nn.Module):
+    def __init__(self, config: Config, state: StepState) -> None:
+        super().__init__()
+        every = config.sliced == "all"
+        self.fc1 = slimmable.Linear(config.embedding, config.hidden, slice_in=every, state=state)
+        self.fc2 = slimmable.Linear(config.hidden, config.embedding, slice_out=every, state=state)
+
+    def forward(self, x: Tensor, width: Width, residual: Tensor | None) -> Tensor:
+        return self.fc2(self.fc1(x, width, gelu=True), width, residual=residual)
+
+
+class LayerScale(nn.Module):
+    """A learned factor for each channel of a branch."""
+
+    def __init__(self, features: int, first: float, sliced: bool) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.full((features,), first))
+        self.sliced = sliced
+
+    def slices(self, width: Width) -> dict[str, Tensor]:
+        return {"gamma": width.take(self.gamma) if self.sliced else self.gamma}
+
+    def forward(self, x: Tensor, width: Width) -> Tensor:
+        return x * self.slices(width)["gamma"]
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + MLP(norm(x)); LayerScale and drop path on both branches."""
+
+    def __init__(self, config: Config, state: StepState) -> None:
+        super().__init__()
+        d, eps, every = config.embedding, config.norm_eps, config.sliced == "all"
+        self.norm1 = slimmable.LayerNorm(d, eps, every)
+        self.attn = Attention(config, state)
+        self.norm2 = slimmable.LayerNorm(d, eps, every)
+        self.mlp = Mlp(config, state)
+        self.ls1 = self.ls2 = None
+        if config.layer_scale:
+            self.ls1, self.ls2 = (LayerScale(d, config.layer_scale, every) for _ in range(2))
+
+    def forward(self, x: Tensor, width: Width, kept: Tensor | None) -> Tensor:
+        """x [B, T, d]; kept [2, B, 1, 1]: drop path's factors of both branches."""
+        branches = ((self.norm1, self.attn, self.ls1), (self.norm2, self.mlp, self.ls2))
+        for i, (norm, layer, scale) in enumerate(branches):
+            if scale is None and kept is None:
+                x = layer(norm(x, width), width, x)  # the addition belongs to the last product
+                continue
+            branch = layer(norm(x, width), width, None)
+            if scale is not None:
+                branch = scale(branch, width)
+            x = x + (branch if kept is None else branch * kept[i].to(branch.dtype))
+        return x
+
+
+class PatchEmbed(nn.Module):
+    def __init__(self, config: Config, channels: int) -> None:
+        super().__init__()
+        p, every = config.patch_size, config.sliced == "all"
+        self.proj = slimmable.Conv2d(channels, config.embedding, p, stride=p, slice_in=False, slice_out=every)
+
+    def forward(self, images: Tensor, width: Width) -> Tensor:
+        """[B, C, H, W] to [B, n, d]."""
+        return self.proj(images, width).flatten(2).transpose(1, 2)
+
+
+class ViT(nn.Module):
+    """A slimmable ViT.
+
+    Args:
+        config: need not be resolved.
+        image_size: side of the square images, pixels. channels: of an image. classes: Q. seed: of the initial weights.
+    """
+
+    def __init__(self, config: Config, *, image_size: int, channels: int, classes: int, seed: int = 0) -> None:
+        super().__init__()
+        self.config = c = config.resolved(image_size)
+        self.image_size, self.channels, self.classes = image_size, channels, classes
+        self.step_state = StepState()
+        d, every = c.embedding, c.sliced == "all"
+        patches = (image_size // c.patch_size) ** 2
+        self.patch_embed = PatchEmbed(c, channels)
+        self.cls_token = nn.Parameter(torch.empty(1, 1, d))
+        self.dist_token = nn.Parameter(torch.empty(1, 1, d)) if c.distilled else None
+        self.pos_embed = nn.Parameter(torch.empty(1, patches + c.special_tokens, d))
+        self.blocks = nn.ModuleList(Block(c, self.step_state) for _ in range(c.depth))
+        self.norm = slimmable.LayerNorm(d, c.norm_eps, every)
+        # Not gathered in place: a loss without the class head is possible in a step's last pass.
+        head: dict[str, Any] = {"slice_in": every, "slice_out": False}
+        self.head = slimmable.Linear(d, classes, **head)
+        self.head_dist = slimmable.Linear(d, classes, **head) if c.distilled else None
+        if not self.cls_token.is_meta:
+            self._initialise(seed)
+
+    @torch.no_grad()
+    def _initialise(self, seed: int) -> None:
+        """DeiT's: truncated normals of 0.02, CLS of 1e-6, zero biases; the patch convolution keeps PyTorch's."""
+        for name, parameter in self.named_parameters():
+            source = generator(seed, Site.INIT, -1, *name.encode())
+            if name.startswith("patch_embed"):
+                bound = self.patch_embed.proj.weight[0].numel() ** -0.5
+                parameter.uniform_(-bound, bound, generator=source)
+            elif name == "cls_token":
+                parameter.normal_(std=1e-6, generator=source)
+            elif parameter.dim() > 1:
+                nn.init.trunc_normal_(parameter, std=0.02, generator=source)
+            elif name.endswith("bias"):
+                parameter.zero_()
+
+    def forward(self, images: Tensor, draw: Draw | None = None, width: Width = FULL) -> Tensor | tuple[Tensor, Tensor]:
+        """Classify images.
+
+        Args:
+            images: [B, C, H, W], normalised.
+            draw: the pass's randomness; needed in training where drop_path is on.
+            width: which subnet.
+
+        Returns:
+            Logits [B, Q]; in training a distilled model's class and distillation logits.
+
+        Raises:
+            ValueError: images of another size, or a width that the model cannot be cut to.
+        """
+        if images.shape[1:] != (self.channels, self.image_size, self.image_size):
+            expected = (self.channels, self.image_size, self.image_size)
+            raise ValueError(f"images have shape {tuple(images.shape)}: must be [B, {', '.join(map(str, expected))}]")
+        self.config.check_width(width)
+        outer = width if self.config.sliced == "all" else FULL
+        patches = self.patch_embed(images, width)
+        special = [t for t in (self.cls_token, self.dist_token) if t is not None]
+        first = [outer.take(t, 2).to(patches.dtype).expand(len(images), -1, -1) for t in special]
+        x = torch.cat((*first, patches), dim=1) + outer.take(self.pos_embed, 2)
+        kept = self._drop_path(draw)
+        for index, block in enumerate(self.blocks):
+            x = block(x, width, None if kept is None else kept[2 * index : 2 * index + 2])
+        x = self.norm(x[:, : len(special)], width)
+        logits: Tensor = self.head(x[:, 0], width)
+        if self.head_dist is None:
+            return logits
+        distilled: Tensor = self.head_dist(x[:, 1], width)
+        return (logits, distilled) if self.training else (logits + distilled) / 2
+
+    def _drop_path(self, draw: Draw | None) -> Tensor | None:
+        """[2 depth, B, 1, 1]: 0, or 1 over the keep rate, for every branch and image; None where nothing is dropped."""
+        depth, most = self.config.depth, self.config.drop_path
+        if not self.training or not most:
+            return None
+        if draw is None:
+            raise ValueError("training with drop_path needs draw=Draw.of(seed, step, …)")
+        element = torch.arange(2 * depth, dtype=torch.int32, device=draw.key.device)
+        rates = torch.linspace(0, most, depth, device=draw.key.device).repeat_interleave(2)
+        kept = (draw.uniform(Site.DROP_PATH, element) >= rates) / (1 - rates)  # [B, 2 depth]
+        return kept.t()[:, :, None, None]
+
+    @torch.no_grad()
+    def subnet(self, width: Width) -> ViT:
+        """The standalone network at a width, with copies of its weights."""
+        self.config.check_width(width)
+        small = ViT(
+            self.config.at(width), image_size=self.image_size, channels=self.channels, classes=self.classes
+        ).train(self.training)
+        outer = width if self.config.sliced == "all" else FULL
+        found = {
+            f"{name}.{key}": value
+            for name, module in self.named_modules()
+            if hasattr(module, "slices")
+            for key, value in module.slices(width).items()
+        }
+        for name in ("cls_token", "dist_token", "pos_embed"):
+            if (parameter := getattr(self, name)) is not None:
+                found[name] = outer.take(parameter, 2)
+        if self.config.softmax_scale == "full":  # becomes a factor of the queries
+            full, own = (c.embedding // c.heads for c in (self.config, small.config))
+            for name in [name for name in found if ".qkv." in name]:
+                q, k, v = found[name].chunk(3)
+                found[name] = torch.cat((q * (own / full) ** 0.5, k, v))
+        small.load_state_dict(found)
+        return small

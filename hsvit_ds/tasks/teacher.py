@@ -1,0 +1,213 @@
+"""A frozen network whose answers a step learns from: any timm model, or a finished run of this project.
+
+It is outside the engine: no gradient, no optimizer state, no sharding; in eval mode and in the run's low precision.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..data.reader import Batch, Facts
+from ..errors import RefusedError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    name: str = ""
+    """"timm/" and a model's name (timm/regnety_160), or the folder of a run of this project; empty: no teacher."""
+    weights: str = ""
+    """A timm teacher's: a local file (.safetensors, .pth), or empty for timm's pretrained ones, which it downloads."""
+    distillation: str = "hard"
+    """"hard": cross-entropy to the teacher's class; "soft": KL divergence to its probabilities (DeiT's equations)."""
+    alpha: float = 0.5
+    """Weight of the teacher's loss; the labels' is 1 - alpha."""
+    temperature: float = 1.0
+    """Of both softmaxes in soft distillation; its loss is multiplied with the square."""
+    cache: str = ""
+    """Folder for its answers by step and sample: runs with the same teacher, data, augmentation, seed and global batch
+    share them; it is asked only for what is not there. Soft answers take 2 bytes a class, hard ones 2 in all."""
+
+    def __post_init__(self) -> None:
+        if self.distillation not in ("hard", "soft"):
+            raise ValueError(f'distillation = "{self.distillation}": must be "hard" or "soft"')
+        if not 0 < self.alpha <= 1:
+            raise ValueError(f"alpha = {self.alpha}: must be above 0 and at most 1")
+        if self.temperature <= 0:
+            raise ValueError(f"temperature = {self.temperature}: must be above 0")
+        if not self.name and (self.weights or self.cache):
+            raise ValueError("weights and cache are a teacher's: set name too")
+        if self.weights and not self.name.startswith("timm/"):
+            raise ValueError(f'weights = "{self.weights}": only for a timm teacher; a run has its own')
+
+
+def loss(config: Config, logits: Tensor, answers: Tensor) -> Tensor:
+    """logits [B, Q] fp32 against the teacher's answers, classes [B] or logits [B, Q]."""
+    if config.distillation == "hard":
+        return F.cross_entropy(logits, answers)
+    t = config.temperature
+    target = (answers / t).log_softmax(-1)
+    return t * t * F.kl_div((logits / t).log_softmax(-1), target, reduction="batchmean", log_target=True)
+
+
+def load(config: Config, facts: Facts) -> nn.Module:
+    """The teacher in eval mode with frozen weights; on the meta device without them.
+
+    Raises:
+        RefusedError: no such model or weights, or other classes, channels or images than the data's.
+    """
+    model = _timm(config, facts) if config.name.startswith("timm/") else _run(config, facts)
+    return model.eval().requires_grad_(False)
+
+
+def _timm(config: Config, facts: Facts) -> nn.Module:
+    import timm  # here, as it takes 6 s
+
+    name = config.name.removeprefix("timm/")
+    if not timm.is_model(name):
+        near = ", ".join(timm.list_models(f"*{name.partition('_')[0]}*")[:3]) or "timm.list_models()"
+        raise RefusedError(f'task.teacher.name = "{config.name}": timm has no such model; near it: {near}')
+    known = timm.get_pretrained_cfg(name)
+    classes = facts.classes if config.weights or known is None else known.num_classes
+    channels, side = facts.channels, facts.image_size
+    wanted = known.input_size[-1] if known is not None and known.fixed_input_size else side
+    _fit(config, facts, classes=classes, image_size=wanted)
+    on_meta = torch.empty(0).is_meta
+    try:
+        model: nn.Module = timm.create_model(
+            name, pretrained=not config.weights and not on_meta, num_classes=classes, in_chans=channels
+        )
+    except Exception as error:  # a hub's failures have many types
+        raise RefusedError(
+            f"task.teacher.name = {config.name}: timm cannot get its pretrained weights here "
+            f"({str(error).splitlines()[0]}); set task.teacher.weights to a local file"
+        ) from error
+    if config.weights and not on_meta:
+        _load_file(model, Path(config.weights), facts)
+    return model
+
+
+def _load_file(model: nn.Module, path: Path, facts: Facts) -> None:
+    from ..interop import read_foreign
+
+    loaded: Mapping[str, Any] = read_foreign(path)
+    weights = dict(loaded.get("model", loaded.get("state_dict", loaded)))
+    own = model.state_dict()
+    wrong = [f"{k} is missing" for k in own if k not in weights]
+    wrong += [f"{k} is not in the model" for k in weights if k not in own]
+    wrong += [
+        f"{k} has shape {tuple(weights[k].shape)}, not {tuple(v.shape)}"
+        for k, v in own.items()
+        if k in weights and weights[k].shape != v.shape
+    ]
+    if wrong:
+        more = f" and {len(wrong) - 4} more" if len(wrong) > 4 else ""
+        raise RefusedError(
+            f"task.teacher.weights = {path} do not fit a teacher for {facts.classes} classes and {facts.channels} x "
+            f"{facts.image_size} x {facts.image_size} images: {'; '.join(wrong[:4])}{more}"
+        )
+    model.load_state_dict(weights)
+
+
+def _run(config: Config, facts: Facts) -> nn.Module:
+    from ..interop import load_run
+
+    run = load_run(Path(config.name))
+    _fit(config, facts, classes=run.model.classes, image_size=run.model.image_size)
+    return run.model
+
+
+def _fit(config: Config, facts: Facts, *, classes: int, image_size: int) -> None:
+    for what, its, ours in (("classes", classes, facts.classes), ("pixels a side", image_size, facts.image_size)):
+        if its != ours:
+            raise RefusedError(f"task.teacher.name = {config.name} is for {its} {what}, the data has {ours}")
+
+
+class Teacher:
+    """Answers once a micro batch, for all passes.
+
+    Args:
+        steps: of the whole run, for the cache's size. key: what the images of a step depend on.
+    """
+
+    def __init__(
+        self, config: Config, facts: Facts, device: torch.device, dtype: torch.dtype, batch: int, key: Mapping[str, Any]
+    ) -> None:
+        self.config, self.dtype = config, dtype
+        self.module = load(config, facts).to(device, dtype)
+        self.cache = None
+        if config.cache:
+            about = {
+                **key,
+                "teacher": asdict(config) | {"cache": ""},
+                "weights": _digest(self.module),
+                "dtype": str(dtype),
+            }
+            numbers = 1 if config.distillation == "hard" else facts.classes
+            self.cache = Cache(Path(config.cache), about, batch, numbers)
+
+    @torch.no_grad()
+    def __call__(self, batch: Batch, images: Tensor) -> Tensor:
+        """images fp32 [B, C, H, W], as the student sees them, to int64 classes [B] or fp32 logits [B, Q]."""
+        if self.cache is not None and (found := self.cache.read(batch)) is not None:
+            return self._meaning(found.to(images.device))
+        logits = self.module(images.to(self.dtype))
+        # What can be stored is what is used, so that a cached run equals the one that fills the cache.
+        stored = logits.argmax(-1, keepdim=True).add(1).short() if self.config.distillation == "hard" else logits.half()
+        if self.cache is not None:
+            self.cache.write(batch, stored)
+        return self._meaning(stored)
+
+    def _meaning(self, stored: Tensor) -> Tensor:
+        return stored[:, 0].long() - 1 if self.config.distillation == "hard" else stored.float()
+
+
+class Cache:
+    """Answers by place in the run: row step * batch + index of a sparse file, 16 bits a number, absent where all are 0.
+
+    Ranks write disjoint byte ranges; nothing is locked.
+    """
+
+    def __init__(self, root: Path, about: Mapping[str, Any], batch: int, numbers: int) -> None:
+        text = json.dumps(about, sort_keys=True, default=str)
+        folder = root / hashlib.sha256(text.encode()).hexdigest()[:16]
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "about.json").write_text(text)
+            self.file = os.open(folder / "answers.bin", os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as error:
+            raise RefusedError(f"task.teacher.cache = {root}: {error.strerror}") from error
+        self.batch, self.numbers = batch, numbers
+
+    def read(self, batch: Batch) -> Tensor | None:
+        """The rows of a micro batch, None unless all are there."""
+        size = 2 * self.numbers * len(batch.index)
+        data = os.pread(self.file, size, self._at(batch))
+        if len(data) < size:
+            return None
+        kind = torch.int16 if self.numbers == 1 else torch.float16
+        rows = torch.frombuffer(bytearray(data), dtype=kind).view(-1, self.numbers)
+        return rows if bool(rows.any(1).all()) else None
+
+    def write(self, batch: Batch, rows: Tensor) -> None:
+        os.pwrite(self.file, rows.cpu().contiguous().numpy().tobytes(), self._at(batch))
+
+    def _at(self, batch: Batch) -> int:
+        return 2 * self.numbers * (batch.step * self.batch + int(batch.index[0]))  # a micro batch is contiguous
+
+
+def _digest(module: nn.Module) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in module.state_dict().items():
+        digest.update(name.encode())
+        digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()

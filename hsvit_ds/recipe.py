@@ -20,6 +20,7 @@ from .data import augment, reader
 from .data.order import Order, Share
 from .data.reader import Facts
 from .errors import RefusedError
+from .models.batchnorm import BatchNorm2d
 from .tasks import scala, supervised, teacher
 
 
@@ -227,7 +228,6 @@ def resolve(recipe: Recipe, ranks: int) -> tuple[Recipe, Plan]:
     micro, accumulation = _batches(recipe.run, replicas)
     reader.check_share(recipe.data, facts, recipe.grid.submodule_ranks, micro)
     _check_blocks(recipe, micro)
-    runs, synced = _bn_runs(recipe.run, replicas, micro, accumulation)
     steps = facts.count("train") // recipe.run.global_batch
     if steps == 0:
         raise RefusedError(
@@ -238,6 +238,8 @@ def resolve(recipe: Recipe, ranks: int) -> tuple[Recipe, Plan]:
         precision = "bf16" if torch.cuda.is_available() else "fp32"
     with torch.device("meta"):
         shape = model.build(image_size=facts.image_size, channels=facts.channels, classes=facts.classes)
+    has_norms = any(isinstance(module, BatchNorm2d) for module in shape.modules())
+    runs, synced = _bn_runs(recipe.run, replicas, micro, accumulation) if has_norms else (1, False)
     recipe = replace(
         recipe,
         model=model,

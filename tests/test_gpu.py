@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,13 +11,17 @@ import torch
 from .ranks import work
 
 pytestmark = pytest.mark.gpu
-CASE = {"case": ["optimizer.name=sgd", "engine.precision=fp32", "engine.kernels=triton"]}
+
+
+def case(*overrides: str) -> dict[str, Any]:
+    fixed = ["optimizer.name=sgd", "engine.precision=fp32", "engine.kernels=triton"]
+    return {"base": "hsvit", "cases": {"case": [*fixed, *overrides]}}
 
 
 def test_two_ranks_on_one_gpu_over_gloo_equal_one_process(tmp_path: Path) -> None:
     pytest.importorskip("deepspeed")
-    alone = {"case": [*CASE["case"], "grid.submodule_ranks=1", "grid.backend=gloo"]}
-    apart = {"case": [*CASE["case"], "grid.submodule_ranks=2", "grid.backend=gloo"]}
+    alone = case("grid.submodule_ranks=1", "grid.backend=gloo")
+    apart = case("grid.submodule_ranks=2", "grid.backend=gloo")
     expected = work("steps", 1, tmp_path / "one", alone, DS_ACCELERATOR="cuda")[0]["case"]
     found = [rank["case"] for rank in work("steps", 2, tmp_path / "two", apart, DS_ACCELERATOR="cuda")]
     written = {key: tensor for rank in found for key, tensor in rank["state"].items()}
@@ -29,6 +34,6 @@ def test_nccl_with_one_rank_equals_gloo(tmp_path: Path) -> None:
     pytest.importorskip("deepspeed")
     norms = {}
     for backend in ("gloo", "nccl"):
-        case = {"case": [*CASE["case"], "grid.submodule_ranks=1", f"grid.backend={backend}"]}
-        norms[backend] = work("steps", 1, tmp_path / backend, case, DS_ACCELERATOR="cuda")[0]["case"]["norms"]
+        one = case("grid.submodule_ranks=1", f"grid.backend={backend}")
+        norms[backend] = work("steps", 1, tmp_path / backend, one, DS_ACCELERATOR="cuda")[0]["case"]["norms"]
     assert norms["nccl"] == pytest.approx(norms["gloo"], rel=1e-6)

@@ -31,7 +31,8 @@ CASES[GATHERED] = ["data.share=gather", "optimizer.name=sgd"]
 
 def run(folder: Any, world: int, submodule_ranks: int) -> list[dict[str, Any]]:
     place = f"grid.submodule_ranks={submodule_ranks}"
-    return work("steps", world, folder, {name: [*case, place] for name, case in CASES.items()})
+    cases = {name: [*case, place] for name, case in CASES.items()}
+    return work("steps", world, folder, {"base": "hsvit", "cases": cases})
 
 
 @pytest.fixture(scope="module")
@@ -89,6 +90,7 @@ def test_a_step_has_one_exchange_a_forward_and_one_gradient_reduction(case: str,
 @pytest.mark.parametrize("submodule_ranks", [2, 1], ids=["two submodule ranks", "two replicas"])
 def test_compiled_ranks_equal_eager_ones(submodule_ranks: int, tmp_path: Path) -> None:
     place = [f"grid.submodule_ranks={submodule_ranks}", "optimizer.name=sgd"]
-    found = work("steps", 2, tmp_path, {"eager": place, "compiled": [*place, "engine.compile=true"]})
+    cases = {"eager": place, "compiled": [*place, "engine.compile=true"]}
+    found = work("steps", 2, tmp_path, {"base": "hsvit", "cases": cases})
     for rank in found:
         assert rank["compiled"]["norms"] == pytest.approx(rank["eager"]["norms"], rel=1e-4)

@@ -57,6 +57,8 @@ def use_triton(operation: str, x: Tensor, why_not: str, wins: bool) -> bool:
     """
     choice = forced()
     _check(choice, x.device)
+    if choice == "auto" and not x.is_cuda:
+        why_not = f"{x.device.type}, {x.dtype}"
     if why_not:
         decision = False
     elif choice == "auto":

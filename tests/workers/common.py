@@ -36,12 +36,34 @@ SMALL = [
     "tracking.mlflow=false",
 ]
 
+# One of the passes' widths is drawn; drop path, LayerScale, mixing, smoothing, clipping, a short full-only phase: all on.
+SMALL_SCALA = [
+    "model.embedding=32",
+    "model.heads=2",
+    "model.depth=2",
+    "model.patch_size=8",
+    "model.drop_path=0.2",
+    "model.layer_scale=0.5",
+    "task.full_epochs=0",
+    "augment.mixup=0.8",
+    "augment.cutmix=1.0",
+    "augment.mix_block=4",
+    "augment.shift=2",
+    "augment.label_smoothing=0.1",
+    "optimizer.clip=0.5",
+    "optimizer.lr=0.01",
+    "optimizer.warmup_epochs=0.1",
+    "run.global_batch=16",
+    "tracking.mlflow=false",
+]
+BASES = {"hsvit": SMALL, "scala": SMALL_SCALA}
+
 _grids: dict[int, Grid] = {}
 
 
-def trainer(folder: Path, overrides: list[str], resume: bool = False) -> Trainer:
-    """A trainer of the digits recipe, made small, on all ranks of this worker."""
-    recipe = recipes.read(ROOT / "recipes/digits/hsvit.toml", [*SMALL, *overrides])
+def trainer(folder: Path, overrides: list[str], resume: bool = False, base: str = "hsvit") -> Trainer:
+    """A trainer of a digits recipe, made small, on all ranks of this worker."""
+    recipe = recipes.read(ROOT / f"recipes/digits/{base}.toml", [*BASES[base], *overrides])
     recipe, plan = recipes.resolve(recipe, world_size())
     ranks = recipe.grid.submodule_ranks
     if ranks not in _grids:

@@ -35,10 +35,12 @@ def counted(name: str) -> Any:
     return call
 
 
-def main(arguments: dict[str, list[str]], folder: Path) -> dict[str, Any]:
+def main(arguments: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """arguments: {"base": recipe, "cases": {name: overrides}}."""
     for name in COLLECTIVES:  # before DeepSpeed takes references to them
         setattr(dist, name, counted(name))
-    return {name: one_case(trainer(folder / name, overrides)) for name, overrides in arguments.items()}
+    base = arguments["base"]
+    return {name: one_case(trainer(folder / name, case, base=base)) for name, case in arguments["cases"].items()}
 
 
 def one_case(run: Any) -> dict[str, Any]:

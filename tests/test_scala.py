@@ -1,0 +1,111 @@
+"""Four widths in one step: ranks, ZeRO stages, accumulation and in-place gradients change nothing."""
+
+from __future__ import annotations
+
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from hsvit_ds.checkpoint import Position
+from hsvit_ds.data import augment
+from hsvit_ds.models.slimmable import Linear
+from hsvit_ds.trainer import Trainer
+
+from .ranks import work
+from .workers.common import state, steps, trainer
+
+OPTIMIZERS = {"sgd": 1e-6, "adamw": 1e-5}
+CASES = {
+    f"ZeRO-{stage}, {optimizer}, {accumulation} micro batches": [
+        f"engine.zero_stage={stage}",
+        f"optimizer.name={optimizer}",
+        f"run.micro_batch={8 // accumulation}",
+    ]
+    for stage in (0, 1, 2, 3)
+    for optimizer, accumulation in (("sgd", 1), ("sgd", 2), ("adamw", 2))
+}
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Overrides that name a run to learn from, by its own token."""
+    folder = tmp_path_factory.mktemp("teacher")
+    run = trainer(folder, ["model.widths.smallest=1", "run.seed=7"], base="scala")
+    steps(run, 2)
+    run.checkpoints.save(Position(0, 2, 2))
+    assert run.checkpoints.wait() is None
+    return [f"task.teacher.name={folder}", "model.distilled=true"]
+
+
+def plain(run: Trainer, stop: int) -> tuple[list[float], dict[str, torch.Tensor]]:
+    """Gradient norms and weights of the same steps in plain PyTorch: autograd slices, and the losses as published."""
+    model, task = run.engine.module, run.task
+    for module in model.modules():
+        if isinstance(module, Linear):
+            module.state = None
+    optimizer = torch.optim.SGD(
+        [{k: v for k, v in group.items() if k != "names"} for group in run.engine.parameter_groups], momentum=0.9
+    )
+    norms = []
+    for step, batches in enumerate(islice(run.reader.train(0, 0), stop)):
+        model.train()
+        optimizer.zero_grad()
+        for batch in batches:
+            images, soft = augment.prepare(batch, run.recipe.augment, run.reader.facts)
+            with torch.no_grad():
+                taught = task.teach.module(images).argmax(-1)  # type: ignore[attr-defined]
+            logits = [
+                model(images, draw=batch.draw(index), width=width) for index, width in enumerate(task.widths(step))
+            ]
+            assert len(logits) == 4
+            (z, u), *smaller = logits
+            loss = 0.5 * F.cross_entropy(z, soft) + 0.5 * F.cross_entropy(u, taught)
+            for w, v in smaller:
+                p, q = u.detach().softmax(-1), v.softmax(-1)
+                loss = loss + F.cross_entropy(w, soft) + (p * (p / q).log()).sum(-1).mean()
+                u = v
+            (loss / len(batches)).backward()
+        norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)))
+        for group in optimizer.param_groups:
+            group["lr"] = run.schedule.lr(step)
+        optimizer.step()
+    return norms, {name: p.detach() for name, p in model.named_parameters()}
+
+
+def test_a_step_on_two_ranks_equals_one_process_and_plain_pytorch(teacher: list[str], tmp_path: Path) -> None:
+    cases = {name: [*case, *teacher] for name, case in CASES.items()}
+    alone = ["engine.zero_stage=0", *teacher]
+    expected = {
+        name: work("steps", 1, tmp_path / name, {"base": "scala", "cases": {"": [*alone, f"optimizer.name={name}"]}})
+        for name in OPTIMIZERS
+    }
+    run = trainer(tmp_path / "plain", ["engine.zero_stage=0", "optimizer.name=sgd", *teacher], base="scala")
+    norms, weights = plain(run, 5)
+    one = expected["sgd"][0][""]
+    assert min(norms) > 0.5  # so that clipping is on
+    torch.testing.assert_close(one["norms"], norms, rtol=1e-6, atol=0)
+    for name, weight in weights.items():
+        torch.testing.assert_close(one["state"][f"model.safetensors/{name}"], weight, rtol=1e-6, atol=1e-6)
+    for rank in work("steps", 2, tmp_path / "two", {"base": "scala", "cases": cases}):
+        for name, found in rank.items():
+            optimizer = "adamw" if "adamw" in name else "sgd"
+            whole = expected[optimizer][0][""]
+            torch.testing.assert_close(found["norms"], whole["norms"], rtol=1e-6, atol=0, msg=lambda m, n=name: n + m)
+            for key, tensor in found["state"].items():  # the first rank writes it
+                allowed = OPTIMIZERS[optimizer]
+                torch.testing.assert_close(
+                    tensor, whole["state"][key], rtol=allowed, atol=allowed, msg=lambda m, k=f"{name} {key}": k + m
+                )
+            assert gradient_reductions(found) == 1, name
+
+
+def gradient_reductions(found: dict[str, Any]) -> int:
+    """Collectives of a step that carry all trained numbers; fails where others carry more than a hundred."""
+    kinds = ("all_reduce", "reduce", "reduce_scatter", "reduce_scatter_tensor")
+    numbers = [n for kind, group, n in found["calls"] if kind in kinds and group == "data" and n > 100]
+    assert all(found["trained"] <= n <= found["trained"] + 64 for n in numbers), numbers  # stage 3 pads
+    return len(numbers)

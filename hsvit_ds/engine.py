@@ -186,6 +186,7 @@ class Engine:
             lr: learning rate of this step. step: its number, for messages.
         """
         self.module.train()
+        self.step_state.gathers = True
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         losses: list[Tensor] = []
@@ -200,6 +201,7 @@ class Engine:
                     losses.append(loss.detach().float())
         applied, norm = self._update()
         self.step_state.clear()
+        self.step_state.gathers = False
         move_running_statistics(self.module, applied, self.runs_differ)
         loss = torch.stack(losses).sum() / self.accumulation
         if not applied:

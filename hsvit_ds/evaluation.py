@@ -41,7 +41,7 @@ def evaluate(
     grid, facts = reader.grid, reader.facts
     # Eager also under torch.compile: the last batch would compile a second graph.
     with torch.compiler.set_stance("force_eager"):
-        _recalibrate(forward, module, reader, widths, runs_differ)
+        recalibrate_widths(forward, module, reader, widths, runs_differ)
         module.eval()
         sums = torch.zeros(len(widths), 4, dtype=torch.float64, device=grid.device)  # samples, top1, top5, loss
         for images, labels, valid in reader.evaluation(split):
@@ -66,13 +66,14 @@ def _score(logits: Tensor, labels: Tensor, valid: Tensor) -> Tensor:
     return torch.where(valid, row, 0).double().sum(1)
 
 
-def _recalibrate(
+def recalibrate_widths(
     forward: Callable[..., Tensor],
     module: nn.Module,
     reader: Reader,
     widths: Sequence[Width],
     runs_differ: Channel | None,
 ) -> None:
+    """Take BatchNorm's statistics of every width but the full one from the training split. Collective."""
     smaller = [width for width in widths if not width.is_full]
     if not smaller or not any(isinstance(m, BatchNorm2d) for m in module.modules()):
         return

@@ -25,18 +25,25 @@ from .models.hsvit import Config as HSViTConfig
 from .models.hsvit import HSViT
 
 
-def import_weights(state_dict: Mapping[str, Any], **hints: Any) -> models.Model:
-    """Build the model that weights of published code belong to, told by the keys: HSViT's or a DeiT's.
-
-    Args:
-        hints: of `import_hsvit`, or `smallest` and `granularity` for Scala's, which has the keys of a DeiT.
-    """
-    weights = _unwrapped(state_dict)
-    if "blocks.0.attn.qkv.weight" not in weights:
-        return import_hsvit(state_dict, **{k: v for k, v in hints.items() if k not in ("smallest", "granularity")})
-    if hints.get("smallest") is not None:
-        return import_scala(state_dict, smallest=hints["smallest"], granularity=hints["granularity"])
-    return import_deit(state_dict)
+def import_weights(
+    state_dict: Mapping[str, Any],
+    *,
+    image_size: int = 0,
+    pool_strides: tuple[int, ...] = (),
+    heads: int = 0,
+    smallest: float = 1.0,
+    granularity: float = 0.0625,
+    side: str = "leading",
+) -> models.Model:
+    """Build the model that weights belong to, told by their keys: the published HSViT's, or a DeiT's, which Scala's
+    are too where `smallest` is below 1. Arguments and errors: `import_hsvit`, `import_scala`, `import_deit`."""
+    if not any(key.startswith(("blocks.", "patch_embed.")) for key in _unwrapped(state_dict)):
+        if not image_size or not pool_strides:
+            raise RefusedError("weights of the published HSViT code need --image-size and --pool-strides")
+        return import_hsvit(state_dict, image_size=image_size, pool_strides=pool_strides, heads=heads or 8)
+    if smallest == 1:
+        return import_deit(state_dict, heads)
+    return import_scala(state_dict, smallest=smallest, granularity=granularity, side=side, heads=heads)
 
 
 def import_scala(

@@ -5,13 +5,16 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 from rich.table import Table
 
+from . import models
+from .models.slimmable import Width
 from .tracking import read_metrics
 
 CURVES = "curves.png"
@@ -95,6 +98,49 @@ def duration(seconds: float) -> str:
     if whole < 3600:
         return f"{whole // 60}m{whole % 60:02d}s"
     return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
+
+
+@dataclass(frozen=True)
+class WidthRow:
+    """One subnet. macs: multiply-adds of an image. top1: %."""
+
+    width: Width
+    parameters: int
+    macs: int
+    top1: float
+
+
+def width_rows(model: models.Model, widths: Sequence[Width], found: Mapping[str, float]) -> list[WidthRow]:
+    """A row for each width, from an evaluation's metrics."""
+    return [
+        WidthRow(w, models.parameters(model, w), models.macs(model, w), found.get(f"top1_w{w}", found["top1"]))
+        for w in widths
+    ]
+
+
+def print_widths(rows: Sequence[WidthRow], title: str) -> None:
+    """A table of every subnet's size and accuracy; a GFLOP is a billion multiply-adds, as in the paper."""
+    table = Table("width", "side", "parameters", "GFLOPs", "top-1, %", title=title)
+    for row in rows:
+        side = "all" if row.width.is_full else row.width.side
+        table.add_row(str(row.width), side, f"{row.parameters:,}", f"{row.macs / 1e9:.4f}", f"{row.top1:.2f}")
+    Console(highlight=False, soft_wrap=True).print(table)
+
+
+def draw_widths(path: Path, rows: Sequence[WidthRow], title: str) -> Path:
+    """A PNG of accuracy against GFLOPs, one point a width."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    axes.plot([row.macs / 1e9 for row in rows], [row.top1 for row in rows], marker="o")
+    for row in rows:
+        axes.annotate(str(row.width), (row.macs / 1e9, row.top1), textcoords="offset points", xytext=(6, -12))
+    axes.set(xlabel="GFLOPs an image (multiply-adds)", ylabel="top-1 accuracy, %", title=title)
+    axes.margins(0.1)
+    axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)
+    return path
 
 
 def draw_curves(folder: Path, title: str) -> Path:

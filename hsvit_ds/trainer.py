@@ -19,9 +19,10 @@ from .engine import BatchStatistics, Engine, StepResult
 from .errors import RefusedError
 from .evaluation import evaluate
 from .grid import Grid
+from .models import Model
 from .optimizer import Schedule, describe
 from .recipe import Plan, Recipe
-from .report import Reporter, draw_curves, duration
+from .report import Reporter, draw_curves, draw_widths, duration, print_widths, width_rows
 from .tasks import Task, scala
 from .tasks.supervised import Supervised
 from .tasks.teacher import Teacher
@@ -165,10 +166,12 @@ class Trainer:
                 averaged = score()
             found |= {f"ema/{split}_{k}": v for k, v in averaged.items()}
         self.tracker.log(found, step)
-        self.report.say(
-            f"epoch {step // self.plan.steps_per_epoch}  "
-            + "  ".join(f"{name} {value:.2f}" for name, value in found.items() if "top1" in name)
+        scores = {name: value for name, value in found.items() if "top1" in name}
+        line = "  ".join(f"{name} {value:.2f}" for name, value in scores.items() if "_w" not in name)
+        slim = "  ".join(
+            f"{name.partition('_w')[2]} {value:.2f}" for name, value in scores.items() if "/top1_w" in name
         )
+        self.report.say(f"epoch {step // self.plan.steps_per_epoch}  {line}" + (f"  by width: {slim}" if slim else ""))
         return found
 
     def _save(self, position: Position, top1: float | None = None) -> None:
@@ -225,16 +228,27 @@ class Trainer:
 
     def _finish(self, final: dict[str, float], seconds: float) -> None:
         if self.grid.is_main:
-            self.tracker.artifact(draw_curves(self.folder, self.folder.name))
+            self._draw(final)
             self.tracker.artifact(self.folder / "recipe.toml")
         self.tracker.close("FINISHED")
-        rows = {name: f"{value:.4g}" for name, value in final.items()}
+        rows = {name: f"{value:.4g}" for name, value in final.items() if "_w" not in name}
         rows |= {"time": duration(seconds), "run": str(self.folder)}
         rows |= {
             "curves": str(self.folder / "curves.png"),
             "MLflow run": self.tracker.run_id() or "-",
         }
         self.report.summary(rows)
+
+    def _draw(self, final: dict[str, float]) -> None:
+        self.tracker.artifact(draw_curves(self.folder, self.folder.name))
+        widths = self.task.trained(self.plan.steps)
+        if len(widths) > 1:
+            found = {name.removeprefix("test/"): value for name, value in final.items()}
+            model: Model = self.engine.module  # type: ignore[assignment]
+            rows = width_rows(model, widths, found)
+            self.tracker.artifact(draw_widths(self.folder / "widths-test.png", rows, f"{self.folder.name}, test"))
+            self.report.close()
+            print_widths(rows, "test")
 
 
 def _peak_flops(device: torch.device) -> float | None:

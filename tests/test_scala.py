@@ -16,7 +16,7 @@ from hsvit_ds.models.slimmable import Linear
 from hsvit_ds.trainer import Trainer
 
 from .ranks import work
-from .workers.common import state, steps, trainer
+from .workers.common import steps, trainer
 
 OPTIMIZERS = {"sgd": 1e-6, "adamw": 1e-5}
 CASES = {

@@ -355,7 +355,7 @@ class Submodules(nn.Module):
         maps = rearrange(x, "b (m k) h w -> m (b k) (h w)", m=self.count)
         weight = self.projection_weight.transpose(1, 2)
         tokens = torch.baddbmm(self.projection_bias[:, None], maps, weight)
-        tokens = F.relu(rearrange(tokens, "m (b k) d -> b (m k) d", b=len(images)))
+        tokens = F.relu(rearrange(tokens, "m (b k) d -> b (m k) d", b=images.shape[0]))
         if self.training and c.dropout:
             tokens = tokens * self._embedding_keep(tokens, draw, first).mul_(keep_scale(c.dropout))
         return tokens
@@ -455,7 +455,7 @@ class HSViT(nn.Module):
         if present is None:
             return self.head(self.exchange(sums.sum(1)) / answers)
         here = self.submodules.here
-        present = present.to(sums.device).expand(len(sums), c.submodules)
+        present = present.to(sums.device).expand(sums.shape[0], c.submodules)
         sums = sums * present[:, here.start : here.stop, None]
         count = present.sum(1, keepdim=True) * (answers // c.submodules)
         return self.head(self.exchange(sums.sum(1)) / count)

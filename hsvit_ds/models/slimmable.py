@@ -101,7 +101,7 @@ class Config:
 
     def _width(self, numerator: int, denominator: int) -> Width:
         if numerator == denominator:
-            return Width(numerator, denominator)
+            return FULL
         is_smallest = Fraction(numerator, denominator) == _exact(self.smallest)
         other = {"leading": "trailing", "trailing": "leading"}[self.side]
         return Width(numerator, denominator, self.side if is_smallest or not self.isolated else other)
@@ -173,7 +173,7 @@ class Linear(nn.Linear):
             side=width.side,
             in_segments=self.in_segments,
             out_segments=self.out_segments,
-            state=self.state,
+            state=self.state if self.state is not None and self.state.gathers else None,
             **epilogue,
         )
 

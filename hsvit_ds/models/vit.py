@@ -323,7 +323,7 @@ class ViT(nn.Module):
         outer = width if self.config.sliced == "all" else FULL
         patches = self.patch_embed(images, width)
         special = [t for t in (self.cls_token, self.dist_token) if t is not None]
-        first = [outer.take(t, 2).to(patches.dtype).expand(len(images), -1, -1) for t in special]
+        first = [outer.take(t, 2).to(patches.dtype).expand(images.shape[0], -1, -1) for t in special]
         x = torch.cat((*first, patches), dim=1) + outer.take(self.pos_embed, 2)
         kept = self._drop_path(draw)
         for index, block in enumerate(self.blocks):

@@ -27,10 +27,12 @@ class StepState:
     that pass, once. Engines that reduce, clip and step then need to know nothing about it.
 
     last: whether the backward that comes is the step's last. Set it before each; `clear` after each step.
+    gathers: whether a model that owns this state uses it. Off until an engine that keeps these rules says so, as an
+        ordinary training loop would not.
     """
 
     def __init__(self) -> None:
-        self.last = True
+        self.last, self.gathers = True, False
         self._low: dict[tuple[int, torch.dtype], Tensor] = {}
         self._main: dict[int, Tensor] = {}
 

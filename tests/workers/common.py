@@ -36,7 +36,7 @@ SMALL = [
     "tracking.mlflow=false",
 ]
 
-# One of the passes' widths is drawn; drop path, LayerScale, mixing, smoothing, clipping, a short full-only phase: all on.
+# Drop path, LayerScale, mixing, smoothing, clipping: all on.
 SMALL_SCALA = [
     "model.embedding=32",
     "model.heads=2",
@@ -44,7 +44,6 @@ SMALL_SCALA = [
     "model.patch_size=8",
     "model.drop_path=0.2",
     "model.layer_scale=0.5",
-    "task.full_epochs=0",
     "augment.mixup=0.8",
     "augment.cutmix=1.0",
     "augment.mix_block=4",

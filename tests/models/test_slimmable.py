@@ -1,0 +1,113 @@
+"""Widths are whole numbers of T-ths, and a slice is what its layer computes with."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from hsvit_ds.models.slimmable import FULL, Config, Conv2d, LayerNorm, Linear, Width
+
+
+@pytest.mark.parametrize(
+    ("smallest", "granularity", "count"),
+    [(0.25, 0.25, 4), (0.25, 0.125, 7), (0.25, 0.0625, 13), (0.25, 0.03125, 25), (0.2, 0.1, 9), (1.0, 0.125, 1)],
+)
+def test_a_family_has_x_widths_without_rounding(smallest: float, granularity: float, count: int) -> None:
+    family = Config(smallest=smallest, granularity=granularity).family
+    assert len(family) == count
+    assert len({width.denominator for width in family[:-1]}) <= 1
+    steps = {b.numerator - a.numerator for a, b in zip(family, family[1:-1], strict=False)}
+    assert len(steps) <= 1
+    assert family[-1] == FULL
+    assert float(family[0]) == smallest
+
+
+@pytest.mark.parametrize(
+    ("side", "isolated", "sides"),
+    [
+        ("trailing", True, ["trailing", "leading", "leading"]),
+        ("leading", True, ["leading", "trailing", "trailing"]),
+        ("leading", False, ["leading", "leading", "leading"]),
+        ("trailing", False, ["trailing", "trailing", "trailing"]),
+    ],
+)
+def test_isolated_activation_takes_opposite_ends(side: str, isolated: bool, sides: list[str]) -> None:
+    family = Config(smallest=0.25, granularity=0.25, side=side, isolated=isolated).family
+    assert [width.side for width in family[:-1]] == sides
+
+
+def test_a_width_is_written_with_two_decimals_at_least() -> None:
+    assert [str(w) for w in Config(smallest=0.25, granularity=0.03125).family[:3]] == ["0.25", "0.28125", "0.3125"]
+    assert str(FULL) == "1.00"
+    assert str(Width(1, 2)) == "0.50"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"smallest": 0.25, "granularity": 0.2},
+            r"granularity = 0.2 does not divide 1 - smallest = 0.75; .*0.25, 0.1875",
+        ),
+        ({"smallest": 0.0}, "smallest = 0.0: must be above 0 and at most 1"),
+        ({"smallest": 1.5}, "smallest = 1.5: must be above 0 and at most 1"),
+        ({"side": "left"}, 'side = "left": must be "leading" or "trailing"'),
+    ],
+)
+def test_impossible_families_are_refused(options: dict, message: str) -> None:  # type: ignore[type-arg]
+    with pytest.raises(ValueError, match=message):
+        Config(**options)
+
+
+@pytest.mark.parametrize(
+    ("value", "untrained", "message"),
+    [
+        ("0.3", False, "width 0.3 is not one of the 4 of this model; nearest: 0.25, 0.50"),
+        (0.2, True, "width 0.2: must be from 0.25 to 1"),
+        (1.1, True, "width 1.1: must be from 0.25 to 1"),
+        ("wide", True, 'width "wide": must be a number such as 0.5'),
+    ],
+)
+def test_a_width_off_the_grid_is_refused_with_the_nearest(value: float | str, untrained: bool, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Config(smallest=0.25, granularity=0.25).find(value, untrained)
+
+
+def test_an_untrained_width_takes_the_side_of_those_between() -> None:
+    widths = Config(smallest=0.25, granularity=0.25)
+    assert widths.find(0.375, untrained=True) == Width(3, 8, "leading")
+    assert widths.find("0.5") == widths.find(0.5) == widths.family[1]
+
+
+def test_a_width_that_does_not_divide_an_axis_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"width 0.25 of 10 is 2.5, not a whole number"):
+        Width(1, 4).of(10)
+
+
+def test_segments_are_taken_one_by_one() -> None:
+    x = torch.arange(12)
+    assert Width(1, 2, "leading").take(x, 0, 3).tolist() == [0, 1, 4, 5, 8, 9]
+    assert Width(1, 2, "trailing").take(x, 0, 3).tolist() == [2, 3, 6, 7, 10, 11]
+    assert Width(1, 2, "trailing").take(x.view(2, 6), 1, 3).tolist() == [[1, 3, 5], [7, 9, 11]]
+    assert FULL.take(x) is x
+
+
+@pytest.mark.parametrize("side", ["leading", "trailing"])
+def test_layers_compute_with_their_slices(side: str) -> None:
+    width = Width(1, 2, side)
+    linear = Linear(8, 12, in_segments=2, out_segments=3)
+    x = torch.randn(5, 4)
+    own = linear.slices(width)
+    assert own["weight"].shape == (6, 4)
+    torch.testing.assert_close(linear(x, width), F.linear(x, own["weight"], own["bias"]))
+    norm = LayerNorm(8, 1e-6)
+    torch.nn.init.normal_(norm.weight)
+    expected = torch.nn.LayerNorm(4, 1e-6)
+    expected.load_state_dict(norm.slices(width))
+    torch.testing.assert_close(norm(x, width), expected(x))
+    conv = Conv2d(8, 12, 3, slice_in=True, slice_out=True, out_segments=2, groups=2)
+    images = torch.randn(2, 4, 5, 5)
+    own = conv.slices(width)
+    assert own["weight"].shape == (6, 2, 3, 3)
+    torch.testing.assert_close(conv(images, width), F.conv2d(images, own["weight"], own["bias"], groups=2))

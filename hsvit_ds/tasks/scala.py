@@ -35,9 +35,10 @@ SAMPLING = ("paper", "code", "sandwich", "single", "fixed")
 class Config:
     kind: Literal["scala"] = "scala"
     sampling: str = "paper"
-    """A step's widths. Full, one drawn from (mid, 1), one from (smallest, mid] and the smallest: "paper"; [mid, 1) and
-    (smallest, mid), as in the published "code"; two drawn from all between, "sandwich" (US-Net, arXiv 1903.05134). An
-    empty range gives no pass. One of all: "single" (AutoFormer). `width` alone: "fixed" (separate training)."""
+    """A step's widths. Full, one drawn from (mid, 1), one from (smallest, mid] and the smallest: "paper"; from [mid, 1)
+    and (smallest, mid) with mid rounded down to a width, as in the published "code"; two from all between, "sandwich"
+    (US-Net, arXiv 1903.05134). An empty range gives no pass. One of all: "single" (AutoFormer, arXiv 2107.00651).
+    `width` alone: "fixed" (separate training)."""
     width: float = 1.0
     """The width of sampling = "fixed"."""
     same_widths: bool = True
@@ -82,7 +83,9 @@ class Sampler:
         self.full_steps = config.full_epochs * steps_per_epoch
         smallest, full = self.family[0], self.family[-1]
         between = self.family[1:-1]
-        total = smallest.numerator + full.numerator  # mid = total / 2
+        # mid lies at index (X - 1) / 2; the code rounds it down, and counts it among the large ones.
+        last = len(self.family) - 1
+        first_large = last // 2 if config.sampling == "code" else last // 2 + 1
         # The ranges that one width each is drawn from, the largest first.
         self.ranges: list[tuple[Width, ...]]
         if config.sampling == "fixed":
@@ -92,12 +95,7 @@ class Sampler:
         elif config.sampling == "sandwich":
             self.ranges = [(full,), *[between] * min(2, len(between)), (smallest,)]
         else:
-            halves: dict[bool, list[Width]] = {True: [], False: []}
-            for width in between:
-                is_mid = 2 * width.numerator == total
-                large = config.sampling == "code" if is_mid else 2 * width.numerator > total
-                halves[large].append(width)
-            self.ranges = [(full,), tuple(halves[True]), tuple(halves[False]), (smallest,)]
+            self.ranges = [(full,), self.family[first_large:-1], self.family[1:first_large], (smallest,)]
         if smallest == full:
             self.ranges = self.ranges[:1]
         self.ranges = [range_ for range_ in self.ranges if range_]

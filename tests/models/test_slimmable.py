@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -17,7 +19,7 @@ def test_a_family_has_x_widths_without_rounding(smallest: float, granularity: fl
     family = Config(smallest=smallest, granularity=granularity).family
     assert len(family) == count
     assert len({width.denominator for width in family[:-1]}) <= 1
-    steps = {b.numerator - a.numerator for a, b in zip(family, family[1:-1], strict=False)}
+    steps = {b.numerator - a.numerator for a, b in pairwise(family[:-1])}
     assert len(steps) <= 1
     assert family[-1] == FULL
     assert float(family[0]) == smallest

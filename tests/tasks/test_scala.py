@@ -1,0 +1,208 @@
+"""Which widths a step trains, what they learn from, and each part of Scala switched off by itself."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hsvit_ds.data.augment import Config as AugmentConfig
+from hsvit_ds.data.reader import DIGITS_FACTS, Batch
+from hsvit_ds.models.slimmable import Config as Widths
+from hsvit_ds.tasks import teacher
+from hsvit_ds.tasks.scala import Config, Sampler, Scala
+
+# Section 3.1 and the published code's ranges: the widths that the large (m2) and the small (m1) one are drawn from.
+RANGES = [
+    (0.25, 0.25, "code", [0.5, 0.75], []),
+    (0.25, 0.125, "code", [0.625, 0.75, 0.875], [0.375, 0.5]),
+    (0.25, 0.0625, "code", 6, 5),
+    (0.25, 0.03125, "code", 12, 11),
+    (0.5, 0.0625, "code", 4, 3),
+    (0.25, 0.25, "paper", [0.75], [0.5]),
+    (0.25, 0.125, "paper", [0.75, 0.875], [0.375, 0.5, 0.625]),
+    (0.25, 0.0625, "paper", 5, 6),
+    (0.25, 0.03125, "paper", 11, 12),
+    (0.5, 0.0625, "paper", 3, 4),
+]
+
+
+def sampler(smallest: float = 0.25, granularity: float = 0.125, seed: int = 0, **options: Any) -> Sampler:
+    return Sampler(Config(**options), Widths(smallest=smallest, granularity=granularity), seed, steps_per_epoch=10)
+
+
+@pytest.mark.parametrize(("smallest", "granularity", "kind", "large", "small"), RANGES)
+def test_stable_sampling_draws_from_the_published_ranges(
+    smallest: float, granularity: float, kind: str, large: Any, small: Any
+) -> None:
+    if granularity == 0.125 and kind == "code":  # mid = 0.625 is one of the widths: it goes to the larger half
+        assert 0.625 in large
+    draws = [sampler(smallest, granularity, sampling=kind).draw(step) for step in range(600)]
+    middles = [[float(w) for w in widths[1:-1]] for widths in draws]
+    assert {float(widths[0]) for widths in draws} == {1.0}
+    assert {float(widths[-1]) for widths in draws} == {smallest}
+    if small == []:  # the published code fails there; an empty range gives no pass
+        assert {len(widths) for widths in draws} == {3}
+        assert {m[0] for m in middles} == set(large)
+        return
+    found_large, found_small = ({m[i] for m in middles} for i in (0, 1))
+    if isinstance(large, int):
+        assert (len(found_large), len(found_small)) == (large, small)
+        mid = (smallest + 1) / 2
+        assert min(found_large) >= mid >= max(found_small)
+        assert (mid in found_large) == (kind == "code")
+    else:
+        assert (found_large, found_small) == (set(large), set(small))
+
+
+def test_draws_are_even_and_depend_on_seed_and_step_only() -> None:
+    draws = [sampler(0.25, 0.0625).draw(step)[2] for step in range(6000)]
+    counts = torch.tensor([draws.count(width) for width in set(draws)]).float()
+    assert len(counts) == 6
+    assert (counts - 1000).abs().max() < 4 * (1000 * 5 / 6) ** 0.5
+    one, other = sampler(seed=0), sampler(seed=1)
+    assert [one.draw(s) for s in range(50)] == [sampler(seed=0).draw(s, first=s % 3) for s in range(50)]
+    assert [one.draw(s) for s in range(50)] != [other.draw(s) for s in range(50)]
+
+
+def test_micro_batches_can_draw_their_own_widths() -> None:
+    own = sampler(same_widths=False)
+    assert any(own.draw(step, first=0) != own.draw(step, first=8) for step in range(20))
+    assert [own.draw(s, first=0) for s in range(20)] == [sampler().draw(s) for s in range(20)]
+
+
+@pytest.mark.parametrize(
+    ("options", "passes", "drawn"),
+    [
+        ({"sampling": "sandwich"}, 4, 7),
+        ({"sampling": "single"}, 1, 7),
+        ({"sampling": "fixed", "width": 0.5}, 1, 1),
+        ({"sampling": "paper", "full_epochs": 1}, 4, 7),
+    ],
+)
+def test_baselines_draw_as_they_should(options: dict[str, Any], passes: int, drawn: int) -> None:
+    found = sampler(**options)
+    draws = [found.draw(step) for step in range(10, 300)]
+    assert {len(set(widths)) for widths in draws} == {passes} == {found.passes(10)}
+    assert len({width for widths in draws for width in widths}) == drawn
+    assert all(list(map(float, widths)) == sorted(map(float, widths), reverse=True) for widths in draws)
+    assert len(found.trained(300)) == drawn
+
+
+def test_an_unsliced_model_has_one_pass() -> None:
+    found = sampler(smallest=1.0)
+    assert found.passes(0) == 1
+    assert found.trained(1) == found.draw(0)
+
+
+def test_the_full_only_phase_halves_the_rate_and_trains_one_width() -> None:
+    config = Config(full_epochs=3)
+    task = Scala(config, AugmentConfig(), DIGITS_FACTS, sampler(full_epochs=3), None)
+    assert [(task.passes(s), task.lr_factor(s)) for s in (0, 29, 30)] == [(1, 0.5), (1, 0.5), (4, 1.0)]
+    assert [str(w) for w in task.widths(29)] == ["1.00"]
+    assert task.trained(30) == task.widths(0)
+    assert len(task.trained(31)) == 4
+    assert len(task.trained(300)) == 7
+
+
+class Echo:
+    """An engine whose logits are given, one pair a pass; the pass's width is noted."""
+
+    def __init__(self, logits: list[tuple[Tensor, Tensor]], distilled: bool) -> None:
+        self.logits, self.distilled, self.widths = iter(logits), distilled, list[str]()
+
+    def __call__(self, images: Tensor, draw: Any, width: Any) -> Any:
+        self.widths.append(str(width))
+        z, u = next(self.logits)
+        return (z, u) if self.distilled else z
+
+
+def losses(
+    config: Config, distilled: bool = True, answers: Tensor | None = None
+) -> tuple[list[Tensor], list[Any], Tensor]:
+    """The losses of a step over four images, the logits, and the labels."""
+    generator = torch.Generator().manual_seed(0)
+    logits = [tuple(torch.randn(4, 10, generator=generator) for _ in range(2)) for _ in range(4)]
+    labels = torch.tensor([1, 5, 2, 2])
+    batch = Batch(torch.zeros(4, 1, 32, 32, dtype=torch.uint8), labels, torch.arange(4), seed=0, step=0)
+    teach: Any = None if answers is None else lambda _batch, _images: answers
+    task = Scala(config, AugmentConfig(), DIGITS_FACTS, Sampler(config, Widths(smallest=0.25), 0, 10), teach)
+    engine: Any = Echo(logits, distilled)  # type: ignore[arg-type]
+    found: Iterator[Tensor] = task.losses(engine, batch)
+    return list(found), logits, labels
+
+
+def kl(p: Tensor, q: Tensor) -> Tensor:
+    a, b = p.softmax(-1), q.softmax(-1)
+    return (a * (a / b).log()).sum(-1).mean()
+
+
+@pytest.mark.parametrize("distilled", [True, False])
+@pytest.mark.parametrize("label_weight", [1.0, 0.5, 0.0])
+@pytest.mark.parametrize("transfer", ["progressive", "full", "none"])
+def test_losses_are_the_papers(transfer: str, label_weight: float, distilled: bool) -> None:
+    if transfer == "none" and not label_weight:
+        return
+    found, logits, labels = losses(Config(transfer=transfer, label_weight=label_weight), distilled)
+    second = 1 if distilled else 0  # without a token, one output has both parts
+    expected = [F.cross_entropy(logits[0][0], labels)]
+    for index in (1, 2, 3):
+        loss = label_weight * F.cross_entropy(logits[index][0], labels)
+        if transfer != "none":
+            larger = logits[index - 1 if transfer == "progressive" else 0][second]
+            loss = loss + kl(larger, logits[index][second])
+        expected.append(loss)
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize(("distillation", "temperature"), [("hard", 1.0), ("soft", 1.0), ("soft", 3.0)])
+def test_the_full_network_learns_from_the_teacher(distillation: str, temperature: float) -> None:
+    taught = teacher.Config(name="somebody", distillation=distillation, temperature=temperature, alpha=0.3)
+    logits_of_teacher = torch.randn(4, 10)
+    answers = logits_of_teacher.argmax(-1) if distillation == "hard" else logits_of_teacher
+    (found, *_), logits, labels = losses(Config(teacher=taught), answers=answers)
+    u = logits[0][1]
+    if distillation == "hard":
+        second = F.cross_entropy(u, answers)
+    else:
+        second = temperature**2 * kl(logits_of_teacher / temperature, u / temperature)
+    torch.testing.assert_close(found, 0.7 * F.cross_entropy(logits[0][0], labels) + 0.3 * second)
+
+
+def test_no_gradient_reaches_the_larger_network() -> None:
+    config = Config()
+    z, u = (torch.randn(4, 10, requires_grad=True) for _ in range(2))
+    labels = torch.tensor([1, 5, 2, 2])
+    batch = Batch(torch.zeros(4, 1, 32, 32, dtype=torch.uint8), labels, torch.arange(4), seed=0, step=0)
+    task = Scala(config, AugmentConfig(), DIGITS_FACTS, Sampler(config, Widths(smallest=0.25), 0, 10), None)
+    pairs = [(z, u), *[(torch.randn(4, 10, requires_grad=True),) * 2 for _ in range(3)]]
+    engine: Any = Echo(pairs, True)
+    sum(list(task.losses(engine, batch))[1:]).backward()  # type: ignore[union-attr]
+    assert z.grad is None
+    assert u.grad is None
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"sampling": "all"}, 'sampling = "all": must be one of paper, code, sandwich, single, fixed'),
+        ({"transfer": "none", "label_weight": 0.0}, "the smaller widths would learn nothing"),
+        ({"full_lr": 0.0}, "full_lr = 0.0: must be above 0 and at most 1"),
+        ({"teacher": {"weights": "x.pth"}}, "weights and cache are a teacher's: set name too"),
+        ({"teacher": {"name": "runs/a", "weights": "x.pth"}}, 'weights = "x.pth": only for a timm teacher'),
+        ({"teacher": {"alpha": 0.0}}, "alpha = 0.0: must be above 0 and at most 1"),
+        ({"teacher": {"distillation": "warm"}}, 'distillation = "warm": must be "hard" or "soft"'),
+    ],
+)
+def test_impossible_tasks_are_refused(options: dict[str, Any], message: str) -> None:
+    def build() -> Config:
+        if "teacher" in options:
+            return Config(teacher=teacher.Config(**options["teacher"]))
+        return Config(**options)
+
+    with pytest.raises(ValueError, match=message):
+        build()

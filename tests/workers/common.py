@@ -57,18 +57,18 @@ SMALL_SCALA = [
 ]
 BASES = {"hsvit": SMALL, "scala": SMALL_SCALA}
 
-_grids: dict[int, Grid] = {}
+_grids: dict[tuple[int, int], Grid] = {}
 
 
 def trainer(folder: Path, overrides: list[str], resume: bool = False, base: str = "hsvit") -> Trainer:
     """A trainer of a digits recipe, made small, on all ranks of this worker."""
     recipe = recipes.read(ROOT / f"recipes/digits/{base}.toml", [*BASES[base], *overrides])
     recipe, plan = recipes.resolve(recipe, world_size())
-    ranks = recipe.grid.submodule_ranks
-    if ranks not in _grids:
-        _grids[ranks] = Grid(recipe.grid, recipe.model.submodules)
+    place = (recipe.grid.submodule_ranks, recipe.model.submodules)
+    if place not in _grids:
+        _grids[place] = Grid(recipe.grid, recipe.model.submodules)
     folder.mkdir(parents=True, exist_ok=True)
-    return Trainer(recipe, plan, _grids[ranks], folder, resume)
+    return Trainer(recipe, plan, _grids[place], folder, resume)
 
 
 def steps(run: Trainer, stop: int) -> list[float]:

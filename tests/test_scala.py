@@ -16,7 +16,7 @@ from hsvit_ds.models.slimmable import Linear
 from hsvit_ds.trainer import Trainer
 
 from .ranks import work
-from .workers.common import steps, trainer
+from .workers.common import state, steps, trainer
 
 OPTIMIZERS = {"sgd": 1e-6, "adamw": 1e-5}
 CASES = {
@@ -101,6 +101,87 @@ def test_a_step_on_two_ranks_equals_one_process_and_plain_pytorch(teacher: list[
                     tensor, whole["state"][key], rtol=allowed, atol=allowed, msg=lambda m, k=f"{name} {key}": k + m
                 )
             assert gradient_reductions(found) == 1, name
+
+
+def test_fused_gradients_under_adamw_equal_one_process(tmp_path: Path) -> None:
+    """There key rows serve as queries and values at other widths, so AdamW may amplify rounding in the weights."""
+    case = {"base": "scala", "cases": {"": ["model.qkv=fused", "model.softmax_scale=full", "optimizer.lr=1e-4"]}}
+    expected = work("steps", 1, tmp_path / "one", case)[0][""]["norms"]
+    for rank in work("steps", 2, tmp_path / "two", case):
+        torch.testing.assert_close(rank[""]["norms"], expected, rtol=1e-6, atol=0)
+
+
+SLIM_HSVIT = [
+    "model.widths.smallest=0.5",
+    "model.widths.granularity=0.25",
+    "model.groups=8",
+    "model.kernels=[8,32]",
+    "task.kind=scala",
+    "optimizer.name=sgd",
+]
+
+
+def test_a_slimmable_hsvit_on_a_grid_equals_one_process(tmp_path: Path) -> None:
+    """Widths inside each submodule, submodules on ranks, replicas of both; with dropped submodules and BatchNorm."""
+    cases = {
+        f"ZeRO-{stage}, {batch}": [
+            *SLIM_HSVIT,
+            f"engine.zero_stage={stage}",
+            f"run.micro_batch={batch}",
+            "run.bn_batch=4",
+        ]
+        for stage, batch in ((0, 8), (1, 4), (2, 8), (3, 4))
+    }
+
+    def on(world: int, submodule_ranks: int) -> list[dict[str, Any]]:
+        place = f"grid.submodule_ranks={submodule_ranks}"
+        arguments = {name: [*case, place] for name, case in cases.items()}
+        return work("steps", world, tmp_path / str(world), {"base": "hsvit", "cases": arguments})
+
+    (expected,), found = on(1, 1), on(4, 2)
+    for name in cases:
+        written = {key: tensor for rank in found for key, tensor in rank[name]["state"].items()}
+        assert written.keys() == expected[name]["state"].keys()
+        torch.testing.assert_close(found[0][name]["norms"], expected[name]["norms"], rtol=1e-6, atol=0)
+        for key, tensor in expected[name]["state"].items():
+            torch.testing.assert_close(
+                written[key], tensor, rtol=1e-6, atol=1e-6, msg=lambda m, k=f"{name} {key}": k + m
+            )
+        assert gradient_reductions(found[0][name]) == 1, name
+
+
+@pytest.mark.parametrize("stop", [2, 5], ids=["in the full-only phase", "after it"])
+def test_resume_equals_the_uninterrupted_run(stop: int, tmp_path: Path) -> None:
+    """An epoch of the small run has 3 steps here, the first of which are full-only."""
+    overrides = ["task.full_epochs=1", "run.global_batch=380", "augment.mix_block=4", "ema.decay=0.9", "model.depth=1"]
+    whole = trainer(tmp_path / "whole", overrides, base="scala")
+    assert whole.plan.steps_per_epoch == 3
+    widths = epochs(whole, 0, 8)
+    assert [len(w) for w in widths] == [1, 1, 1, 4, 4, 4, 4, 4]
+    parts = trainer(tmp_path / "parts", overrides, base="scala")
+    first = epochs(parts, 0, stop)
+    parts.checkpoints.save(Position(stop // 3, stop % 3, stop))
+    assert parts.checkpoints.wait() is None
+    parts = trainer(tmp_path / "parts", overrides, resume=True, base="scala")
+    assert parts.start.total == stop
+    assert first + epochs(parts, stop, 8) == widths
+    expected = state(whole)
+    for name, tensor in state(parts).items():
+        assert torch.equal(tensor, expected[name]), name
+
+
+def epochs(run: Trainer, start: int, stop: int) -> list[list[str]]:
+    """Train steps `start` to `stop` of the run; the widths of each."""
+    widths, size = [], run.plan.steps_per_epoch
+    for epoch in range(start // size, -(-stop // size)):
+        first = start - epoch * size if epoch == start // size else 0
+        for batches in islice(run.reader.train(epoch, first), min(size, stop - epoch * size) - first):
+            step = batches[0].step
+            assert run._step(batches, step).applied
+            assert run.ema is not None
+            run.ema.update()
+            widths.append([str(width) for width in run.task.widths(step)])
+    return widths
 
 
 def gradient_reductions(found: dict[str, Any]) -> int:

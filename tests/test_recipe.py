@@ -12,7 +12,6 @@ from hsvit_ds import recipe as recipes
 from hsvit_ds.cli import app
 from hsvit_ds.errors import RefusedError
 from hsvit_ds.grid import Grid
-from hsvit_ds.models.hsvit import HSViT
 from hsvit_ds.trainer import Trainer
 
 from .ranks import ROOT
@@ -25,7 +24,7 @@ ALL = sorted((ROOT / "recipes").rglob("*.toml"))
 def test_every_recipe_resolves_builds_and_steps(path: Path, tmp_path: Path) -> None:
     recipe, plan = recipes.resolve(recipes.read(path), recipes.read(path).grid.submodule_ranks)
     with torch.device("meta"):
-        model = HSViT(recipe.model, image_size=32, channels=1, classes=10)
+        model = recipe.model.build(image_size=32, channels=1, classes=10)
     assert sum(p.numel() for p in model.parameters()) == plan.parameters
     small = recipes.read(path, ["grid.submodule_ranks=1", "run.global_batch=8", "tracking.mlflow=false"])
     small, plan = recipes.resolve(small, 1)
@@ -77,6 +76,19 @@ def test_accumulation_is_derived() -> None:
         ("engine.deepspeed.gradient_clipping=5.0", "engine.deepspeed.gradient_clipping = 5.0 contradicts 1.0"),
         ("engine.deepspeed.zero_optimization.stage=3", "engine.deepspeed.zero_optimization.stage = 3 contradicts 1"),
         ("tracking.uri=http://me:secret@host/", "[tracking] uri holds a user name or password"),
+        ("model.kind=vitt", 'model.kind = "vitt": must be one of hsvit, vit'),
+        ("task.sampling=paper", "task.kind is missing: one of supervised, scala"),
+        ("task.kind=scala task.sampling=some", '[task] sampling = "some": must be one of paper'),
+        ("task.kind=scala task.teacher.nam=x", 'unknown key "task.teacher.nam"; did you mean "task.teacher.name"?'),
+        ("task.kind=scala task.teacher.alpha=2.0", "[task.teacher] alpha = 2.0: must be above 0 and at most 1"),
+        ("task.kind=scala task.sampling=fixed task.width=0.5", "[task] width 0.5: must be from 1 to 1"),
+        ("task.kind=scala task.width=0.5", '[task] width = 0.5 is for sampling = "fixed"; this is "paper"'),
+        ("model.widths.smallest=0.5", 'model.widths.smallest = 0.5 needs task.kind = "scala"'),
+        (
+            "model.widths.smallest=0.4 model.widths.granularity=0.2 task.kind=scala",
+            "[model] width 0.40: 0.4 x 8 groups",
+        ),
+        ("model.widths.smallest=0.4", "[model.widths] granularity = 0.125 does not divide 1 - smallest = 0.6"),
         ("run.epochs", 'override "run.epochs": must have the form key.path=value'),
     ],
 )
@@ -86,6 +98,43 @@ def test_bad_input_is_refused_in_one_line(override: str, message: str) -> None:
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
     assert "secret" not in str(caught.value)
+
+
+SCALA = ROOT / "recipes/digits/scala.toml"
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("model.distilled=true", "model.distilled = true needs a teacher: set task.teacher.name"),
+        ("model.distilled=true task={kind='supervised'}", 'model.distilled = true needs task.kind = "scala"'),
+        (
+            "task.sampling=fixed task.width=0.3",
+            "[task] width 0.3 is not one of the 7 of this model; nearest: 0.25, 0.375",
+        ),
+        ("model.heads=48", "[model] heads = 48 does not divide embedding = 128"),
+        ("model.heads=32", "[model] width 0.375: 0.375 x embedding 128 = 48 is not a multiple of heads = 32; nearest:"),
+        ("model.variant=DeiT-X", '[model] variant = "DeiT-X": must be one of DeiT-Ti, DeiT-S, DeiT-B'),
+        ("model.groups=4", 'unknown key "model.groups"; known: depth, distilled'),
+        ("grid.submodule_ranks=2", "more submodule ranks than submodules"),
+        ("task.teacher.name=runs/none", "runs/none: no checkpoint of a run there"),
+    ],
+)
+def test_bad_input_of_scala_is_refused_in_one_line(override: str, message: str) -> None:
+    with pytest.raises(RefusedError) as caught:
+        recipes.resolve(recipes.read(SCALA, override.split()), 2)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("granularity", "count"), [(0.25, 4), (0.125, 7), (0.0625, 13), (0.03125, 25)])
+def test_one_key_sets_how_many_networks_are_trained(granularity: float, count: int) -> None:
+    recipe, _ = recipes.resolve(recipes.read(SCALA, [f"model.widths.granularity={granularity}"]), 1)
+    assert len(recipe.model.widths.family) == count
+
+
+def test_accumulation_without_batchnorm_needs_no_bn_batch() -> None:
+    assert recipes.resolve(recipes.read(SCALA, ["run.micro_batch=4"]), 1)[1].accumulation == 8
 
 
 def test_a_missing_and_a_broken_file_are_refused(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from hsvit_kernels import StepState
 from hsvit_kernels.random import Draw, Site, generator
+from hsvit_kernels.reference import attend
 
 from . import slimmable
 from .slimmable import FULL, Width
@@ -141,7 +142,8 @@ class Config:
         )
 
     def macs(self, image_size: int, channels: int, classes: int, width: Width = FULL) -> int:
-        """Multiply-adds of one image, forward; norms, softmax, GELU and additions not counted (Scala's GFLOPs)."""
+        """Multiply-adds of one image, forward (Scala's GFLOPs); norms, softmax, GELU and additions not counted. The
+        last block is counted for all tokens, although only the special ones are computed there."""
         c = self.resolved(image_size).at(width)
         patches = (image_size // c.patch_size) ** 2
         tokens, d = patches + c.special_tokens, c.embedding
@@ -180,10 +182,18 @@ class Attention(nn.Module):
             # No key bias can change a softmax: its gradient is rounding noise, which Adam would turn into steps.
             self.qkv.bias.register_hook(_without_keys)
 
-    def forward(self, x: Tensor, width: Width, residual: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, width: Width, residual: Tensor | None, rows: int) -> Tensor:
+        """x [B, T, d]; residual and the result hold the first `rows` tokens."""
         q, k, v = rearrange(self.qkv(x, width), "b t (r h c) -> r b h t c", r=3, h=self.heads)
-        x = F.scaled_dot_product_attention(q, k, v, scale=self.scale)
-        return self.proj(rearrange(x, "b h t c -> b t (h c)"), width, residual=residual)
+        x = rearrange(self._attend(q[:, :, :rows], k, v), "b h t c -> b t (h c)")
+        return self.proj(x, width, residual=residual)
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """q [B, heads, rows, c] over k, v [B, heads, T, c]."""
+        if q.device.type != "cpu" or torch.compiler.is_compiling():
+            return F.scaled_dot_product_attention(q, k, v, scale=self.scale)
+        # PyTorch's fused attention takes three times as long on CPUs, backward included (tools.benchmark scala).
+        return attend(q[:, None], k[:, None], v[:, None], scale=self.scale)[:, 0]
 
 
 def _without_keys(grad: Tensor | None) -> Tensor | None:
@@ -201,7 +211,7 @@ class Mlp(nn.Module):
         self.fc1 = slimmable.Linear(config.embedding, config.hidden, slice_in=every, state=state)
         self.fc2 = slimmable.Linear(config.hidden, config.embedding, slice_out=every, state=state)
 
-    def forward(self, x: Tensor, width: Width, residual: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, width: Width, residual: Tensor | None, rows: int) -> Tensor:
         return self.fc2(self.fc1(x, width, gelu=True), width, residual=residual)
 
 
@@ -234,17 +244,17 @@ class Block(nn.Module):
         if config.layer_scale:
             self.ls1, self.ls2 = (LayerScale(d, config.layer_scale, every) for _ in range(2))
 
-    def forward(self, x: Tensor, width: Width, kept: Tensor | None) -> Tensor:
-        """x [B, T, d]; kept [2, B, 1, 1]: drop path's factors of both branches."""
+    def forward(self, x: Tensor, width: Width, kept: Tensor | None, rows: int) -> Tensor:
+        """x [B, T, d] to its first `rows` tokens; kept [2, B, 1, 1]: drop path's factors of both branches."""
         branches = ((self.norm1, self.attn, self.ls1), (self.norm2, self.mlp, self.ls2))
         for i, (norm, layer, scale) in enumerate(branches):
             if scale is None and kept is None:
-                x = layer(norm(x, width), width, x)  # the addition belongs to the last product
+                x = layer(norm(x, width), width, x[:, :rows], rows)  # the addition belongs to the last product
                 continue
-            branch = layer(norm(x, width), width, None)
+            branch = layer(norm(x, width), width, None, rows)
             if scale is not None:
                 branch = scale(branch, width)
-            x = x + (branch if kept is None else branch * kept[i].to(branch.dtype))
+            x = x[:, :rows] + (branch if kept is None else branch * kept[i].to(branch.dtype))
         return x
 
 
@@ -327,8 +337,10 @@ class ViT(nn.Module):
         x = torch.cat((*first, patches), dim=1) + outer.take(self.pos_embed, 2)
         kept = self._drop_path(draw)
         for index, block in enumerate(self.blocks):
-            x = block(x, width, None if kept is None else kept[2 * index : 2 * index + 2])
-        x = self.norm(x[:, : len(special)], width)
+            # Only the special tokens leave the last block, so only they are computed there.
+            rows = len(special) if index == self.config.depth - 1 else x.shape[1]
+            x = block(x, width, None if kept is None else kept[2 * index : 2 * index + 2], rows)
+        x = self.norm(x, width)
         logits: Tensor = self.head(x[:, 0], width)
         if self.head_dist is None:
             return logits

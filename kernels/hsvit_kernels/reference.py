@@ -96,7 +96,7 @@ def grouped_attention(
         q = _linear(y[:, :, :rows], weight[:, :width], shift[..., :width])
         k, v = _linear(y, weight[:, width:], shift[..., width:]).chunk(2, dim=-1)
         q, k, v = (t.unflatten(-1, (heads, width // heads)).permute(1, 0, 3, 2, 4) for t in (q, k, v))
-        o = _attend(q, k, v, keep).permute(1, 0, 3, 2, 4).flatten(-2)
+        o = attend(q, k, v, keep).permute(1, 0, 3, 2, 4).flatten(-2)
         x = x[:, :, :rows] + _linear(o, out_weight[:, layer], out_bias[:, layer, None])
     x = x.transpose(0, 1)
     return x if all_tokens else x[:, :, 0]
@@ -108,60 +108,61 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return flat.view(*x.shape[:3], weight.shape[1])
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, keep: Keep | None) -> Tensor:
-    """Softmax attention with dropout of q [B, G, h, rows, d] over k, v [B, G, h, T, d]."""
+def attend(q: Tensor, k: Tensor, v: Tensor, keep: Keep | None = None, scale: float | None = None) -> Tensor:
+    """Softmax attention with dropout of q [B, G, h, rows, d] over k, v [B, G, h, T, d]; scale: d^-1/2 by default."""
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
     if not torch.compiler.is_compiling():
-        out: Tensor = _Attention.apply(q, k, v, keep)
+        out: Tensor = _Attention.apply(q, k, v, keep, scale)
         return out
     # torch 2.11 compiles the function below to wrong gradients without a word; what it saves inductor saves too.
-    weights = _weights(q, k)
+    weights = _weights(q, k, scale)
     if keep is not None:
         weights = weights * keep.mask(slice(0, len(q))) * keep_scale(keep.probability)
     return weights @ v
 
 
 class _Attention(torch.autograd.Function):
-    """`_attend` by hand, because on a CPU autograd's temporaries cost more in page faults than the arithmetic does.
+    """`attend` by hand, because on a CPU autograd's temporaries cost more in page faults than the arithmetic does.
 
     Scores above the allocator's largest cached block (32 MiB) made C4A8's forward 2.7 times slower than the same
     computed a few images at a time.
     """
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, keep: Keep | None) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, keep: Keep | None, scale: float) -> Tensor:
         q, k, v = q.contiguous(), k.contiguous(), v.contiguous()  # once, or every product copies them
         out = torch.empty_like(q)
         ctx.chunks, ctx.saved = _chunks(q, k), []
         for chunk in ctx.chunks:
             mask = None if keep is None else keep.mask(chunk)
-            weights = _weights(q[chunk], k[chunk])
+            weights = _weights(q[chunk], k[chunk], scale)
             out[chunk] = (weights if mask is None else weights * mask) @ v[chunk]
             ctx.saved.append((weights, mask))
+        ctx.softmax_scale = scale
         ctx.scale = 1.0 if keep is None else keep_scale(keep.probability)
         ctx.save_for_backward(q, k, v)
-        return out.mul_(ctx.scale)
+        return out if keep is None else out.mul_(ctx.scale)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         q, k, v = ctx.saved_tensors
         grads = [torch.empty_like(t) for t in (q, k, v)]
-        root = q.shape[-1] ** -0.5
         for chunk, (weights, mask) in zip(ctx.chunks, ctx.saved, strict=True):
-            g = grad[chunk] * ctx.scale
+            g = grad[chunk] if mask is None else grad[chunk] * ctx.scale
             kept = weights if mask is None else weights * mask
             grads[2][chunk] = kept.transpose(-1, -2) @ g
             slope = g @ v[chunk].transpose(-1, -2)
             if mask is not None:
                 slope = slope.mul_(mask)
-            slope = torch.ops.aten._softmax_backward_data(slope, weights, -1, weights.dtype).mul_(root)
+            slope = torch.ops.aten._softmax_backward_data(slope, weights, -1, weights.dtype).mul_(ctx.softmax_scale)
             grads[0][chunk] = slope @ k[chunk]
             grads[1][chunk] = slope.transpose(-1, -2) @ q[chunk]
-        return *grads, None
+        return *grads, None, None
 
 
-def _weights(q: Tensor, k: Tensor) -> Tensor:
+def _weights(q: Tensor, k: Tensor, scale: float) -> Tensor:
     """Attention weights in q's dtype, computed in fp32 at least; under autocast torch.softmax would return fp32."""
-    weights: Tensor = torch.ops.aten._softmax((q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2), -1, False)
+    weights: Tensor = torch.ops.aten._softmax((q * scale) @ k.transpose(-1, -2), -1, False)
     return weights
 
 
@@ -186,9 +187,11 @@ def sliced_linear(
 
 def accumulate(main: Tensor, bias_main: Tensor | None, dz: Tensor, x: Tensor) -> None:
     """main [n, k] += dz [M, n]^T x [M, k], bias_main [n] += dz's column sums; both slices of fp32 gradients."""
-    if x.is_cuda and x.dtype != main.dtype:
+    if x.dtype == main.dtype:
+        main.addmm_(dz.t(), x)
+    elif x.is_cuda:
         main.add_(torch.mm(dz.t(), x, out_dtype=main.dtype))
-    else:
-        main.addmm_(dz.t().to(main.dtype), x.to(main.dtype))
+    else:  # on CPUs an fp32 result means fp32 inputs, which take twice the time; autograd's own is rounded alike
+        main.add_(torch.mm(dz.t(), x))
     if bias_main is not None:
-        bias_main.add_(dz.sum(0, dtype=main.dtype))
+        bias_main.add_(dz.sum(0, dtype=main.dtype if x.is_cuda else None))

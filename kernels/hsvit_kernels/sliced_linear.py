@@ -13,7 +13,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from . import linear_kernels as kernels
 from . import reference
 from .configurations import configuration
-from .dispatch import use_triton
+from .dispatch import forced, use_triton
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 PROGRAMS = 256  # fewer tiles of a weight gradient than this, and its rows are split among more
@@ -135,6 +135,8 @@ class _Cut:
 
     def matrix(self, matrix: Tensor) -> Tensor:
         """[N, K] to [n, k]: a view where one can be."""
+        if self.in_place:
+            return matrix[self._within(matrix.shape[0], self.n), self._within(matrix.shape[1], self.k)]
         return self.segments(matrix).reshape(self.n, self.k)
 
     def rows(self, vector: Tensor) -> Tensor:
@@ -144,6 +146,8 @@ class _Cut:
 
     def vector(self, vector: Tensor) -> Tensor:
         """[N] to [n]: a view where one can be."""
+        if self.out_segments == 1:
+            return vector[self._within(len(vector), self.n)]
         return self.rows(vector).reshape(self.n)
 
     def _within(self, size: int, used: int) -> slice:
@@ -153,11 +157,11 @@ class _Cut:
         """main [N, K] += dz [M, n]^T x [M, k], and bias_main [N] += dz's column sums, in what is used."""
         if self.in_place:
             bias = None if bias_main is None else self.vector(bias_main)
-            _accumulate(self.matrix(main), bias, dz, x)
+            _add_product(self.matrix(main), bias, dz, x)
             return
         dweight = main.new_zeros(self.n, self.k)
         dbias = None if bias_main is None else main.new_zeros(self.n)
-        _accumulate(dweight, dbias, dz, x)
+        _add_product(dweight, dbias, dz, x)
         part = self.segments(main)
         part.add_(dweight.view(part.shape))
         if bias_main is not None and dbias is not None:
@@ -201,7 +205,8 @@ def _check(
 
 
 class _Accumulating(torch.autograd.Function):
-    """A pass whose weight gradients go to a StepState."""
+    """A pass whose weight gradients go to a StepState. Eager only, so it calls the functions behind the operations:
+    a custom operation's dispatch costs 50 us, as much as a small layer."""
 
     @staticmethod
     def forward(
@@ -218,7 +223,7 @@ class _Accumulating(torch.autograd.Function):
         b = None if bias is None else cut.vector(state.low(bias, x.dtype))
         part = cut.matrix(low)
         y: Tensor
-        y, z = _linear(x, part, b, residual, gelu, True)
+        y, z = _forward(x, part, b, residual, gelu, True)
         ctx.save_for_backward(x, z, part)
         ctx.full, ctx.shape, ctx.state, ctx.cut, ctx.gelu = (weight, bias), low.shape, state, cut, gelu
         return y
@@ -228,7 +233,7 @@ class _Accumulating(torch.autograd.Function):
         x, z, part = ctx.saved_tensors
         (weight, bias), state = ctx.full, ctx.state
         dz = _gelu_gradient(dy, z) if ctx.gelu else dy.contiguous()
-        dx = _input_gradient(dz, part) if ctx.needs_input_grad[0] else None
+        dx = _backward_input(dz, part) if ctx.needs_input_grad[0] else None
         main = state.main(weight, ctx.shape)
         bias_main = None if bias is None else state.main(bias, ctx.shape[:1])
         ctx.cut.add(main, bias_main, dz, x)
@@ -256,7 +261,7 @@ def _why_not(*matrices: Tensor) -> str:
 
 def _options(kernel: str, weight: Tensor, x: Tensor, *others: Tensor) -> dict[str, Any] | None:
     """The launch options of a kernel for a slice, None where PyTorch computes it."""
-    why_not = _why_not(x, weight, *others)
+    why_not = _why_not(x, weight, *others) if x.is_cuda or forced() == "triton" else ""
     options: dict[str, Any] = {"wins": False}
     if not why_not:
         options = configuration(kernel, (int(min(weight.shape) >= 256),), x.dtype, x.device)
@@ -271,8 +276,7 @@ def _describe(matrix: Tensor, *block: int) -> TensorDescriptor:
     return TensorDescriptor(matrix, list(matrix.shape), list(matrix.stride()), list(block))
 
 
-@torch.library.custom_op("hsvit_kernels::sliced_linear", mutates_args=())
-def _linear(
+def _forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, gelu: bool, save: bool
 ) -> tuple[Tensor, Tensor]:
     """The layer on a slice, and what GELU saw, empty unless saved. x [M, k], weight [n, k], any row stride."""
@@ -293,6 +297,9 @@ def _linear(
         PRECISION=_precision(x), **options,
     )  # fmt: skip
     return y, z
+
+
+_linear = torch.library.custom_op("hsvit_kernels::sliced_linear", _forward, mutates_args=())
 
 
 @_linear.register_fake
@@ -323,8 +330,7 @@ def _gradients(ctx: Any, dy: Tensor | None, _dz: Tensor | None) -> tuple[Tensor 
 _linear.register_autograd(_gradients, setup_context=_remember)
 
 
-@torch.library.custom_op("hsvit_kernels::sliced_linear_input_gradient", mutates_args=())
-def _input_gradient(dz: Tensor, weight: Tensor) -> Tensor:
+def _backward_input(dz: Tensor, weight: Tensor) -> Tensor:
     """dz [M, n] times the slice weight [n, k]."""
     dx = dz.new_empty(len(dz), weight.shape[1])
     options = _options("linear_input_gradient", weight, dz, dx)
@@ -339,13 +345,17 @@ def _input_gradient(dz: Tensor, weight: Tensor) -> Tensor:
     return dx
 
 
+_input_gradient = torch.library.custom_op(
+    "hsvit_kernels::sliced_linear_input_gradient", _backward_input, mutates_args=()
+)
+
+
 @_input_gradient.register_fake
 def _input_gradient_fake(dz: Tensor, weight: Tensor) -> Tensor:
     return dz.new_empty(dz.shape[0], weight.shape[1])
 
 
-@torch.library.custom_op("hsvit_kernels::sliced_linear_accumulate", mutates_args=("main", "bias_main"))
-def _accumulate(main: Tensor, bias_main: Tensor | None, dz: Tensor, x: Tensor) -> None:
+def _add_product(main: Tensor, bias_main: Tensor | None, dz: Tensor, x: Tensor) -> None:
     """main [n, k] += dz [M, n]^T x [M, k] and bias_main [n] += dz's column sums: slices of fp32 gradients, in place."""
     x = x.contiguous()
     options = _options("linear_weight_gradient", main, x, dz)
@@ -370,3 +380,8 @@ def _accumulate(main: Tensor, bias_main: Tensor | None, dz: Tensor, x: Tensor) -
         kernels.add_splits[(n, triton.cdiv(k, block))](
             main, bias_main, partial, sums, main.stride(0), n, k, splits, BN=block, BIAS=has_bias
         )
+
+
+_accumulate = torch.library.custom_op(
+    "hsvit_kernels::sliced_linear_accumulate", _add_product, mutates_args=("main", "bias_main")
+)

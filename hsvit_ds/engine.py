@@ -147,7 +147,7 @@ class Engine:
         self.parameter_groups = optimizers.parameter_groups(model, optimizer_config)
         self.deepspeed, self.optimizer, *_ = deepspeed.initialize(
             model=model,
-            optimizer=optimizers.build(self.parameter_groups, optimizer_config, grid.device),
+            optimizer=optimizers.build(self.parameter_groups, optimizer_config),
             config=deepspeed_config(config, self.clip, bf16, micro_batch),
             mpu=grid,
             dist_init_required=False,

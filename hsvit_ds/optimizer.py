@@ -14,7 +14,7 @@ from torch import Tensor, nn
 @dataclass(frozen=True, kw_only=True)
 class Config:
     name: str = "adamw"
-    """"adamw" (fused on CUDA) or "sgd"."""
+    """"adamw" (fused) or "sgd"."""
     lr: float = 1e-3
     """Learning rate after warm-up."""
     min_lr: float = 0.0
@@ -84,13 +84,12 @@ def describe(groups: Sequence[dict]) -> str:
     return ", ".join(parts)
 
 
-def build(groups: list[dict], config: Config, device: torch.device) -> torch.optim.Optimizer:
+def build(groups: list[dict], config: Config) -> torch.optim.Optimizer:
     # DeepSpeed's own optimizers would compile an extension at start-up.
     params = [{k: v for k, v in group.items() if k != "names"} for group in groups]
     if config.name == "sgd":
         return torch.optim.SGD(params, lr=config.lr, momentum=config.momentum)
-    fused = device.type == "cuda"
-    return torch.optim.AdamW(params, lr=config.lr, betas=config.betas, eps=config.eps, fused=fused)
+    return torch.optim.AdamW(params, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
 
 
 @dataclass(frozen=True)

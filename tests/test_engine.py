@@ -116,19 +116,19 @@ def test_the_ema_averages_masters_and_buffers(stage: int, tmp_path: Path) -> Non
             torch.testing.assert_close(found[name.replace(".safetensors", ".ema.safetensors")], tensor)
     with here.ema.in_place():
         inside = state(here)
-        logits = [evaluate(here.engine, here.reader, "val")["loss"]]
+        logits = [evaluate(here.engine, here.engine.module, here.reader, "val")["loss"]]
     for name in expected:
         torch.testing.assert_close(inside[name], found[name.replace(".safetensors", ".ema.safetensors")])
         assert torch.equal(state(here)[name], live[name])
-    assert evaluate(here.engine, here.reader, "val")["loss"] != logits[0]
+    assert evaluate(here.engine, here.engine.module, here.reader, "val")["loss"] != logits[0]
 
 
 @pytest.mark.parametrize("size", [288, 100, 7])
 def test_evaluation_counts_every_sample_once(size: int, tmp_path: Path) -> None:
     here = run(tmp_path)
-    expected = evaluate(here.engine, here.reader, "val")
+    expected = evaluate(here.engine, here.engine.module, here.reader, "val")
     object.__setattr__(here.reader.config, "eval_batch", size)
-    assert evaluate(here.engine, here.reader, "val") == pytest.approx(expected)
+    assert evaluate(here.engine, here.engine.module, here.reader, "val") == pytest.approx(expected)
     labels = torch.cat([y[valid] for _, y, valid in here.reader.evaluation("val")])
     assert len(labels) == 288
 
@@ -138,7 +138,7 @@ def test_evaluation_that_misses_a_sample_is_an_error(tmp_path: Path, monkeypatch
     whole = here.reader.evaluation
     monkeypatch.setattr(here.reader, "evaluation", lambda split: ((x, y, v & (y != 3)) for x, y, v in whole(split)))
     with pytest.raises(AssertionError, match=r"evaluated 2\d\d of the 288 samples of val"):
-        evaluate(here.engine, here.reader, "val")
+        evaluate(here.engine, here.engine.module, here.reader, "val")
 
 
 @pytest.mark.slow

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import hsvit_ds.trainer
+import hsvit_ds.models.hsvit
 from hsvit_ds.checkpoint import Position
 from hsvit_ds.models.hsvit import HSViT
 
@@ -21,7 +21,7 @@ def with_frozen_stem(*args: Any, **kwargs: Any) -> HSViT:
 def main(arguments: list[dict[str, Any]], _folder: Path) -> list[dict[str, Any]]:
     states = []
     for segment in arguments:
-        hsvit_ds.trainer.HSViT = with_frozen_stem if segment.get("frozen") else HSViT
+        hsvit_ds.models.hsvit.HSViT = with_frozen_stem if segment.get("frozen") else HSViT
         run = trainer(Path(segment["folder"]), segment["overrides"], resume=True)
         assert run.start.total == segment["start"]
         steps(run, segment["stop"])

@@ -76,39 +76,49 @@ def plain(run: Trainer, stop: int) -> tuple[list[float], dict[str, torch.Tensor]
     return norms, {name: p.detach() for name, p in model.named_parameters()}
 
 
-def test_a_step_on_two_ranks_equals_one_process_and_plain_pytorch(teacher: list[str], tmp_path: Path) -> None:
+FUSED = ["model.qkv=fused", "model.softmax_scale=full", "optimizer.lr=1e-4"]
+
+
+@pytest.fixture(scope="module")
+def ranks(teacher: list[str], tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """What one process found, and what each of two ranks found."""
+    folder = tmp_path_factory.mktemp("ranks")
+    alone = {name: ["engine.zero_stage=0", *teacher, f"optimizer.name={name}"] for name in OPTIMIZERS}
+    (one,) = work("steps", 1, folder / "one", {"base": "scala", "cases": {**alone, "fused": FUSED}})
     cases = {name: [*case, *teacher] for name, case in CASES.items()}
-    alone = ["engine.zero_stage=0", *teacher]
-    expected = {
-        name: work("steps", 1, tmp_path / name, {"base": "scala", "cases": {"": [*alone, f"optimizer.name={name}"]}})
-        for name in OPTIMIZERS
-    }
-    run = trainer(tmp_path / "plain", ["engine.zero_stage=0", "optimizer.name=sgd", *teacher], base="scala")
+    return one, work("steps", 2, folder / "two", {"base": "scala", "cases": {**cases, "fused": FUSED}})
+
+
+def test_one_process_equals_plain_pytorch(ranks: Any, teacher: list[str], tmp_path: Path) -> None:
+    run = trainer(tmp_path, ["engine.zero_stage=0", "optimizer.name=sgd", *teacher], base="scala")
     norms, weights = plain(run, 5)
-    one = expected["sgd"][0][""]
+    one = ranks[0]["sgd"]
     assert min(norms) > 0.5  # so that clipping is on
     torch.testing.assert_close(one["norms"], norms, rtol=1e-6, atol=0)
     for name, weight in weights.items():
         torch.testing.assert_close(one["state"][f"model.safetensors/{name}"], weight, rtol=1e-6, atol=1e-6)
-    for rank in work("steps", 2, tmp_path / "two", {"base": "scala", "cases": cases}):
-        for name, found in rank.items():
-            optimizer = "adamw" if "adamw" in name else "sgd"
-            whole = expected[optimizer][0][""]
-            torch.testing.assert_close(found["norms"], whole["norms"], rtol=1e-6, atol=0, msg=lambda m, n=name: n + m)
-            for key, tensor in found["state"].items():  # the first rank writes it
-                allowed = OPTIMIZERS[optimizer]
-                torch.testing.assert_close(
-                    tensor, whole["state"][key], rtol=allowed, atol=allowed, msg=lambda m, k=f"{name} {key}": k + m
-                )
-            assert gradient_reductions(found) == 1, name
 
 
-def test_fused_gradients_under_adamw_equal_one_process(tmp_path: Path) -> None:
+@pytest.mark.parametrize("case", CASES)
+def test_a_step_on_two_ranks_equals_one_process(case: str, ranks: Any) -> None:
+    optimizer = "adamw" if "adamw" in case else "sgd"
+    one, two = ranks
+    allowed = OPTIMIZERS[optimizer]
+    for rank in two:
+        found, whole = rank[case], one[optimizer]
+        torch.testing.assert_close(found["norms"], whole["norms"], rtol=1e-6, atol=0)
+        for key, tensor in found["state"].items():  # the first rank writes it
+            torch.testing.assert_close(
+                tensor, whole["state"][key], rtol=allowed, atol=allowed, msg=lambda m, k=key: k + m
+            )
+        assert gradient_reductions(found) == 1
+
+
+def test_fused_gradients_under_adamw_equal_one_process(ranks: Any) -> None:
     """There key rows serve as queries and values at other widths, so AdamW may amplify rounding in the weights."""
-    case = {"base": "scala", "cases": {"": ["model.qkv=fused", "model.softmax_scale=full", "optimizer.lr=1e-4"]}}
-    expected = work("steps", 1, tmp_path / "one", case)[0][""]["norms"]
-    for rank in work("steps", 2, tmp_path / "two", case):
-        torch.testing.assert_close(rank[""]["norms"], expected, rtol=1e-6, atol=0)
+    one, two = ranks
+    for rank in two:
+        torch.testing.assert_close(rank["fused"]["norms"], one["fused"]["norms"], rtol=1e-6, atol=0)
 
 
 SLIM_HSVIT = [

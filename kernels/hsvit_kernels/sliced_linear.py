@@ -261,8 +261,11 @@ def _why_not(*matrices: Tensor) -> str:
 
 def _options(kernel: str, weight: Tensor, x: Tensor, *others: Tensor) -> dict[str, Any] | None:
     """The launch options of a kernel for a slice, None where PyTorch computes it."""
-    why_not = _why_not(x, weight, *others) if x.is_cuda or forced() == "triton" else ""
     options: dict[str, Any] = {"wins": False}
+    if not x.is_cuda and forced() != "triton":  # nothing to find out, and this is called for every layer
+        use_triton(kernel, x, "", False)
+        return None
+    why_not = _why_not(x, weight, *others)
     if not why_not:
         options = configuration(kernel, (int(min(weight.shape) >= 256),), x.dtype, x.device)
     return options if use_triton(kernel, x, why_not, options.pop("wins")) else None

@@ -92,6 +92,24 @@ def test_the_default_recipe_reaches_98_percent_seen_in_mlflow(tmp_path: Path) ->
     assert len(client.search_runs([experiment.experiment_id])) == 1
 
 
+@pytest.mark.slow
+def test_scala_reaches_95_percent_at_every_width(tmp_path: Path) -> None:
+    command = [executable("deepspeed"), "--num_accelerators", "2", "--master_port", str(free_port())]
+    command += ["--module", "hsvit_ds.train", "recipes/digits/scala.toml", f"run.root={tmp_path}"]
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=900, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
+    (tracked,) = client.search_runs([client.get_experiment_by_name("hsvit-ds").experiment_id])
+    found = {k: v for k, v in tracked.data.metrics.items() if k.startswith("test/top1_w")}
+    assert len(found) == 7
+    assert min(found.values()) >= 95, found
+    assert "widths-test.png" in {a.path for a in client.list_artifacts(tracked.info.run_id)}
+
+
 def test_an_mlflow_server_that_is_down_costs_one_warning(tmp_path: Path) -> None:
     overrides = [*SHORT, "tracking.mlflow=true", f"tracking.uri=http://127.0.0.1:{free_port()}"]
     arguments = [RECIPE, *overrides, "grid.submodule_ranks=1", f"run.root={tmp_path}", "run.log_every=1"]

@@ -1,0 +1,30 @@
+"""What a recipe says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..errors import shown
+from ..train import check_kernels
+from . import Debug
+
+
+def show_recipe(
+    file: Annotated[Path, typer.Argument(help="A recipe in TOML.")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[key=value]...")] = None,
+    ranks: Annotated[int, typer.Option(help="Ranks to resolve for; the grid's own by default.")] = 0,
+    debug: Debug = False,
+) -> None:
+    """Print a recipe with everything derived filled in."""
+    with shown(2, debug):
+        check_kernels()
+        from .. import recipe as recipes
+
+        recipe = recipes.read(file, overrides)
+        recipe, plan = recipes.resolve(recipe, ranks or recipe.grid.submodule_ranks)
+        for key, value in vars(plan).items():
+            typer.echo(f"# {key} = {value}")
+        typer.echo("\n" + recipes.dumps(recipe), nl=False)

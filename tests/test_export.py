@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 from hsvit_ds.checkpoint import Position
 from hsvit_ds.cli import app
+from hsvit_ds.data import augment, digits
 from hsvit_ds.errors import RefusedError
 from hsvit_ds.export import Budget
 from hsvit_ds.models.slimmable import Width
@@ -108,8 +109,15 @@ def test_evaluation_scores_all_widths_in_one_pass_over_the_data(run: SavedRun, m
     found = run.evaluate("val", run.trained)
     assert splits == ["val"]
     assert found["top1"] == found["top1_w1.00"]
+    images, labels = digits.split("val")
+    images = augment.normalise(images, run.reader.facts.mean, run.reader.facts.std)
     for width in run.trained:
-        assert found[f"top1_w{width}"] == run.evaluate("val", (width,))["top1"]
+        one = run.evaluate("val", (width,))
+        assert found[f"top1_w{width}"] == one["top1"]
+        with torch.no_grad():
+            logits = run.at(width).subnet(width)(images)
+        assert one["loss"] == pytest.approx(float(torch.nn.functional.cross_entropy(logits, labels)), rel=1e-5)
+        assert one["top1"] == pytest.approx(100 * float((logits.argmax(1) == labels).float().mean()), rel=1e-5)
 
 
 def test_an_average_can_be_taken(run: SavedRun) -> None:

@@ -14,7 +14,7 @@ import torch
 from pydantic import TypeAdapter
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import models
 from .checkpoint import Position, pointed, read_manifest, read_weights
@@ -37,7 +37,7 @@ def import_weights(
 ) -> models.Model:
     """Build the model that weights belong to, told by their keys: the published HSViT's, or a DeiT's, which Scala's
     are too where `smallest` is below 1. Arguments and errors: `import_hsvit`, `import_scala`, `import_deit`."""
-    if not any(key.startswith(("blocks.", "patch_embed.")) for key in _unwrapped(state_dict)):
+    if not any(key.startswith(("blocks.", "patch_embed.")) for key in unwrapped(state_dict)):
         if not image_size or not pool_strides:
             raise RefusedError("weights of the published HSViT code need --image-size and --pool-strides")
         return import_hsvit(state_dict, image_size=image_size, pool_strides=pool_strides, heads=heads or 8)
@@ -69,7 +69,7 @@ def import_deit(state_dict: Mapping[str, Any], heads: int = 0) -> vit.ViT:
 
 
 def _import_vit(state_dict: Mapping[str, Any], widths: dict[str, Any], heads: int, **options: Any) -> vit.ViT:
-    weights = _unwrapped(state_dict)
+    weights = unwrapped(state_dict)
     patch, positions = weights.get("patch_embed.proj.weight"), weights.get("pos_embed")
     head, fc1 = weights.get("head.weight"), weights.get("blocks.0.mlp.fc1.weight")
     if patch is None or positions is None or head is None or fc1 is None:
@@ -98,6 +98,12 @@ def _import_vit(state_dict: Mapping[str, Any], widths: dict[str, Any], heads: in
         ).build(image_size=grid * side, channels=channels, classes=head.shape[0])
     except ValueError as error:
         raise RefusedError(str(error)) from error
+    load_exactly(model, weights, f"the weights do not fit {model.config}")
+    return model
+
+
+def load_exactly(model: nn.Module, weights: Mapping[str, Tensor], message: str) -> None:
+    """Load weights whose keys and shapes are the model's; else refuse them with `message` and every key that is not."""
     own = model.state_dict()
     wrong = [f"{key} is missing" for key in own if key not in weights]
     wrong += [f"{key} is left over" for key in weights if key not in own]
@@ -107,14 +113,13 @@ def _import_vit(state_dict: Mapping[str, Any], widths: dict[str, Any], heads: in
         if key in weights and weights[key].shape != value.shape
     ]
     if wrong:
-        raise RefusedError(f"the weights do not fit {model.config}: {'; '.join(wrong)}")
+        raise RefusedError(f"{message}: {'; '.join(wrong)}")
     model.load_state_dict(weights)
-    return model
 
 
-def _unwrapped(state_dict: Mapping[str, Any]) -> dict[str, Any]:
-    """The tensors of a checkpoint of a DeiT's training code, which nests them and may say which wrapper it used."""
-    weights = state_dict.get("model", state_dict)
+def unwrapped(state_dict: Mapping[str, Any]) -> dict[str, Any]:
+    """The tensors of a checkpoint of DeiT's or timm's training code, which nest them and may name a wrapper."""
+    weights = state_dict.get("model", state_dict.get("state_dict", state_dict))
     return {key.removeprefix("module."): value for key, value in weights.items()}
 
 

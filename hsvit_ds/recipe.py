@@ -269,7 +269,7 @@ def _check_task(task: supervised.Config | scala.Config, model: models.Config) ->
     distilled = getattr(model, "distilled", False)
     if isinstance(task, scala.Config):
         try:
-            task.resolved(model.widths)
+            task.check(model.widths)
         except ValueError as error:
             raise RefusedError(f"[task] {error}") from error
         if distilled and not task.teacher.name:

@@ -63,6 +63,8 @@ class SavedRun:
 
     def evaluate(self, split: str, widths: tuple[Width, ...]) -> dict[str, float]:
         """See `evaluation.evaluate`. Collective."""
+        if split not in self.reader.facts.samples:
+            raise RefusedError(f"--split {split}: {self.recipe.data.name} has {', '.join(self.reader.facts.samples)}")
         model = self.model.to(self.grid.device)
         return evaluate(model, model, self.reader, split, widths, self._runs_differ)
 
@@ -71,16 +73,17 @@ class SavedRun:
         if bool(width) == bool(budget):
             raise RefusedError("give one of --width and --budget")
         if budget:
-            return Budget.of(budget).widest(self.model, self.trained)
+            return Budget.of(budget).widest(self.at(*self.trained), self.trained)
         found = self.widths(width, untrained)
         if len(found) != 1:
             raise RefusedError(f"--width {width}: must be one width")
         return found[0]
 
-    def at(self, width: Width) -> Model:
-        """The model, with BatchNorm's statistics of a width taken."""
-        recalibrate_widths(self.model, self.model, self.reader, [width], self._runs_differ)
-        return self.model.eval()
+    def at(self, *widths: Width) -> Model:
+        """The model, with BatchNorm's statistics of the widths taken."""
+        model = self.model.to(self.grid.device)
+        recalibrate_widths(model, model, self.reader, widths, self._runs_differ)
+        return model.eval()
 
     def about(self, width: Width) -> dict[str, str]:
         """What a model card says of the run: its name, data, steps and accuracy at a width, where it was measured."""

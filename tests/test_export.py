@@ -142,6 +142,8 @@ def test_a_width_that_was_never_trained_is_refused(tmp_path: Path) -> None:
     assert "0.3 x embedding 32 = 9.6 is not a multiple of heads = 2" in output
     code, output = command("export", tmp_path, "--width", "0.5", "--budget", "1G")
     assert (code, "give one of --width and --budget" in output) == (2, True)
+    code, output = command("evaluate", tmp_path, "--split", "dev")
+    assert (code, "--split dev: digits has train, val, test" in output) == (2, True)
 
 
 def test_a_budget_picks_the_widest_subnet_within_it(run: SavedRun, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -162,8 +164,8 @@ def test_a_budget_picks_the_widest_subnet_within_it(run: SavedRun, monkeypatch: 
     monkeypatch.setattr(
         "hsvit_ds.export.latency_ms", lambda m: times[float(m.config.macs(m.image_size, m.channels, m.classes))]
     )
-    if run.recipe.model.kind == "vit":
-        assert cost("3.5ms") == widths[1]
+    run.at(*widths)
+    assert cost("3.5ms") == widths[1]
     with pytest.raises(RefusedError, match=f"no trained width costs at most 1 macs; the smallest, {widths[0]}, costs"):
         cost("1")
     with pytest.raises(RefusedError, match=r"--budget 5 GB: must look like 1.3G \(multiply-adds\), 6Mparams or 8ms"):

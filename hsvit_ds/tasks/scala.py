@@ -66,13 +66,12 @@ class Config:
         if self.transfer == "none" and not self.label_weight:
             raise ValueError('transfer = "none" and label_weight = 0: the smaller widths would learn nothing')
 
-    def resolved(self, widths: slimmable.Config) -> Config:
+    def check(self, widths: slimmable.Config) -> None:
         """Refuse what does not fit the model's widths."""
         if self.sampling == "fixed":
             widths.find(self.width)
         elif self.width != 1.0:
             raise ValueError(f'width = {self.width} is for sampling = "fixed"; this is "{self.sampling}"')
-        return self
 
 
 class Sampler:

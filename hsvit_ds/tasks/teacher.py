@@ -19,12 +19,14 @@ from torch import Tensor, nn
 
 from ..data.reader import Batch, Facts
 from ..errors import RefusedError
+from ..interop import load_exactly, load_run, read_foreign, unwrapped
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
     name: str = ""
-    """"timm/" and a model's name (timm/regnety_160), or the folder of a run of this project; empty: no teacher."""
+    """"timm/" and a model's name (timm/regnety_160), or the folder of a run of this project; empty: no teacher.
+    It sees the student's images, normalised for the data set."""
     weights: str = ""
     """A timm teacher's: a local file (.safetensors, .pth), or empty for timm's pretrained ones, which it downloads."""
     distillation: str = "hard"
@@ -92,35 +94,13 @@ def _timm(config: Config, facts: Facts) -> nn.Module:
             f"({str(error).splitlines()[0]}); set task.teacher.weights to a local file"
         ) from error
     if config.weights and not on_meta:
-        _load_file(model, Path(config.weights), facts)
+        student = f"{facts.classes} classes and {channels} x {side} x {side} images"
+        where = f"task.teacher.weights = {config.weights} do not fit a teacher for {student}"
+        load_exactly(model, unwrapped(read_foreign(Path(config.weights))), where)
     return model
 
 
-def _load_file(model: nn.Module, path: Path, facts: Facts) -> None:
-    from ..interop import read_foreign
-
-    loaded: Mapping[str, Any] = read_foreign(path)
-    weights = dict(loaded.get("model", loaded.get("state_dict", loaded)))
-    own = model.state_dict()
-    wrong = [f"{k} is missing" for k in own if k not in weights]
-    wrong += [f"{k} is not in the model" for k in weights if k not in own]
-    wrong += [
-        f"{k} has shape {tuple(weights[k].shape)}, not {tuple(v.shape)}"
-        for k, v in own.items()
-        if k in weights and weights[k].shape != v.shape
-    ]
-    if wrong:
-        more = f" and {len(wrong) - 4} more" if len(wrong) > 4 else ""
-        raise RefusedError(
-            f"task.teacher.weights = {path} do not fit a teacher for {facts.classes} classes and {facts.channels} x "
-            f"{facts.image_size} x {facts.image_size} images: {'; '.join(wrong[:4])}{more}"
-        )
-    model.load_state_dict(weights)
-
-
 def _run(config: Config, facts: Facts) -> nn.Module:
-    from ..interop import load_run
-
     run = load_run(Path(config.name))
     _fit(config, facts, classes=run.model.classes, image_size=run.model.image_size)
     return run.model

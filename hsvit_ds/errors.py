@@ -12,6 +12,11 @@ class RefusedError(Exception):
     """Bad input, or a run that cannot go on: the thing, its value, and what would be right."""
 
 
+def first_line(error: Exception) -> str:
+    """What a foreign error says, short enough for a line of ours."""
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]
+
+
 @contextmanager
 def shown(code: int, debug: bool) -> Iterator[None]:
     """Turn a refusal into one line and exit code `code` (2 before training, 1 during it).

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .errors import first_line
+
 METRICS = "metrics.jsonl"
 _RUN_ID = "mlflow_run_id"
 
@@ -100,7 +102,7 @@ class Tracker:
                 else:
                     client.set_terminated(run, value)
         except Exception as error:  # whatever a remote service does must not touch the run
-            _warn(f"MLflow at {uri} is not usable, {METRICS} has everything: {_first_line(error)}")
+            _warn(f"MLflow at {uri} is not usable, {METRICS} has everything: {first_line(error)}")
 
     def _open(self, uri: str, experiment: str, name: str, recipe: Mapping[str, Any]) -> tuple[Any, str]:
         """(client, id of the run: the one before for a resumed run)."""
@@ -164,10 +166,6 @@ def _forget_after(path: Path, step: int) -> None:
     temporary = path.with_suffix(".partial")
     temporary.write_text("".join(kept))
     temporary.rename(path)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]
 
 
 def _warn(message: str) -> None:

@@ -382,4 +382,4 @@ class ViT(nn.Module):
                 q, k, v = found[name].chunk(3)
                 found[name] = torch.cat((q * (own / full) ** 0.5, k, v))
         small.load_state_dict(found)
-        return small
+        return small.to(self.cls_token.device)

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..data.reader import Batch, Facts
-from ..errors import RefusedError
+from ..errors import RefusedError, first_line
 from ..interop import load_exactly, load_run, read_foreign, unwrapped
 
 
@@ -91,7 +91,7 @@ def _timm(config: Config, facts: Facts) -> nn.Module:
     except Exception as error:  # a hub's failures have many types
         raise RefusedError(
             f"task.teacher.name = {config.name}: timm cannot get its pretrained weights here "
-            f"({str(error).splitlines()[0]}); set task.teacher.weights to a local file"
+            f"({first_line(error)}); set task.teacher.weights to a local file"
         ) from error
     if config.weights and not on_meta:
         student = f"{facts.classes} classes and {channels} x {side} x {side} images"

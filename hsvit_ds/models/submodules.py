@@ -1,0 +1,178 @@
+"""What a rank owns of an HSViT: its submodules' conv trunks, embedding projections and attention groups.
+
+Shape letters as in `hsvit`: B images, C channels, K channel tokens, M submodules here, G groups here, T tokens of a
+group, A attention layers, D embedding width.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from hsvit_kernels import grouped_attention
+from hsvit_kernels.random import Draw, Site, generator, keep_scale, threshold
+
+from . import slimmable
+from .batchnorm import BatchNorm2d
+from .slimmable import FULL, Width
+
+if TYPE_CHECKING:
+    from .hsvit import Config
+
+
+class ConvBlock(nn.Module):
+    """conv k x k -> BN -> ReLU -> conv 3 x 3 -> BN -> max-pool -> ReLU.
+
+    The published block has a ReLU before the pool too. Both orders give the same numbers and gradients, since the
+    largest of several rectified values is the rectified largest; after the pool there are fewer to rectify.
+    """
+
+    def __init__(self, c_in: int, c_out: int, kernel: int, stride: int, submodules: int, first: bool) -> None:
+        super().__init__()
+        groups = 1 if first else submodules  # every submodule's first convolution sees the full image
+        self.conv1 = _conv(c_in, c_out, kernel, groups, submodules, slice_in=not first)
+        self.norm1 = BatchNorm2d(c_out, segments=submodules)
+        self.conv2 = _conv(c_out, c_out, 3, submodules, submodules, slice_in=True)
+        self.norm2 = BatchNorm2d(c_out, segments=submodules)
+        self.pool = nn.MaxPool2d(kernel, stride, kernel // 2) if stride > 1 else nn.Identity()
+
+    def forward(self, x: Tensor, width: Width) -> Tensor:
+        x = F.relu(self.norm1(self.conv1(x, width), width), inplace=True)
+        return F.relu(self.pool(self.norm2(self.conv2(x, width), width)), inplace=True)
+
+
+def _conv(c_in: int, c_out: int, kernel: int, groups: int, submodules: int, slice_in: bool) -> slimmable.Conv2d:
+    return slimmable.Conv2d(
+        c_in,
+        c_out,
+        kernel,
+        slice_in=slice_in,
+        slice_out=True,
+        out_segments=submodules,
+        padding=kernel // 2,
+        groups=groups,
+        bias=False,
+    )
+
+
+class Submodules(nn.Module):
+    """The submodules of this rank, computed together. Every parameter stacks them on its first axis."""
+
+    def __init__(self, config: Config, here: range, image_size: int, channels: int) -> None:
+        super().__init__()
+        c = config
+        self.config, self.here, self.count = c, here, len(here)
+        share, d = len(here), c.embedding
+        if c.convolution:
+            outs = [k // c.submodules * share for k in c.kernels]
+            self.trunk = nn.ModuleList(
+                ConvBlock(c_in, c_out, kernel, stride, share, first=block == 0)
+                for block, (c_in, c_out, kernel, stride) in enumerate(
+                    zip((channels, *outs), outs, c.kernel_sizes, c.pool_strides, strict=False)
+                )
+            )
+            features = c.map_sides(image_size)[-1] ** 2
+            self.projection_weight = nn.Parameter(torch.empty(share, d, features))
+            self.projection_bias = nn.Parameter(torch.empty(share, d))
+        if c.depth:
+            groups, length = c.groups // c.submodules * share, c.kernels[-1] // c.groups + 1
+            self.cls = nn.Parameter(torch.empty(groups, d))
+            self.positions = nn.Parameter(torch.empty(groups, length, d))
+            self.norm_weight = nn.Parameter(torch.empty(groups, c.depth, d))
+            self.norm_bias = nn.Parameter(torch.empty(groups, c.depth, d))
+            self.qkv_weight = nn.Parameter(torch.empty(groups, c.depth, 3 * d, d))
+            self.qkv_bias = nn.Parameter(torch.empty(groups, c.depth, 3 * d))
+            self.out_weight = nn.Parameter(torch.empty(groups, c.depth, d, d))
+            self.out_bias = nn.Parameter(torch.empty(groups, c.depth, d))
+        for parameter in self.parameters():
+            # DeepSpeed's marks of a parameter that differs between the ranks of a replica; without them the
+            # gradient norm misses every rank's share but the first.
+            parameter.model_parallel = True  # type: ignore[attr-defined]
+            parameter.tensor_model_parallel = True  # type: ignore[attr-defined]
+
+    @torch.no_grad()
+    def initialise(self, seed: int) -> None:
+        """PyTorch's defaults, CLS and positions N(0, 1), as published; keyed on the global submodule."""
+        for name, parameter in self.named_parameters():
+            for submodule, part in zip(self.here, parameter.chunk(self.count), strict=True):
+                source = generator(seed, Site.INIT, submodule, *name.encode())
+                leaf = name.rsplit(".", 1)[-1]
+                if leaf in ("cls", "positions"):
+                    part.normal_(generator=source)
+                elif leaf == "qkv_weight":  # Xavier over the stacked [3D, D]
+                    bound = math.sqrt(6 / (4 * self.config.embedding))
+                    part.uniform_(-bound, bound, generator=source)
+                elif leaf in ("projection_weight", "projection_bias"):
+                    bound = self.projection_weight.shape[-1] ** -0.5
+                    part.uniform_(-bound, bound, generator=source)
+                elif leaf == "out_weight" or ".conv" in name:  # fan-in of an output row
+                    row = part[0, 0] if leaf == "out_weight" else part
+                    bound = row[0].numel() ** -0.5
+                    part.uniform_(-bound, bound, generator=source)
+                elif leaf == "norm_weight" or (".norm" in name and leaf == "weight"):
+                    part.fill_(1)
+                else:
+                    part.zero_()
+
+    def slices(self, width: Width) -> dict[str, Tensor]:
+        """Every parameter of the groups, and the projections, which all widths share."""
+        shared = ("projection_weight", "projection_bias")
+        own = dict(self.named_parameters(recurse=False))
+        return {n: p if n in shared else width.take(p, 0, self.count) for n, p in own.items()}
+
+    def forward(self, images: Tensor, draw: Draw | None, width: Width = FULL) -> Tensor:
+        """images [B, C, H, W] to [B, M, D]: for each submodule the sum over its groups' CLS tokens."""
+        c = self.config
+        tokens = self._tokens(images, draw, width)
+        if not c.depth:
+            return self._sum(tokens)
+        own: dict[str, Any] = self.slices(width)
+        cls = grouped_attention(
+            tokens,
+            **{name: p for name, p in own.items() if not name.startswith("projection")},
+            heads=c.heads,
+            dropout=c.dropout if self.training else 0.0,
+            draw=draw,
+            first_group=width.of(c.groups // c.submodules) * self.here.start,
+        )
+        return self._sum(cls)
+
+    def _sum(self, vectors: Tensor) -> Tensor:
+        """[B, M x n, D] to [B, M, D], in fp32 at least: this is what travels."""
+        dtype = torch.promote_types(vectors.dtype, torch.float32)
+        return rearrange(vectors, "b (m n) d -> b m n d", m=self.count).sum(2, dtype=dtype)
+
+    def _tokens(self, images: Tensor, draw: Draw | None, width: Width = FULL) -> Tensor:
+        """images to channel tokens [B, K, D] of the submodules here."""
+        c = self.config
+        first = width.of(c.kernels[-1] // c.submodules) * self.here.start
+        if not c.convolution:
+            count = c.kernels[-1] // c.submodules * self.count
+            plane = torch.arange(first, first + count, device=images.device) % images.shape[1]
+            return images.flatten(2)[:, plane]
+        # The activations' format decides the convolutions'; weights stay as DeepSpeed's flat buffers keep them.
+        x = images.contiguous(memory_format=torch.channels_last)
+        for block in self.trunk:
+            x = block(x, width)
+        maps = rearrange(x, "b (m k) h w -> m (b k) (h w)", m=self.count)
+        weight = self.projection_weight.transpose(1, 2)
+        tokens = torch.baddbmm(self.projection_bias[:, None], maps, weight)
+        tokens = F.relu(rearrange(tokens, "m (b k) d -> b (m k) d", b=images.shape[0]))
+        if self.training and c.dropout:
+            tokens = tokens * self._embedding_keep(tokens, draw, first).mul_(keep_scale(c.dropout))
+        return tokens
+
+    def _embedding_keep(self, tokens: Tensor, draw: Draw | None, first: int) -> Tensor:
+        """Which features of tokens [B, K, D] survive dropout, as 0 or 1: sixteen features share a hash call."""
+        assert draw is not None
+        count, width = tokens.shape[1:]
+        channel = torch.arange(first, first + count, device=tokens.device).view(-1, 1)
+        call = torch.arange(-(-width // 16), device=tokens.device)
+        element = (channel * 4096 + call).to(torch.int32)
+        bytes_ = draw.bytes(Site.EMBEDDING, element).flatten(2)[..., :width]
+        return (bytes_ >= threshold(self.config.dropout)).to(tokens.dtype)

@@ -40,7 +40,8 @@ def weights(root: Path) -> dict[str, torch.Tensor]:
 
 
 def test_deepspeed_torchrun_and_python_give_the_same_weights(tmp_path: Path) -> None:
-    module, overrides = "hsvit_ds.train", [RECIPE, *SHORT]
+    # SGD, as AdamW turns rounding where a gradient is nearly zero into steps; tests/test_grid.py has both.
+    module, overrides = "hsvit_ds.train", [RECIPE, *SHORT, "optimizer.name=sgd"]
     torchrun = [executable("torchrun"), "--standalone", "--nproc_per_node=2", "-m", module]
     deepspeed = [executable("deepspeed"), "--num_accelerators", "2", "--master_port", str(free_port())]
     commands = {

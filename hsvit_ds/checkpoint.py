@@ -272,14 +272,17 @@ class Checkpoints:
     def _check_recipe(self, folder: Path, manifest: Mapping[str, Any]) -> None:
         """Refuse a checkpoint of another architecture, optimizer or order, key by key."""
         saved, mine = manifest["recipe"], json.loads(json.dumps(self.recipe))
-        fixed = {
+        fixed: dict[str, Any] = {
             "model": None,
             "task": {"kind", "sampling", "width", "same_widths", "full_epochs"},
             "optimizer": {"name"},
             "run": {"global_batch", "seed"},
             "ema": {"decay"},
-            "data": {"name", "window"},
+            "augment": {"repeats"},
+            "data": {"name", "window", "fingerprint", "last_batch", "decoder"},
         }
+        if mine["data"]["any_decoder"]:
+            fixed["data"].discard("decoder")
         different = [
             f"{table}.{key} is {saved[table].get(key)!r} there and {mine[table].get(key)!r} here"
             for table, keys in fixed.items()

@@ -19,7 +19,7 @@ from torch import Tensor
 from hsvit_kernels import force, reference
 
 from . import __version__, models
-from .data.reader import Facts
+from .data.sets import Facts
 from .errors import RefusedError
 from .interop import save_model
 from .models import Model

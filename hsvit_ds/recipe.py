@@ -18,7 +18,7 @@ from pydantic import Discriminator, TypeAdapter, ValidationError
 from . import checkpoint, ema, engine, grid, models, optimizer, tracking
 from .data import augment, reader
 from .data.order import Order, Share
-from .data.reader import Facts
+from .data.sets import Facts
 from .errors import RefusedError
 from .models.batchnorm import BatchNorm2d
 from .tasks import scala, supervised, teacher
@@ -91,12 +91,20 @@ class Plan:
     teacher_bytes: int
     """Memory of the teacher's weights on every rank."""
 
-    def order(self, recipe: Recipe) -> Order:
-        shards = reader.facts(recipe.data).samples["train"]
-        return Order(shards, recipe.data.window, recipe.run.global_batch, recipe.run.seed)
-
     def share(self, recipe: Recipe, replica: int) -> Share:
         return Share(recipe.run.global_batch, self.accumulation, self.replicas, replica)
+
+
+def order(recipe: Recipe) -> Order:
+    """The order of the training split."""
+    return Order(
+        reader.shard_lengths(recipe.data),
+        recipe.data.window,
+        recipe.run.global_batch,
+        recipe.run.seed,
+        recipe.augment.repeats,
+        recipe.data.last_batch == "fill",
+    )
 
 
 def read(path: Path, overrides: list[str] | None = None) -> Recipe:
@@ -165,6 +173,9 @@ def _override(table: dict[str, Any], text: str) -> None:
 
 def _build(table: dict[str, Any], where: str) -> Recipe:
     _refuse_unknown(table, Recipe, "", where)
+    preset = augment.PRESETS.get(table.get("augment", {}).get("preset"))
+    if preset:
+        table = table | {"augment": preset | table["augment"]}
     try:
         # As JSON pydantic is strict about types and still takes a TOML array for a tuple.
         return TypeAdapter(Recipe).validate_json(json.dumps(table), strict=True)
@@ -218,7 +229,10 @@ def _fields(config: Any) -> set[str]:
 
 def resolve(recipe: Recipe, ranks: int) -> tuple[Recipe, Plan]:
     """The recipe with everything derived filled in, and the plan for `ranks` ranks; refuses what cannot be."""
+    recipe = replace(recipe, data=reader.resolved(recipe.data))
     facts = reader.facts(recipe.data)
+    if recipe.data.name == "digits" and (keys := recipe.augment.needs_files):
+        raise RefusedError(f"augment.{keys[0]} needs image files; the digits are in memory: use augment.shift")
     try:
         model = recipe.model.resolved(facts.image_size)
     except ValueError as error:
@@ -228,10 +242,11 @@ def resolve(recipe: Recipe, ranks: int) -> tuple[Recipe, Plan]:
     micro, accumulation = _batches(recipe.run, replicas)
     reader.check_share(recipe.data, facts, recipe.grid.submodule_ranks, micro)
     _check_blocks(recipe, micro)
-    steps = facts.count("train") // recipe.run.global_batch
-    if steps == 0:
+    run_order = order(recipe)
+    steps = run_order.steps_per_epoch
+    if recipe.run.global_batch > run_order.samples:
         raise RefusedError(
-            f"run.global_batch = {recipe.run.global_batch} is more than the {facts.count('train')} training images"
+            f"run.global_batch = {recipe.run.global_batch} is more than the {run_order.samples} training images"
         )
     precision = recipe.engine.precision
     if precision == "auto":

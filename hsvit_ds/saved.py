@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
 from . import recipe as recipes
-from .data.order import Order, Share
+from .data.order import Share
 from .data.reader import Reader, facts
+from .data.sets import Facts
 from .errors import RefusedError
-from .evaluation import evaluate, recalibrate_widths
+from .evaluation import evaluate, needs_calibration, recalibrate_widths
 from .export import Budget
 from .grid import Channel, Grid
 from .grid import Config as GridConfig
@@ -20,6 +21,8 @@ from .models.slimmable import Width
 from .recipe import Recipe
 from .tasks import scala
 from .tracking import read_metrics
+
+SPLITS = ("train", "val", "test")
 
 
 @dataclass(frozen=True)
@@ -39,9 +42,12 @@ class SavedRun:
 
     @cached_property
     def reader(self) -> Reader:
-        run, data = self.recipe.run, self.recipe.data
-        order = Order(facts(data).samples["train"], data.window, run.global_batch, run.seed)
-        return Reader(data, order, Share(run.global_batch, 1, self.grid.replicas, self.grid.replica), self.grid)
+        share = Share(self.recipe.run.global_batch, 1, self.grid.replicas, self.grid.replica)
+        return Reader(self.recipe.data, self.recipe.augment, recipes.order(self.recipe), share, self.grid)
+
+    @property
+    def facts(self) -> Facts:
+        return facts(self.recipe.data)
 
     def widths(self, text: str, untrained: bool = False) -> tuple[Width, ...]:
         """The widths in "all" or "0.25,0.5", the smallest first; refused where a width was never trained."""
@@ -63,10 +69,13 @@ class SavedRun:
 
     def evaluate(self, split: str, widths: tuple[Width, ...]) -> dict[str, float]:
         """See `evaluation.evaluate`. Collective."""
-        if split not in self.reader.facts.samples:
-            raise RefusedError(f"--split {split}: {self.recipe.data.name} has {', '.join(self.reader.facts.samples)}")
+        if split not in SPLITS:
+            raise RefusedError(f"--split {split}: must be one of {', '.join(SPLITS)}")
         model = self.model.to(self.grid.device)
-        return evaluate(model, model, self.reader, split, widths, self._runs_differ)
+        try:
+            return evaluate(model, model, self.reader, split, widths, self._runs_differ)
+        finally:
+            self.reader.close()
 
     def choose(self, width: str, budget: str, untrained: bool) -> Width:
         """The width of `width`, or the widest trained one within `budget`."""
@@ -82,12 +91,14 @@ class SavedRun:
     def at(self, *widths: Width) -> Model:
         """The model, with BatchNorm's statistics of the widths taken."""
         model = self.model.to(self.grid.device)
-        recalibrate_widths(model, model, self.reader, widths, self._runs_differ)
+        if needs_calibration(model, widths):
+            recalibrate_widths(model, model, self.reader, widths, self._runs_differ)
+            self.reader.close()
         return model.eval()
 
     def about(self, width: Width) -> dict[str, str]:
         """What a model card says of the run: its name, data, steps and accuracy at a width, where it was measured."""
-        facts = self.reader.facts
+        facts = self.facts
         lines = {"run": self.folder.name, "data": self.recipe.data.name, "steps": str(self.steps)}
         lines |= {"mean": str(list(facts.mean)), "standard deviation": str(list(facts.std))}
         key = "test/top1" if len(self.trained) == 1 else f"test/top1_w{width}"
@@ -99,18 +110,22 @@ class SavedRun:
         return self.grid.norms if self.grid.replicas > 1 else None
 
 
-def open_run(folder: Path, ema: bool = False) -> SavedRun:
-    """Open a run. ema: with its averaged weights.
+def open_run(folder: Path, ema: bool = False, root: Path | None = None) -> SavedRun:
+    """Open a run. ema: with its averaged weights. root: of its data, where that is not the run's own.
 
     Raises:
         RefusedError: no checkpoint there, or a damaged one.
     """
     loaded = load_run(folder, ema)
     recipe = recipes.from_table(loaded.recipe, str(folder))
+    if root is not None:
+        recipe = replace(recipe, data=replace(recipe.data, root=str(root)))
     family = recipe.model.widths.family
     trained = family[-1:]
     if isinstance(recipe.task, scala.Config):
-        steps = sum(facts(recipe.data).samples["train"]) // recipe.run.global_batch
+        at = loaded.position
+        # In the first epoch it is enough that an epoch is longer than the run so far.
+        steps = (at.total - at.step) // at.epoch if at.epoch else at.total + 1
         sampler = scala.Sampler(recipe.task, recipe.model.widths, recipe.run.seed, steps)
         trained = sampler.trained(loaded.position.total)
     return SavedRun(folder, loaded.model, recipe, trained, loaded.position.total)

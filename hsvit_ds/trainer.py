@@ -13,7 +13,9 @@ import torch
 from . import recipe as recipes
 from .checkpoint import Checkpoints, Position
 from .data import reader as readers
-from .data.reader import Batch
+from .data.bad import BadSamples
+from .data.batch import Batch
+from .data.sets import Facts
 from .ema import EMA
 from .engine import BatchStatistics, Engine, StepResult
 from .errors import RefusedError
@@ -30,6 +32,8 @@ from .tracking import Tracker, Untracked
 
 # Dense bf16 TFLOP/s of one GPU, by a part of its name (vendors' data sheets), for perf/mfu.
 _PEAK_TFLOPS = {"A100": 312, "H100": 989, "H200": 989, "B200": 2250, "L40S": 362}
+SHOWN_BAD = 10
+"""Unreadable images that are printed at a time."""
 
 
 @dataclass
@@ -71,7 +75,10 @@ class Trainer:
         )
         self.schedule = Schedule(recipe.optimizer, recipe.run.epochs, plan.steps_per_epoch)
         self.task = self._task(facts)
-        self.reader = readers.Reader(recipe.data, plan.order(recipe), plan.share(recipe, grid.replica), grid)
+        self.reader = readers.Reader(
+            recipe.data, recipe.augment, recipes.order(recipe), plan.share(recipe, grid.replica), grid
+        )
+        self.bad = BadSamples(folder, self.reader, recipe.data.max_bad_fraction)
         self.ema = None
         if recipe.ema.decay:
             self.ema = EMA(recipe.ema.decay, self.engine.shards, self.engine.module)
@@ -92,7 +99,7 @@ class Trainer:
         self.report = Reporter(grid.is_main, plan.steps, self.start.total)
         self.interval = Interval([], [], 0.0)
 
-    def _task(self, facts: readers.Facts) -> Task:
+    def _task(self, facts: Facts) -> Task:
         r, p = self.recipe, self.plan
         if not isinstance(r.task, scala.Config):
             return Supervised(r.augment, facts)
@@ -100,7 +107,7 @@ class Trainer:
         taught = None
         if r.task.teacher.name:
             key = {"seed": r.run.seed, "global_batch": r.run.global_batch, "augment": asdict(r.augment)}
-            key |= {"data": r.data.name, "window": r.data.window}
+            key |= {k: v for k, v in asdict(r.data).items() if k in ("name", "window", "last_batch", "fingerprint")}
             dtype = torch.bfloat16 if p.bf16 else torch.float32
             taught = Teacher(r.task.teacher, facts, self.grid.device, dtype, r.run.global_batch, key)
         return scala.Scala(r.task, r.augment, facts, sampler, taught)
@@ -125,6 +132,8 @@ class Trainer:
             self.report.close()
             self.tracker.close("FAILED")
             raise
+        finally:
+            self.reader.close()
         self._finish(final, time.perf_counter() - began)
         return final
 
@@ -165,6 +174,7 @@ class Trainer:
             with self.ema.in_place():
                 averaged = score()
             found |= {f"ema/{split}_{k}": v for k, v in averaged.items()}
+        self._report_bad()
         self.tracker.log(found, step)
         scores = {name: value for name, value in found.items() if "top1" in name}
         line = "  ".join(f"{name} {value:.2f}" for name, value in scores.items() if "_w" not in name)
@@ -195,12 +205,22 @@ class Trainer:
             "perf/step_ms_p50": 1000 * statistics.median(done.seconds),
             "perf/data_wait": done.waited / seconds,
             **self.engine.traffic(len(done.seconds)),
+            "data/bad_samples": float(self._report_bad()),
         }
         if (peak := _peak_flops(self.grid.device)) is not None:
             work = sum(self._flops(s) for s in range(step - len(done.seconds), step))
             metrics["perf/mfu"] = work / seconds / self.plan.ranks / peak
         self.tracker.log(metrics, step)
         self.report.step(step, metrics)
+
+    def _report_bad(self) -> int:
+        """Images that any rank could not read so far; the new ones are named. Collective."""
+        new = self.bad.update()
+        for name in new[:SHOWN_BAD]:
+            self.report.say(f"warning: not readable: {name}")
+        if len(new) > SHOWN_BAD:
+            self.report.say(f"warning: … and {len(new) - SHOWN_BAD} more, see {self.bad.path}")
+        return len(self.bad.names)
 
     def _flops(self, step: int) -> float:
         """Of all passes of a step over the global batch, forward and backward."""

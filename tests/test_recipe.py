@@ -15,6 +15,7 @@ from hsvit_ds.errors import RefusedError
 from hsvit_ds.grid import Grid
 from hsvit_ds.trainer import Trainer
 
+from . import tars
 from .ranks import ROOT
 
 DIGITS = ROOT / "recipes/digits/hsvit.toml"
@@ -22,15 +23,16 @@ ALL = sorted((ROOT / "recipes").rglob("*.toml"))
 
 
 @pytest.mark.parametrize("path", ALL, ids=lambda p: str(p.relative_to(ROOT / "recipes")))
-def test_every_recipe_resolves_builds_and_steps(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_recipe_resolves_builds_and_steps(path: Path, tmp_path: Path) -> None:
     recipe, plan = recipes.resolve(recipes.read(path), recipes.read(path).grid.submodule_ranks)
     facts = reader.facts(recipe.data)
     with torch.device("meta"):
         model = recipe.model.build(image_size=facts.image_size, channels=facts.channels, classes=facts.classes)
     assert sum(p.numel() for p in model.parameters()) == plan.parameters
+    overrides = ["grid.submodule_ranks=1", "run.global_batch=8", "tracking.mlflow=false", "data.workers=0"]
     if recipe.data.name != "digits":
-        monkeypatch.setitem(reader.SETS, recipe.data.name, (facts, lambda split: Noise(facts)))
-    overrides = ["grid.submodule_ranks=1", "run.global_batch=8", "tracking.mlflow=false"]
+        root = tars.data_set(tmp_path / "data", train=16, val=8, classes=facts.classes, side=facts.image_size)
+        overrides.append(f"data.root={root}")
     if recipe.model.kind == "vit":
         overrides.append("model.depth=1")
     if getattr(recipe.model, "distilled", False):  # a teacher's weights are not at hand
@@ -43,23 +45,10 @@ def test_every_recipe_resolves_builds_and_steps(path: Path, tmp_path: Path, monk
     assert result.loss.isfinite()
 
 
-class Noise:
-    """Images of a data set's shape."""
-
-    def __init__(self, facts: reader.Facts) -> None:
-        self.facts = facts
-
-    def images(self, samples: torch.Tensor) -> torch.Tensor:
-        side = self.facts.image_size
-        return torch.randint(256, (len(samples), self.facts.channels, side, side)).to(torch.uint8)
-
-    def labels(self, samples: torch.Tensor) -> torch.Tensor:
-        return samples % self.facts.classes
-
-
-def test_shards_are_refused_before_training_until_they_can_be_read(tmp_path: Path) -> None:
+def test_a_data_set_without_a_folder_can_be_resolved_and_not_run(tmp_path: Path) -> None:
     recipe, plan = recipes.resolve(recipes.read(ROOT / "recipes/imagenette/scala_deit_ti.toml"), 1)
-    with pytest.raises(RefusedError, match=r"data.name: tar shards cannot be read yet"):
+    assert plan.steps_per_epoch == 9469 // 128
+    with pytest.raises(RefusedError, match=r"data.root is not set: the folder of imagenette's shards"):
         Trainer(recipe, plan, Grid(recipe.grid, 1), tmp_path, resume=False)
 
 

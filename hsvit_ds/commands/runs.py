@@ -9,7 +9,7 @@ import typer
 
 from ..errors import shown
 from ..train import check_kernels
-from . import Debug, Ema, Run
+from . import Debug, Ema, Root, Run
 
 
 def evaluate_run(
@@ -18,6 +18,7 @@ def evaluate_run(
     split: Annotated[str, typer.Option(help="Of the run's data.")] = "test",
     untrained: Annotated[bool, typer.Option("--untrained", help="Also widths that were never trained.")] = False,
     ema: Ema = False,
+    root: Root = None,
     debug: Debug = False,
 ) -> None:
     """Score a run at several widths in one pass over the data."""
@@ -25,7 +26,7 @@ def evaluate_run(
         check_kernels()
         from .. import report, saved
 
-        opened = saved.open_run(run, ema)
+        opened = saved.open_run(run, ema, root)
         chosen = opened.widths(widths, untrained)
         found = opened.evaluate(split, chosen)
         if opened.grid.is_main:
@@ -42,6 +43,7 @@ def export_run(
     out: Annotated[Path | None, typer.Option("-o", "--out", help="Folder; RUN/export-WIDTH by default.")] = None,
     untrained: Annotated[bool, typer.Option("--untrained", help="Also a width that was never trained.")] = False,
     ema: Ema = False,
+    root: Root = None,
     debug: Debug = False,
 ) -> None:
     """Write the subnet of a width as a network of its own: safetensors, timm config, torch.export, ONNX, model card."""
@@ -49,10 +51,10 @@ def export_run(
         check_kernels()
         from .. import export, saved
 
-        opened = saved.open_run(run, ema)
+        opened = saved.open_run(run, ema, root)
         chosen = opened.choose(width, budget, untrained)
         folder = out or run / f"export-{chosen}"
-        files = export.export(opened.at(chosen), chosen, folder, opened.reader.facts, opened.about(chosen))
+        files = export.export(opened.at(chosen), chosen, folder, opened.facts, opened.about(chosen))
         opened.grid.close()
         for path in files:
             typer.echo(f"{path}: {path.stat().st_size:,} bytes")

@@ -1,21 +1,103 @@
-"""What happens to images on the device: normalisation, shifts, mixup and cutmix over fixed blocks."""
+"""What happens to images: one by one in the workers (`transform.py` follows this Config), then together on the device.
+
+On the device: crop, flip and colours where the workers leave them to it, normalisation, shifts, erasing, mixup and
+cutmix over fixed blocks.
+"""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from functools import cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from scipy.special import betaincinv
 from torch import Tensor
 
-from hsvit_kernels.random import Draw, Site
+from hsvit_kernels.random import Draw, Site, uniform
 
-from .reader import Batch, Facts
+from .batch import Batch
+from .sets import Facts
+
+CROPS = ("none", "resize", "random_resized")
+FILTERS = ("bilinear", "bicubic")
+# Of torchvision; any other policy is one of timm's strings.
+POLICIES = ("RandAugment", "TrivialAugmentWide")
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "none": {},
+    # HSViT on small data sets (trainers/hsvit.py of its code).
+    "hsvit": {"crop": "resize", "policy": "RandAugment", "filter": "bilinear", "mixup": 1.0, "cutmix": 1.0},
+    # HSViT on ImageNet, behind a backbone (trainers/hsvit_het.py).
+    "hsvit_imagenet": {
+        "crop": "random_resized",
+        "filter": "bilinear",
+        "flip": 0.5,
+        "policy": "TrivialAugmentWide",
+        "erase": 0.1,
+        "erase_with": "zeros",
+        "mixup": 0.2,
+        "cutmix": 1.0,
+        "label_smoothing": 0.1,
+    },
+    # DeiT (Touvron et al., arXiv 2012.12877, table 9).
+    "deit": {
+        "crop": "random_resized",
+        "flip": 0.5,
+        "policy": "rand-m9-mstd0.5-inc1",
+        "erase": 0.25,
+        "repeats": 3,
+        "mixup": 0.8,
+        "cutmix": 1.0,
+        "label_smoothing": 0.1,
+        "eval_crop": 0.875,
+    },
+    # DeiT III with 3-Augment (Touvron et al., arXiv 2204.07118, table 1).
+    "deit3": {
+        "crop": "random_resized",
+        "flip": 0.5,
+        "policy": "3a",
+        "colour_jitter": 0.3,
+        "repeats": 3,
+        "mixup": 0.8,
+        "cutmix": 1.0,
+        "eval_crop": 1.0,
+    },
+}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
+    preset: str = "none"
+    """A published recipe, whose keys stand where this table does not set them: "hsvit", "hsvit_imagenet", "deit" or
+    "deit3"."""
+    crop: str = "none"
+    """"random_resized": a random part of the image, of `crop_scale` of its area; "resize": the whole image, its aspect
+    ratio not kept; "none": as in evaluation."""
+    crop_scale: tuple[float, float] = (0.08, 1.0)
+    """Least and largest share of the area; the aspect ratio is drawn from 3/4 to 4/3 (Szegedy et al., arXiv
+    1409.4842)."""
+    filter: str = "bicubic"
+    """Of resizing, antialiased: "bilinear" or "bicubic"."""
+    flip: float = 0.0
+    """Probability of a horizontal flip."""
+    policy: str = ""
+    """"RandAugment" (2 operations, magnitude 9) or "TrivialAugmentWide" of torchvision, or timm's strings, such as
+    "rand-m9-mstd0.5-inc1" or "3a" (3-Augment)."""
+    colour_jitter: float = 0.0
+    """Largest relative change of brightness, contrast and saturation."""
+    erase: float = 0.0
+    """Probability that a box of 2 to 33 % of the area is erased (Zhong et al., arXiv 1708.04896)."""
+    erase_with: str = "noise"
+    """What is put there: "noise" (normal, by pixel) or "zeros"."""
+    repeats: int = 1
+    """Repeated augmentation: times that an image stands in a global batch, each time augmented anew (Hoffer et al.,
+    arXiv 1901.09335)."""
+    canvas: int = 0
+    """Crop, flip, colours and normalisation are computed on the device, in one function that is compiled for GPUs, from
+    images that the workers resized to a square of this side; 0: by the workers, from the whole image."""
     shift: int = 0
     """Largest random shift in each direction, pixels; the border is filled with zeros."""
     mixup: float = 0.0
@@ -28,28 +110,105 @@ class Config:
     """Consecutive samples of the global batch among which partners are chosen; divides the micro batch."""
     label_smoothing: float = 0.0
     """Share of the target spread evenly over all classes."""
+    eval_crop: float = 0.0
+    """Evaluation: the shorter side is resized to the image size divided by this, and the centre cut out; 0: the whole
+    image is resized to a square, its aspect ratio not kept (as HSViT's code does)."""
 
     def __post_init__(self) -> None:
-        for name in ("shift", "mixup", "cutmix"):
+        for name, allowed in {
+            "preset": tuple(PRESETS),
+            "crop": CROPS,
+            "filter": FILTERS,
+            "erase_with": ("noise", "zeros"),
+        }.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f'{name} = "{getattr(self, name)}": must be one of {", ".join(allowed)}')
+        for name in ("shift", "mixup", "cutmix", "canvas"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} = {getattr(self, name)}: must not be negative")
-        if self.mix_block < 1:
-            raise ValueError(f"mix_block = {self.mix_block}: must be at least 1")
-        for name in ("mix_probability", "label_smoothing"):
+        for name in ("mix_block", "repeats"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} = {getattr(self, name)}: must be at least 1")
+        for name in ("mix_probability", "label_smoothing", "flip", "erase", "colour_jitter", "eval_crop"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} = {getattr(self, name)}: must be in [0, 1]")
+        if not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
+            raise ValueError(f"crop_scale = {list(self.crop_scale)}: must be two shares in (0, 1], the smaller first")
+        if self.canvas and self.policy:
+            raise ValueError(f'canvas = {self.canvas}: policy = "{self.policy}" is computed by the workers only')
+        _check_policy(self.policy)
 
     @property
     def mixes(self) -> bool:
         return self.mix_probability > 0 and (self.mixup > 0 or self.cutmix > 0)
 
+    @property
+    def needs_files(self) -> tuple[str, ...]:
+        """The keys set that workers compute, from image files."""
+        return tuple(k for k in ("flip", "policy", "colour_jitter", "canvas") if getattr(self, k)) + (
+            ("crop",) if self.crop != "none" else ()
+        )
+
+
+def _check_policy(policy: str) -> None:
+    """Refuse a name that is neither torchvision's nor of timm's kinds; timm itself takes seconds to import."""
+    if policy and policy not in POLICIES and not policy.startswith(("rand-", "augmix-", "original", "v0", "3a")):
+        raise ValueError(
+            f'policy = "{policy}": must be {", ".join(POLICIES)}, or a string of timm\'s: rand-m9-mstd0.5-inc1, 3a, '
+            "augmix-m5-w4-d2, original, v0"
+        )
+
+
+# What a worker leaves to the device, a row an image: top, left, height and width of the crop as shares of the image, 1
+# for a flip, and the factors of brightness, contrast and saturation.
+VIEW = 8
+
+
+def _cut_out(canvas: Tensor, views: Tensor, size: int, mean: Tensor, std: Tensor) -> Tensor:
+    """uint8 [B, 3, K, K] and views [B, 8] to normalised fp32 [B, 3, size, size]: crop, flip, colours."""
+    top, left, height, width, flip = views[:, :5].unbind(1)
+    across = width * (1 - 2 * flip)
+    zero = torch.zeros_like(top)
+    # From [-1, 1] of the view to [-1, 1] of the canvas.
+    rows = torch.stack((across, zero, 2 * left + width - 1, zero, height, 2 * top + height - 1), 1)
+    grid = F.affine_grid(rows.view(-1, 2, 3), [len(views), 3, size, size], align_corners=False)
+    x = F.grid_sample(canvas.float(), grid, mode="bilinear", padding_mode="border", align_corners=False)
+    brightness, contrast, saturation = views[:, 5:].view(-1, 3, 1, 1, 1).unbind(1)
+    x = (x * brightness).clamp(0, 255)
+    grey = _grey(x).mean((2, 3), keepdim=True)
+    x = (grey + (x - grey) * contrast).clamp(0, 255)
+    grey = _grey(x)
+    x = (grey + (x - grey) * saturation).clamp(0, 255)
+    return (x - mean) / std
+
+
+def _grey(x: Tensor) -> Tensor:
+    """[B, 3, H, W] to [B, 1, H, W], by the weights of ITU-R 601-2."""
+    weights = torch.tensor([0.299, 0.587, 0.114], device=x.device).view(1, 3, 1, 1)
+    return (x * weights).sum(1, keepdim=True)
+
+
+@cache
+def _compiled_cut_out() -> Any:
+    return torch.compile(_cut_out, dynamic=False)
+
+
+def cut_out(canvas: Tensor, views: Tensor, size: int, facts: Facts) -> Tensor:
+    """`_cut_out`, compiled on GPUs."""
+    shape = (1, -1, 1, 1)
+    mean = torch.tensor([255 * m for m in facts.mean], device=canvas.device).view(shape)
+    std = torch.tensor([255 * s for s in facts.std], device=canvas.device).view(shape)
+    function = _compiled_cut_out() if canvas.device.type == "cuda" else _cut_out
+    return function(canvas, views, size, mean, std)
+
 
 def normalise(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
     """uint8 [B, C, H, W] to fp32, (x / 255 - mean) / std for each channel."""
     shape = (1, -1, 1, 1)
-    scale = torch.tensor([255 * s for s in std], device=images.device).view(shape)
+    scale = torch.tensor([1 / (255 * s) for s in std], device=images.device).view(shape)
     shift = torch.tensor([m / s for m, s in zip(mean, std, strict=True)], device=images.device)
-    return images.float() / scale - shift.view(shape)
+    # In place: on a CPU new memory for every operation takes three times as long as the arithmetic.
+    return images.float().mul_(scale).sub_(shift.view(shape))
 
 
 def shift(images: Tensor, draw: Draw, largest: int) -> Tensor:
@@ -112,11 +271,46 @@ def _boxes(ratio: Tensor, centre: Tensor, height: int, width: int) -> Tensor:
     return inside[0][:, :, None] & inside[1][:, None, :]
 
 
+def erase(images: Tensor, draw: Draw, config: Config) -> Tensor:
+    """Put noise or zeros into a random box of some of the normalised images [B, C, H, W]; in place.
+
+    A box has 2 to 33 % of the area and an aspect ratio of 0.3 to 3.3; one that does not fit is cut at the border.
+    """
+    luck = draw.uniform(Site.ERASING, torch.arange(5, dtype=torch.int32))  # [B, 5], on the CPU
+    height, width = images.shape[2:]
+    area = height * width * (0.02 + luck[:, 1] * (1 / 3 - 0.02))
+    ratio = torch.exp((2 * luck[:, 2] - 1) * math.log(1 / 0.3))
+    tall = (area * ratio).sqrt().round().clamp(1, height)
+    wide = (area / ratio).sqrt().round().clamp(1, width)
+    top, left = (luck[:, 3] * (height - tall + 1)).floor(), (luck[:, 4] * (width - wide + 1)).floor()
+    tall = torch.where(luck[:, 0] < config.erase, tall, 0)
+    row, column = torch.arange(height), torch.arange(width)
+    inside = (row >= top[:, None]) & (row < (top + tall)[:, None])
+    across = (column >= left[:, None]) & (column < (left + wide)[:, None])
+    box = (inside[:, None, :, None] & across[:, None, None, :]).to(images.device)
+    if config.erase_with == "zeros":
+        return images.masked_fill_(box, 0)
+    here = Draw(draw.key.to(images.device), draw.image.to(images.device))
+    pixels = torch.arange(images[0].numel(), dtype=torch.int32, device=images.device).view(images.shape[1:])
+    first, second, *_ = here.words(Site.ERASING, pixels + 8)
+    noise = (-2 * uniform(first).log()).sqrt() * torch.cos(2 * math.pi * uniform(second))  # Box and Muller
+    return torch.where(box, noise, images)
+
+
+def pixels(batch: Batch, config: Config, facts: Facts) -> Tensor:
+    """A training batch's normalised images, fp32 [B, C, H, W], as the workers augmented them."""
+    if config.canvas:
+        return cut_out(batch.images, batch.views, facts.image_size, facts)
+    return normalise(batch.images, facts.mean, facts.std)
+
+
 def prepare(batch: Batch, config: Config, facts: Facts) -> tuple[Tensor, Tensor]:
     """A training batch to (images fp32 [B, C, H, W], targets fp32 [B, Q]), augmented, on its device."""
-    images = normalise(batch.images, facts.mean, facts.std)
+    images = pixels(batch, config, facts)
     soft = targets(batch.labels, facts.classes, config.label_smoothing)
     draw = batch.draw(0)
     if config.shift:
         images = shift(images, draw, config.shift)
+    if config.erase:
+        images = erase(images, draw, config)
     return mix(images, soft, draw, config) if config.mixes else (images, soft)

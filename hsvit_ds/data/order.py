@@ -6,6 +6,7 @@ workers. A rank takes a contiguous part of it; the position of a run is (epoch, 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -19,13 +20,18 @@ class Order:
     """The order of a training split.
 
     shards: samples in each shard, in the order of the index. window: samples that are shuffled together after the
-    shards were, so that reads stay almost sequential. global_batch: samples of one optimizer step.
+    shards were, so that reads stay almost sequential. global_batch: samples of one optimizer step. repeats: times that
+    a sample stands in its global batch, each augmented anew (Hoffer et al., arXiv 1901.09335); an epoch then has as
+    many steps and fewer distinct samples. fill: complete the last global batch with the epoch's first samples,
+    otherwise leave it out.
     """
 
     shards: tuple[int, ...]
     window: int
     global_batch: int
     seed: int
+    repeats: int = 1
+    fill: bool = False
 
     @property
     def samples(self) -> int:
@@ -33,8 +39,22 @@ class Order:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Whole global batches; the last incomplete one is left out."""
-        return self.samples // self.global_batch
+        whole, rest = divmod(self.samples, self.global_batch)
+        return whole + (self.fill and rest > 0)
+
+    def batches(self, epoch: int) -> Callable[[int], tuple[Tensor, Tensor]]:
+        """Gives step s of an epoch its (samples, copies), int64 [global_batch] each.
+
+        With repetitions a global batch is its distinct samples, then all of them again, so that copies are far apart.
+        """
+        order = self.epoch(epoch)
+        distinct = -(-self.global_batch // self.repeats)
+        slot = torch.arange(self.global_batch)
+
+        def batch(step: int) -> tuple[Tensor, Tensor]:
+            return order[(step * distinct + slot % distinct) % self.samples], slot // distinct
+
+        return batch
 
     def epoch(self, epoch: int) -> Tensor:
         """int64 [samples]: the epoch's permutation of the split; shards are shuffled, then windows of samples."""

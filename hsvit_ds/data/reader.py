@@ -1,120 +1,137 @@
-"""From an order and a source to the batches of this rank; tar shards plug in here as another `Source`."""
+"""From a run's position to the batches of this rank: which images, read where, shared how."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import dataclasses
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from hsvit_kernels.random import Draw
-
 from ..errors import RefusedError
 from ..grid import Grid
-from . import digits
+from . import augment, decode, loader
+from .batch import Batch, Images, Job
+from .index import Index, open_index, split_shards, stand_in
+from .loader import Loader
 from .order import Order, Share
+from .sets import SETS, Facts, photographs
+from .sources import Shards, Source, digits_split
+from .transform import Transform
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
     name: str = "digits"
-    """The data set: "digits" is built in."""
+    """The data set: "digits" is built in; "cifar10", "imagenette", "tiny_imagenet" and "imagenet1k" are known; any
+    other name is a set of your own, with `classes`."""
+    root: str = ""
+    """Folder of its shards NAME-SPLIT-0000.tar, indexed by `hsvit shards index`."""
+    index: str = ""
+    """Folder of the index files, where they are not beside the shards."""
+    classes: int = 0
+    """Of a data set of your own; 0: of the known one."""
+    image_size: int = 0
+    """Side of the images that the model takes, pixels; 0: that of the known data set, 224 for your own."""
     window: int = 8192
     """Samples shuffled together after the shards were."""
+    last_batch: str = "drop"
+    """The last incomplete global batch of an epoch: "drop" it, or "fill" it up with the epoch's first samples."""
     share: str = "auto"
     """"none": every submodule rank reads all images of its replica; "gather": each reads its part and they gather
     uint8; "auto": gather from 3 submodule ranks and above 64 px on."""
+    workers: int = 4
+    """Processes of a rank that read, decode and augment; 0: the rank itself."""
+    decoder: str = "auto"
+    """"simplejpeg" (turbo-JPEG), "pillow", or "auto": the first that is installed. Resolved with its version: another
+    one gives other pixels, and is refused."""
+    any_decoder: bool = False
+    """Resume although the images were decoded by another program or version before."""
+    fingerprint: str = ""
+    """Of the training split's index; filled in, and compared when a run is resumed."""
+    max_bad_fraction: float = 0.01
+    """Share of the training images that may be unreadable before the run stops."""
     eval_batch: int = 256
     """Images of a forward in evaluation, on each replica."""
 
     def __post_init__(self) -> None:
-        if self.name not in SETS:
-            raise ValueError(f'name = "{self.name}": must be one of {sorted(SETS)}')
-        if self.share not in ("auto", "none", "gather"):
-            raise ValueError(f'share = "{self.share}": must be "auto", "none" or "gather"')
-        for key in ("window", "eval_batch"):
-            if getattr(self, key) < 1:
-                raise ValueError(f"{key} = {getattr(self, key)}: must be at least 1")
-
-
-@dataclass(frozen=True)
-class Facts:
-    """What is known of a data set without reading an image."""
-
-    image_size: int
-    channels: int
-    classes: int
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    samples: dict[str, tuple[int, ...]]
-    """Samples in each shard of each split."""
-
-    def count(self, split: str) -> int:
-        return sum(self.samples[split])
-
-
-class Source(Protocol):
-    """One split, addressed by the number of a sample in its index."""
-
-    def images(self, samples: Tensor) -> Tensor:
-        """uint8 [n, C, H, W]."""
-        ...
-
-    def labels(self, samples: Tensor) -> Tensor:
-        """int64 [n]; from the index, without decoding."""
-        ...
-
-
-class Digits:
-    """The built-in digits, in memory."""
-
-    def __init__(self, split: str) -> None:
-        self._images, self._labels = digits.split(split)
-
-    def images(self, samples: Tensor) -> Tensor:
-        return self._images[samples]
-
-    def labels(self, samples: Tensor) -> Tensor:
-        return self._labels[samples]
-
-
-DIGITS_FACTS = Facts(
-    image_size=digits.SIDE,
-    channels=1,
-    classes=10,
-    mean=digits.MEAN,
-    std=digits.STD,
-    samples={name: (stop - start,) for name, (start, stop) in digits.SPLITS.items()},
-)
-
-
-def _photographs(image_size: int, classes: int, train: int, held_out: int) -> Facts:
-    """RGB photographs with ImageNet's channel statistics, and one split held out."""
-    return Facts(
-        image_size=image_size,
-        channels=3,
-        classes=classes,
-        mean=(0.485, 0.456, 0.406),
-        std=(0.229, 0.224, 0.225),
-        samples={"train": (train,), "val": (held_out,), "test": (held_out,)},
-    )
-
-
-def _no_shards(split: str) -> Source:
-    raise RefusedError("data.name: tar shards cannot be read yet; recipes of this data set can be resolved, not run")
-
-
-SETS: dict[str, tuple[Facts, Callable[[str], Source]]] = {
-    "digits": (DIGITS_FACTS, Digits),
-    "imagenette": (_photographs(128, 10, 9469, 3925), _no_shards),
-    "imagenet1k": (_photographs(224, 1000, 1281167, 50000), _no_shards),
-}
+        for name, allowed in {"share": ("auto", "none", "gather"), "last_batch": ("drop", "fill")}.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f'{name} = "{getattr(self, name)}": must be one of {", ".join(allowed)}')
+        for name in ("window", "eval_batch"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} = {getattr(self, name)}: must be at least 1")
+        for name in ("workers", "classes", "image_size"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} = {getattr(self, name)}: must not be negative")
+        if not 0 <= self.max_bad_fraction <= 1:
+            raise ValueError(f"max_bad_fraction = {self.max_bad_fraction}: must be in [0, 1]")
+        if self.name not in SETS and not self.classes:
+            raise ValueError(
+                f'name = "{self.name}": not one of {", ".join(SETS)}; for a data set of your own set classes too'
+            )
+        if self.name == "digits" and (self.root or self.classes or self.image_size):
+            raise ValueError('name = "digits" is built in: it takes no root, classes or image_size')
 
 
 def facts(config: Config) -> Facts:
-    return SETS[config.name][0]
+    """What the model depends on; no file is read."""
+    known = SETS.get(config.name) or photographs(224, config.classes)
+    return dataclasses.replace(
+        known, image_size=config.image_size or known.image_size, classes=config.classes or known.classes
+    )
+
+
+def open_split(config: Config, split: str) -> Index | None:
+    """The index of a split, None for a set in memory; refused where there is none, or not of this data set."""
+    if config.name == "digits":
+        return None
+    if not config.root:
+        raise RefusedError(f"data.root is not set: the folder of {config.name}'s shards, NAME-SPLIT-0000.tar")
+    folder = Path(config.root)
+    if not folder.is_dir():
+        raise RefusedError(f"data.root = {folder}: no such folder")
+    shards = split_shards(folder)
+    name = stand_in(split, shards)
+    if name is None:
+        found = ", ".join(shards) or "no file NAME-SPLIT-0000.tar"
+        raise RefusedError(f"data.root = {folder}: no shards of the split {split} ({found})")
+    path = (Path(config.index) if config.index else folder) / f"{name}.index.npz"
+    index = open_index(path, folder)
+    if not len(index):
+        raise RefusedError(f"{path}: holds no sample; hsvit shards check {folder} tells why")
+    worst, classes = int(index.labels.argmax()), facts(config).classes
+    if index.labels[worst] >= classes:
+        raise RefusedError(
+            f"{path}: {index.name(worst)} has label {index.labels[worst]}, but {config.name} has {classes} classes, "
+            f"0 to {classes - 1}; is data.root the right folder, or data.classes to be set?"
+        )
+    return index
+
+
+def resolved(config: Config) -> Config:
+    """With the decoder and the fingerprint of the data filled in; refuses others than a recipe names."""
+    if config.name == "digits" or not config.root:
+        return config
+    index = open_split(config, "train")
+    assert index is not None
+    if config.fingerprint not in ("", index.fingerprint):
+        raise RefusedError(
+            f'data.fingerprint = "{config.fingerprint}", but the training split in {config.root} has '
+            f'"{index.fingerprint}": other samples, labels or shards. Take them with data.fingerprint=""'
+        )
+    return dataclasses.replace(config, decoder=decode.resolved(config.decoder), fingerprint=index.fingerprint)
+
+
+def shard_lengths(config: Config) -> tuple[int, ...]:
+    """Samples in each shard of the training split; without data.root one shard of the published size."""
+    if config.name == "digits" or not config.root:
+        return (facts(config).samples.get("train", 0),)
+    index = open_split(config, "train")
+    assert index is not None
+    return tuple(index.lengths.tolist())
 
 
 def shares_images(config: Config, submodule_ranks: int, image_size: int) -> bool:
@@ -124,76 +141,147 @@ def shares_images(config: Config, submodule_ranks: int, image_size: int) -> bool
     return config.share == "gather" and submodule_ranks > 1
 
 
-@dataclass(frozen=True)
-class Batch:
-    """One micro batch of a replica: the same on all its ranks.
-
-    images: uint8 [b, C, H, W] on the device. labels: int64 [b] on the device. index: int64 [b], where each sample
-    stands in the global batch. seed, step: of the run, for the randomness.
-    """
-
-    images: Tensor
-    labels: Tensor
-    index: Tensor
-    seed: int
-    step: int
-
-    def draw(self, pass_: int, device: torch.device | str = "cpu") -> Draw:
-        """The randomness of pass `pass_` over this batch."""
-        return Draw.of(self.seed, self.step, pass_, image=self.index, device=device)
-
-
 class Reader:
-    """Reads the training split in the run's order, and any split once, for one rank.
+    """Reads the training split in the run's order, and any split once, for one rank. Collective.
 
     Args:
-        order: of the training split. share: this replica's part of every global batch.
+        augmentation: what the workers do to training images. order: of the training split. share: this replica's part
+        of every global batch.
     """
 
-    def __init__(self, config: Config, order: Order, share: Share, grid: Grid) -> None:
-        self.config, self.order, self.share, self.grid = config, order, share, grid
-        self.facts, self._open = SETS[config.name]
-        self._training = self._open("train")
+    def __init__(self, config: Config, augmentation: augment.Config, order: Order, share: Share, grid: Grid) -> None:
+        self.config, self.augmentation, self.order, self.share, self.grid = config, augmentation, order, share, grid
+        self.facts = facts(config)
+        # Named here for a run that is opened elsewhere: its own decoder may be another version.
+        self._transform = Transform(augmentation, self.facts.image_size, decode.installed(config.decoder), order.seed)
+        self._training, index = grid.together(lambda: self._open("train"))
         self._gathers = shares_images(config, grid.submodule_ranks, self.facts.image_size)
+        self._pins = grid.device.type == "cuda"
+        self._stream: Loader | None = None
+        self._answers: Iterator[Images] = iter(())
+        self._position = (-1, -1)
+        self.left_out = list(index.problems) if index is not None else []
+        """Samples of the training split that its index leaves out, and why."""
+        self._bad: list[str] = []
+        if index is not None:
+            mine = f"{self._transform.decoder}; data {index.fingerprint}"
+            for rank, other in enumerate(grid.gather(mine)):
+                if other != mine and not config.any_decoder:
+                    raise RefusedError(
+                        f"rank {rank} has {other}, rank {grid.rank} {mine}: install the same on every host"
+                    )
+
+    def _open(self, split: str) -> tuple[Source, Index | None]:
+        index = open_split(self.config, split)
+        return (digits_split(split) if index is None else Shards(index, self._transform)), index
+
+    @property
+    def _workers(self) -> int:
+        return self.config.workers if isinstance(self._training, Shards) else 0
 
     def train(self, epoch: int, first_step: int) -> Iterator[list[Batch]]:
-        """The micro batches of every step of `epoch` from `first_step` on; skipped steps read nothing."""
-        permutation = self.order.epoch(epoch)
-        size = self.order.global_batch
-        for step in range(first_step, self.order.steps_per_epoch):
-            samples = permutation[step * size : (step + 1) * size]
-            global_step = epoch * self.order.steps_per_epoch + step
-            yield [
-                self._batch(self._training, samples, self.share.indices(micro), global_step)
+        """The micro batches of every step of `epoch` from `first_step` on; skipped steps read nothing.
+
+        The workers go on into the next epoch, which is there without waiting when it is asked for next.
+        """
+        if self._position != (epoch, first_step):
+            self.close()
+            self._stream = loader.answers(
+                self._training.training, lambda n: self._jobs(epoch, first_step, n), self._workers, self._pins
+            )
+            self._answers = iter(self._stream)
+        steps = self.order.steps_per_epoch
+        for step in range(first_step, steps):
+            self._position = (-1, -1)  # unknown while a step is being read
+            batches = [
+                self._batch(next(self._answers), self.share.indices(micro), epoch * steps + step)
                 for micro in range(self.share.accumulation)
             ]
+            self._position = (epoch, step + 1) if step + 1 < steps else (epoch + 1, 0)
+            yield batches
 
-    def _batch(self, source: Source, samples: Tensor, index: Tensor, step: int) -> Batch:
-        images = self._images(source, samples[index])
-        labels = source.labels(samples[index]).to(self.grid.device, non_blocking=True)
-        return Batch(images, labels, index, self.order.seed, step)
+    def _jobs(self, epoch: int, step: int, skipped: int) -> Iterator[Job]:
+        """What the workers are asked for from a step on, without end; without the first `skipped` micro batches."""
+        steps, micros = self.order.steps_per_epoch, self.share.accumulation
+        position, micro = divmod(skipped, micros)
+        epoch, step = divmod(epoch * steps + step + position, steps)
+        while True:
+            batch = self.order.batches(epoch)
+            for s in range(step, steps):
+                samples, copies = batch(s)
+                for a in range(micro, micros):
+                    index = self._mine(self.share.indices(a))
+                    yield Job(epoch, samples[index], copies[index])
+                micro = 0
+            epoch, step = epoch + 1, 0
 
-    def _images(self, source: Source, samples: Tensor) -> Tensor:
-        """uint8 [n, C, H, W] on the device, read here or by all ranks of the replica together."""
+    def _mine(self, whole: Tensor) -> Tensor:
+        """The part of a forward's images that this rank reads."""
+        return whole.chunk(self.grid.submodule_ranks)[self.grid.submodule_rank] if self._gathers else whole
+
+    def _batch(self, read: Images, index: Tensor, step: int) -> Batch:
+        self._note(self._training, read)
+        images, labels, views = self._shared(read)
+        return Batch(images, labels, views, index, self.order.seed, step)
+
+    def _note(self, source: Source, read: Images) -> None:
+        self._bad += [f"{source.name(sample)}: {why}" for sample, why in read.bad]
+
+    def _shared(self, read: Images) -> tuple[Tensor, Tensor, Tensor]:
+        """(images, labels, views) on the device, read here or by all ranks of the replica together."""
+        device = self.grid.device
+        images, labels, views = (x.to(device, non_blocking=True) for x in read[:3])
         if not self._gathers:
-            return source.images(samples).to(self.grid.device, non_blocking=True)
-        mine = samples.chunk(self.grid.submodule_ranks)[self.grid.submodule_rank]
-        return self.grid.share_images(source.images(mine).to(self.grid.device))
+            return images, labels, views
+        # One message: each image's pixels, its label and its view as bytes.
+        parts = [images.flatten(1), labels[:, None].view(torch.uint8), views.view(torch.uint8)]
+        rows = self.grid.share_images(torch.cat(parts, 1))
+        pixels, label, view = rows.split([part.shape[1] for part in parts], 1)
+        labels = label.contiguous().view(torch.int64)[:, 0]
+        return pixels.unflatten(1, images.shape[1:]), labels, view.contiguous().view(torch.float32)
+
+    def new_bad(self) -> list[str]:
+        """File, member and reason of what this rank could not read since the last call."""
+        found, self._bad = self._bad, []
+        return found
+
+    def count(self, split: str) -> int:
+        """Samples of a split."""
+        index = open_split(self.config, split)
+        return self.facts.samples[split] if index is None else len(index)
 
     def evaluation(self, split: str) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """(images, labels, valid) of every batch; each sample of `split` is valid on exactly one replica.
 
         Every replica gets the same number of equal batches (ZeRO-3 gathers parameters in each forward), filled up
-        with copies of a sample that are not valid.
+        with copies of a sample that are not valid. The label of an image that cannot be read is -1.
         """
-        source, count = self._open(split), self.facts.count(split)
+        source, index = self._open(split)
+        count = self.facts.samples[split] if index is None else len(index)
         size = min(self.config.eval_batch, -(-count // self.grid.replicas))
         size += -size % self.grid.submodule_ranks if self._gathers else 0
-        for start in range(0, count, size * self.grid.replicas):
-            position = torch.arange(size) + start + self.grid.replica * size
-            samples = position.clamp(max=count - 1)
-            labels = source.labels(samples).to(self.grid.device)
-            yield self._images(source, samples), labels, (position < count).to(self.grid.device)
+        starts = range(self.grid.replica * size, count + self.grid.replica * size, size * self.grid.replicas)
+        positions = [torch.arange(size) + start for start in starts]
+        stream = loader.answers(
+            source.held_out,
+            lambda n: (self._mine(p.clamp(max=count - 1)) for p in positions[n:]),
+            self._workers,
+            self._pins,
+        )
+        try:
+            for position, read in zip(positions, stream, strict=True):
+                self._note(source, read)
+                images, labels, _ = self._shared(read)
+                yield images, labels, (position < count).to(self.grid.device)
+        finally:
+            stream.close()
+
+    def close(self) -> None:
+        """End the workers."""
+        self._position = (-1, -1)
+        if self._stream is not None:
+            self._stream.close()
+            self._stream = None
 
 
 def check_share(config: Config, facts: Facts, submodule_ranks: int, micro_batch: int) -> None:

@@ -7,7 +7,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from ..data.reader import Batch
+from ..data.batch import Batch
 from ..engine import Engine
 from ..models.slimmable import Width
 

@@ -21,7 +21,8 @@ from torch import Tensor
 from hsvit_kernels.random import Site, sequence
 
 from ..data import augment
-from ..data.reader import Batch, Facts
+from ..data.batch import Batch
+from ..data.sets import Facts
 from ..engine import Engine
 from ..models import slimmable
 from ..models.slimmable import Width

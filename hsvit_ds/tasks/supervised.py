@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..data import augment
-from ..data.reader import Batch, Facts
+from ..data.batch import Batch
+from ..data.sets import Facts
 from ..engine import Engine
 from ..models.slimmable import FULL, Width
 

@@ -17,7 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..data.reader import Batch, Facts
+from ..data.batch import Batch
+from ..data.sets import Facts
 from ..errors import RefusedError, first_line
 from ..interop import load_exactly, load_run, read_foreign, unwrapped
 

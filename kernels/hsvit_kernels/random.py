@@ -32,6 +32,7 @@ class Site(IntEnum):
     AUGMENT = 7
     DROP_PATH = 8
     WIDTH = 9
+    ERASING = 10
 
 
 def pcg4d(a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hsvit_ds.data.augment import Config as AugmentConfig
-from hsvit_ds.data.reader import DIGITS_FACTS, Batch
+from hsvit_ds.data.batch import Batch
+from hsvit_ds.data.sets import SETS
 from hsvit_ds.models.slimmable import Config as Widths
 from hsvit_ds.tasks import teacher
 from hsvit_ds.tasks.scala import Config, Sampler, Scala
@@ -101,7 +102,7 @@ def test_an_unsliced_model_has_one_pass() -> None:
 
 def test_the_full_only_phase_halves_the_rate_and_trains_one_width() -> None:
     config = Config(full_epochs=3)
-    task = Scala(config, AugmentConfig(), DIGITS_FACTS, sampler(full_epochs=3), None)
+    task = Scala(config, AugmentConfig(), SETS["digits"], sampler(full_epochs=3), None)
     assert [(task.passes(s), task.lr_factor(s)) for s in (0, 29, 30)] == [(1, 0.5), (1, 0.5), (4, 1.0)]
     assert [str(w) for w in task.widths(29)] == ["1.00"]
     assert task.trained(30) == task.widths(0)
@@ -128,9 +129,11 @@ def losses(
     generator = torch.Generator().manual_seed(0)
     logits = [tuple(torch.randn(4, 10, generator=generator) for _ in range(2)) for _ in range(4)]
     labels = torch.tensor([1, 5, 2, 2])
-    batch = Batch(torch.zeros(4, 1, 32, 32, dtype=torch.uint8), labels, torch.arange(4), seed=0, step=0)
+    batch = Batch(
+        torch.zeros(4, 1, 32, 32, dtype=torch.uint8), labels, torch.empty(4, 0), torch.arange(4), seed=0, step=0
+    )
     teach: Any = None if answers is None else lambda _batch, _images: answers
-    task = Scala(config, AugmentConfig(), DIGITS_FACTS, Sampler(config, Widths(smallest=0.25), 0, 10), teach)
+    task = Scala(config, AugmentConfig(), SETS["digits"], Sampler(config, Widths(smallest=0.25), 0, 10), teach)
     engine: Any = Echo(logits, distilled)  # type: ignore[arg-type]
     found: Iterator[Tensor] = task.losses(engine, batch)
     return list(found), logits, labels
@@ -177,8 +180,10 @@ def test_no_gradient_reaches_the_larger_network() -> None:
     config = Config()
     z, u = (torch.randn(4, 10, requires_grad=True) for _ in range(2))
     labels = torch.tensor([1, 5, 2, 2])
-    batch = Batch(torch.zeros(4, 1, 32, 32, dtype=torch.uint8), labels, torch.arange(4), seed=0, step=0)
-    task = Scala(config, AugmentConfig(), DIGITS_FACTS, Sampler(config, Widths(smallest=0.25), 0, 10), None)
+    batch = Batch(
+        torch.zeros(4, 1, 32, 32, dtype=torch.uint8), labels, torch.empty(4, 0), torch.arange(4), seed=0, step=0
+    )
+    task = Scala(config, AugmentConfig(), SETS["digits"], Sampler(config, Widths(smallest=0.25), 0, 10), None)
     pairs = [(z, u), *[(torch.randn(4, 10, requires_grad=True),) * 2 for _ in range(3)]]
     engine: Any = Echo(pairs, True)
     sum(list(task.losses(engine, batch))[1:]).backward()  # type: ignore[union-attr]

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from hsvit_ds import recipe as recipes
 from hsvit_ds.checkpoint import Position
-from hsvit_ds.data.reader import DIGITS_FACTS, Batch
+from hsvit_ds.data.batch import Batch
+from hsvit_ds.data.sets import SETS
 from hsvit_ds.errors import RefusedError
 from hsvit_ds.tasks.teacher import Config, Teacher, load
 
@@ -46,17 +47,17 @@ def resnet(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def batch(step: int, start: int = 0) -> tuple[Batch, Tensor]:
     images = torch.randn(4, 1, 32, 32, generator=torch.Generator().manual_seed(step * 100 + start))
     index = torch.arange(start, start + 4)
-    return Batch(images.to(torch.uint8), torch.zeros(4), index, 0, step), images
+    return Batch(images.to(torch.uint8), torch.zeros(4), torch.empty(4, 0), index, 0, step), images
 
 
 def teacher(config: Config, seed: int = 0) -> Teacher:
-    return Teacher(config, DIGITS_FACTS, torch.device("cpu"), torch.float32, batch=8, key={"seed": seed})
+    return Teacher(config, SETS["digits"], torch.device("cpu"), torch.float32, batch=8, key={"seed": seed})
 
 
 @pytest.mark.parametrize("kind", ["run", "timm"])
 def test_a_teacher_is_frozen_and_answers_as_itself(kind: str, run: Path, resnet: Path) -> None:
     config = Config(name=str(run)) if kind == "run" else Config(name=RESNET, weights=str(resnet))
-    module = load(config, DIGITS_FACTS)
+    module = load(config, SETS["digits"])
     assert not module.training
     assert not any(p.requires_grad for p in module.parameters())
     made, images = batch(0)
@@ -115,12 +116,12 @@ def test_a_teacher_that_does_not_fit_is_refused(
     places = {"RUN": str(run), "RESNET": str(resnet)}
     made = Config(**{key: places.get(value, value) for key, value in config.items()})
     with pytest.raises(RefusedError, match=message):
-        load(made, replace(DIGITS_FACTS, **change))  # type: ignore[arg-type]
+        load(made, replace(SETS["digits"], **change))  # type: ignore[arg-type]
 
 
 def test_weights_that_timm_cannot_download_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    facts = replace(DIGITS_FACTS, classes=1000, channels=3, image_size=224)
+    facts = replace(SETS["digits"], classes=1000, channels=3, image_size=224)
     with pytest.raises(RefusedError, match=r"timm cannot get its pretrained weights here .* set task.teacher.weights"):
         load(Config(name="timm/deit_tiny_patch16_224"), facts)
 
@@ -128,6 +129,6 @@ def test_weights_that_timm_cannot_download_are_named(monkeypatch: pytest.MonkeyP
 def test_its_memory_is_part_of_the_plan(run: Path) -> None:
     recipe = recipes.read(ROOT / "recipes/digits/scala.toml", [f"task.teacher.name={run}", "model.distilled=true"])
     _, plan = recipes.resolve(recipe, 1)
-    expected = sum(p.numel() for p in load(Config(name=str(run)), DIGITS_FACTS).parameters())
+    expected = sum(p.numel() for p in load(Config(name=str(run)), SETS["digits"]).parameters())
     assert plan.teacher_bytes == 4 * expected
     assert recipes.resolve(recipes.read(ROOT / "recipes/digits/scala.toml"), 1)[1].teacher_bytes == 0

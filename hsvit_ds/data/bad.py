@@ -1,0 +1,52 @@
+"""Images that cannot be read: counted over all ranks, named in a file, and too many of them refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ..errors import RefusedError
+from .reader import Reader
+
+FILE = "bad_samples.txt"
+
+
+class BadSamples:
+    """What the ranks of a run could not read so far, once each, also before it was resumed. Collective.
+
+    Args:
+        folder: of the run. most: share of the training images from which on the run is refused.
+    """
+
+    def __init__(self, folder: Path, reader: Reader, most: float) -> None:
+        self.path, self.reader, self.most = folder / FILE, reader, most
+        grid = reader.grid
+        self.names: set[str] = set(grid.agree(lambda: self._read()))
+        left_out = [name for name in reader.left_out if name not in self.names]
+        self._add(left_out)
+
+    def _read(self) -> list[str]:
+        return self.path.read_text().splitlines() if self.path.exists() else []
+
+    def update(self) -> list[str]:
+        """What has been found since the last call, sorted.
+
+        Raises:
+            RefusedError: there are too many.
+        """
+        found = {name for names in self.reader.grid.gather(self.reader.new_bad()) for name in names}
+        new = sorted(found - self.names)
+        self._add(new)
+        return new
+
+    def _add(self, new: list[str]) -> None:
+        self.names.update(new)
+        if new and self.reader.grid.is_main:
+            with self.path.open("a") as file:
+                file.writelines(f"{name}\n" for name in new)
+        total = self.reader.order.samples + len(self.reader.left_out)
+        if len(self.names) > self.most * total:
+            some = "; ".join(sorted(self.names)[:5])
+            raise RefusedError(
+                f"{len(self.names)} of {total} images cannot be read, more than data.max_bad_fraction = {self.most}: "
+                f"{some}; all of them: {self.path}"
+            )

@@ -1,0 +1,135 @@
+"""From the bytes of an image file to pixels: turbo-JPEG, scaled while it is decoded, or Pillow."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+
+import numpy as np
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError, features
+
+from ..errors import RefusedError, first_line
+
+
+class BadImageError(Exception):
+    """A file that holds no image; the message says why."""
+
+
+@dataclass(frozen=True)
+class Box:
+    """A part of an image, pixels."""
+
+    top: int
+    left: int
+    height: int
+    width: int
+
+
+def installed(decoder: str) -> str:
+    """The decoder and its versions, as a resolved recipe names it; "auto" takes the first that is installed.
+
+    Pillow is part of each, since it reads what turbo-JPEG does not.
+    """
+    name = decoder.partition(" ")[0]
+    pillow = f"pillow {version('pillow')} (libjpeg {features.version('jpg')})"
+    if name == "pillow":
+        return pillow
+    if name not in ("auto", "simplejpeg"):
+        raise RefusedError(f'data.decoder = "{decoder}": must be "auto", "simplejpeg" or "pillow"')
+    try:
+        return f"simplejpeg {version('simplejpeg')}, {pillow}"
+    except PackageNotFoundError:
+        if name == "auto":
+            return pillow
+        raise RefusedError('data.decoder = "simplejpeg": not installed; pip install simplejpeg') from None
+
+
+def resolved(decoder: str) -> str:
+    """`installed`, refused where a recipe names another version."""
+    found = installed(decoder)
+    if " " in decoder and decoder != found:
+        raise RefusedError(
+            f'data.decoder = "{decoder}", but here it is "{found}", whose pixels may differ; install the same, or take '
+            'this one with data.decoder = "auto" (and data.any_decoder = true to resume)'
+        )
+    return found
+
+
+class Picture:
+    """An image file whose header has been read: `height` and `width` are those after its EXIF rotation.
+
+    Raises:
+        BadImageError: it cannot be read.
+    """
+
+    def __init__(self, data: bytes, decoder: str) -> None:
+        self._data = data
+        self._pillow: Image.Image | None = None
+        if decoder.startswith("simplejpeg") and data[:3] == b"\xff\xd8\xff" and data.find(b"Exif\0\0", 0, 1 << 16) < 0:
+            import simplejpeg
+
+            try:
+                self.height, self.width, space, _ = simplejpeg.decode_jpeg_header(data)
+            except ValueError:  # Pillow may read it, and says better what is wrong
+                space = "unknown"
+            if space in ("YCbCr", "RGB", "Gray"):
+                return
+        self._open()
+
+    def _open(self) -> None:
+        if not self._data:
+            raise BadImageError("0 bytes")
+        try:
+            image: Image.Image = Image.open(io.BytesIO(self._data))  # of an animation the first frame
+            if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
+                image = ImageOps.exif_transpose(image)
+        except UnidentifiedImageError:
+            raise BadImageError("not an image") from None
+        except Exception as error:  # Pillow's plugins raise whatever a damaged header makes of them
+            raise BadImageError(first_line(error)) from None
+        self._pillow, self.height, self.width = image, image.height, image.width
+
+    def pixels(self, box: Box, size: int) -> np.ndarray:
+        """uint8 [height, width, 3] of a box that will be resized to `size`.
+
+        A JPEG with more than twice the pixels is halved, quartered or divided by eight while it is decoded, which skips
+        most of the work: the box is then that much smaller, and never smaller than `size`.
+        """
+        if self._pillow is None:
+            import simplejpeg
+
+            factor = _reduction(box, size)
+            small = (
+                {"min_height": -(-self.height // factor), "min_width": -(-self.width // factor)} if factor > 1 else {}
+            )
+            try:
+                whole = simplejpeg.decode_jpeg(self._data, "RGB", **small)
+                return _cut(whole, box, factor)
+            except ValueError:  # also of what Pillow only warns of, as of stray bytes
+                self._open()
+        assert self._pillow is not None
+        try:
+            return _cut(_rgb(self._pillow), box, 1)
+        except Exception as error:  # as above
+            raise BadImageError(first_line(error)) from None
+
+
+def _reduction(box: Box, size: int) -> int:
+    """Largest of 8, 4, 2, 1 that keeps both sides of the box at `size` or more."""
+    most = min(box.height, box.width) // size
+    return next(factor for factor in (8, 4, 2, 1) if factor <= max(most, 1))
+
+
+def _cut(whole: np.ndarray, box: Box, factor: int) -> np.ndarray:
+    bottom, right = -(-(box.top + box.height) // factor), -(-(box.left + box.width) // factor)
+    return whole[box.top // factor : bottom, box.left // factor : right]
+
+
+def _rgb(image: Image.Image) -> np.ndarray:
+    """uint8 [H, W, 3] of an image of any mode; 16 bits are scaled, transparency is drawn on black as it is stored."""
+    if image.mode.startswith("I") or image.mode == "F":  # convert("RGB") would cut everything above 255 off
+        grey = np.asarray(image).astype(np.float64)
+        top = 65535.0 if image.mode.startswith("I") else max(float(grey.max()), 1.0)
+        return np.repeat((grey.clip(0, top) * (255 / top)).round().astype(np.uint8)[:, :, None], 3, 2)
+    return np.asarray(image.convert("RGB"))

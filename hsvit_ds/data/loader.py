@@ -1,0 +1,163 @@
+"""Worker processes that answer jobs in order, ahead of time, and are replaced when they die.
+
+PyTorch's DataLoader does the work, with two things of ours around it. It runs in a thread, since in the main thread it
+installs a signal handler that throws into whatever is running there (a collective, say) when a worker dies. And its
+workers come from a fork server: a fork of a rank would copy the locks of gloo's, NCCL's and MLflow's threads.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import queue
+import sys
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from multiprocessing import connection
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from ..errors import RefusedError
+from .batch import Images
+
+Answer = Callable[[Any], Images]
+RESTARTS = 3
+"""Times that workers may die in a row without an answer in between."""
+
+
+class Loader:
+    """The images of one forward after the other.
+
+    Args:
+        start: gives an iterator of the answers from the n-th on. workers: processes that `start` uses; 0: each answer
+        is computed when it is asked for.
+    """
+
+    def __init__(self, start: Callable[[int], Iterable[Images]], workers: int) -> None:
+        self._start, self._workers = start, workers
+        self._stopped = threading.Event()
+        self._answers: queue.Queue[Images | BaseException | None] = queue.Queue(maxsize=1)
+        self._thread: threading.Thread | None = None
+
+    def __iter__(self) -> Iterator[Images]:
+        if not self._workers:
+            yield from map(_checked, self._start(0))
+            return
+        self._thread = threading.Thread(target=self._pump, daemon=True)
+        self._thread.start()
+        while (answer := self._answers.get()) is not None:
+            if isinstance(answer, BaseException):
+                raise answer
+            yield _checked(answer)
+
+    def close(self) -> None:
+        """End the workers."""
+        self._stopped.set()
+        if self._thread is not None:
+            while self._thread.is_alive():
+                try:  # whatever it is waiting to hand over
+                    self._answers.get(timeout=0.1)
+                except queue.Empty:
+                    continue
+            self._thread.join()
+
+    def _pump(self) -> None:
+        """In the thread."""
+        done = deaths = 0
+        try:
+            while not self._stopped.is_set():
+                try:
+                    for answer in self._start(done):
+                        if not self._hand_over(answer):
+                            return
+                        done, deaths = done + 1, 0
+                    break
+                except RuntimeError as error:
+                    if "exited unexpectedly" not in str(error):
+                        raise
+                    deaths += 1
+                    if deaths > RESTARTS:
+                        raise RefusedError(
+                            f"the data workers died {deaths} times in a row ({error}): out of memory, or "
+                            "/dev/shm is too small? Set data.workers lower"
+                        ) from None
+                    print(f"hsvit: warning: {error}; the data workers start anew", file=sys.stderr, flush=True)
+            self._hand_over(None)
+        except BaseException as error:
+            self._hand_over(error)
+
+    def _hand_over(self, answer: Images | BaseException | None) -> bool:
+        while not self._stopped.is_set():
+            try:
+                self._answers.put(answer, timeout=0.1)
+                return True
+            except queue.Full:
+                continue
+        return False
+
+
+def answers(answer: Answer, jobs: Callable[[int], Iterator[Any]], workers: int, pin: bool) -> Loader:
+    """A loader of the answers to jobs, in their order.
+
+    Args:
+        answer: computes one; pickled into the workers. jobs: gives the jobs from the n-th on. pin: into pinned memory.
+    """
+
+    def start(first: int) -> DataLoader[Images]:
+        return data_loader(_Answers(answer), workers, pin, sampler=_From(jobs, first))
+
+    return Loader(start, workers)
+
+
+def data_loader(dataset: Dataset[Images], workers: int, pin: bool, **more: Any) -> DataLoader[Images]:
+    """PyTorch's DataLoader of whole batches."""
+    processes: dict[str, Any] = {}
+    if workers:
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload([__name__])
+        processes = {"num_workers": workers, "multiprocessing_context": context, "worker_init_fn": _watch_the_rank}
+    return DataLoader(dataset, batch_size=None, collate_fn=_as_it_is, pin_memory=pin, **processes, **more)
+
+
+class _Answers(Dataset[Images]):
+    def __init__(self, answer: Answer) -> None:
+        self.answer = answer
+
+    def __getitem__(self, job: Any) -> Images:
+        try:
+            return self.answer(job)
+        except RefusedError as error:  # raised across processes it would carry the worker's stack trace
+            nothing = torch.empty(0)
+            return Images(nothing, nothing, nothing, [], refused=str(error))
+
+
+class _From:
+    def __init__(self, jobs: Callable[[int], Iterator[Any]], first: int) -> None:
+        self.jobs, self.first = jobs, first
+
+    def __iter__(self) -> Iterator[Any]:
+        return self.jobs(self.first)
+
+
+def _as_it_is(answer: Any) -> Any:
+    return answer
+
+
+def _checked(answer: Images) -> Images:
+    if answer.refused:
+        raise RefusedError(answer.refused)
+    return answer
+
+
+def _watch_the_rank(_worker: int) -> None:
+    """In a worker: end with the rank. PyTorch watches the parent process, which here is the fork server."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        connection.wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()

@@ -1,0 +1,145 @@
+"""A split whose samples can be read in any order: in memory, or from tar shards by their index."""
+
+from __future__ import annotations
+
+import os
+from collections import OrderedDict
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ..errors import RefusedError
+from . import digits
+from .augment import VIEW
+from .batch import Images, Job
+from .decode import BadImageError
+from .index import BLOCK, Index
+from .transform import Transform, own_generators
+
+OPEN_FILES = 128
+"""Shards that a process keeps open; a window of the order touches a few."""
+
+
+class Source(Protocol):
+    """One split. A worker process holds a copy of it."""
+
+    def training(self, job: Job) -> Images:
+        """The images of a job, augmented; a bad sample is replaced by the next good one in the index."""
+        ...
+
+    def held_out(self, samples: Tensor) -> Images:
+        """Images for evaluation; the label of a bad sample is -1."""
+        ...
+
+    def name(self, sample: int) -> str:
+        """The file and the member of a sample."""
+        ...
+
+
+class InMemory:
+    """Images uint8 [N, C, H, W] and labels int64 [N], never bad."""
+
+    def __init__(self, images: Tensor, labels: Tensor) -> None:
+        self.images, self.labels = images, labels
+
+    def training(self, job: Job) -> Images:
+        return self.held_out(job.samples)
+
+    def held_out(self, samples: Tensor) -> Images:
+        return Images(self.images[samples], self.labels[samples], torch.empty(len(samples), 0), [])
+
+    def name(self, sample: int) -> str:
+        return f"sample {sample}"
+
+
+def digits_split(split: str) -> InMemory:
+    return InMemory(*digits.split(split))
+
+
+class Shards:
+    """A split in tar shards.
+
+    A read is two system calls: is the file still the one that was opened, and the bytes of one image.
+    """
+
+    def __init__(self, index: Index, transform: Transform) -> None:
+        self.index, self.transform = index, transform
+        self._files: OrderedDict[int, int] = OrderedDict()
+
+    def __getstate__(self) -> dict[str, object]:
+        return self.__dict__ | {"_files": OrderedDict()}  # a worker opens its own
+
+    def training(self, job: Job) -> Images:
+        side = self.transform.config.canvas or self.transform.size
+        found = _empty(len(job.samples), side, VIEW if self.transform.config.canvas else 0)
+        with own_generators():
+            for i, (sample, copy) in enumerate(zip(job.samples.tolist(), job.copies.tolist(), strict=True)):
+                self._training(found, i, sample, copy, job.epoch)
+        return found
+
+    def _training(self, found: Images, i: int, sample: int, copy: int, epoch: int) -> None:
+        for other in range(sample, sample + len(self.index)):
+            other %= len(self.index)
+            try:
+                pixels, view = self.transform.training(self.read(other), epoch, other, copy)
+            except BadImageError as error:
+                found.bad.append((other, str(error)))
+                continue
+            found.pixels[i], found.labels[i] = pixels, int(self.index.labels[other])
+            found.views[i] = torch.tensor(view)
+            return
+        raise RefusedError(f"{self.index.folder}: no image of the split can be read")
+
+    def held_out(self, samples: Tensor) -> Images:
+        found = _empty(len(samples), self.transform.size, 0)
+        for i, sample in enumerate(samples.tolist()):
+            try:
+                found.pixels[i] = self.transform.held_out(self.read(sample))
+                found.labels[i] = int(self.index.labels[sample])
+            except BadImageError as error:
+                found.bad.append((sample, str(error)))
+                found.pixels[i], found.labels[i] = 0, -1
+        return found
+
+    def read(self, sample: int) -> bytes:
+        """The image file of a sample.
+
+        Raises:
+            RefusedError: the shard has changed since the index was opened. BadImageError: it is cut off.
+        """
+        shard = self.index.shard_of(sample)
+        size = int(self.index.sizes[sample])
+        data = os.pread(self._open(shard), size, int(self.index.offsets[sample]) * BLOCK)
+        if len(data) < size:
+            raise BadImageError(f"cut off: {len(data)} of {size} bytes")
+        return data
+
+    def _open(self, shard: int) -> int:
+        """The file of a shard, which is still the one that the index was compared with."""
+        path = self.index.folder / self.index.shards[shard]
+        file = self._files.get(shard)
+        if file is None:
+            try:
+                file = self._files[shard] = os.open(path, os.O_RDONLY)
+            except OSError as error:
+                raise RefusedError(f"{path}: {error.strerror}, while the run was reading it") from error
+            if len(self._files) > OPEN_FILES:
+                os.close(self._files.popitem(last=False)[1])
+        else:
+            self._files.move_to_end(shard)
+        now = os.fstat(file)
+        if now.st_size != self.index.bytes[shard] or now.st_mtime_ns != self.index.modified[shard]:
+            raise RefusedError(
+                f"{path}: changed while the run was reading it; restore it, or make a new index "
+                f"(hsvit shards index {self.index.folder}) and start a new run"
+            )
+        return file
+
+    def name(self, sample: int) -> str:
+        return self.index.name(sample)
+
+
+def _empty(count: int, side: int, view: int) -> Images:
+    labels = torch.empty(count, dtype=torch.int64)
+    return Images(torch.empty(count, 3, side, side, dtype=torch.uint8), labels, torch.empty(count, view), [])

@@ -1,0 +1,152 @@
+"""One image file to one uint8 tensor, in a worker: cropped, flipped and augmented, keyed on (seed, epoch, sample)."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from hsvit_kernels.random import Site, key
+
+from . import augment
+from .augment import VIEW
+from .decode import Box, Picture
+
+_RATIO = (math.log(3 / 4), math.log(4 / 3))
+
+
+class Transform:
+    """What `augment` asks of the workers.
+
+    Args:
+        size: side of the images that the model takes. decoder: see `decode.installed`. seed: of the run.
+    """
+
+    def __init__(self, config: augment.Config, size: int, decoder: str, seed: int) -> None:
+        self.config, self.size, self.decoder, self.seed = config, size, decoder, seed
+
+    def training(self, data: bytes, epoch: int, sample: int, copy: int) -> tuple[Tensor, list[float]]:
+        """(uint8 [3, S, S], its view: empty unless the device is to cut it out). Everything random is drawn from
+        Python's, NumPy's and PyTorch's generators, which are set here: see `own_generators`.
+
+        Raises:
+            BadImageError: it cannot be read.
+        """
+        c = self.config
+        high, low = key(self.seed, int(Site.AUGMENT), epoch, sample, copy)
+        random.seed(high << 32 | low)
+        picture = Picture(data, self.decoder)
+        box = self._crop(picture.height, picture.width)
+        flip = random.random() < c.flip
+        if c.canvas:
+            whole = Box(0, 0, picture.height, picture.width)
+            pixels = _resized(picture.pixels(whole, c.canvas), (c.canvas, c.canvas), c.filter)
+            return pixels, self._view(picture, box, flip)
+        if c.crop == "none":
+            x = self._centred(picture)
+        else:
+            x = _resized(picture.pixels(box, self.size), (self.size, self.size), c.filter)
+        x = x.flip(2) if flip else x
+        if self._policies:
+            np.random.seed(low)
+            torch.manual_seed(high << 32 | low)
+            image = Image.fromarray(x.permute(1, 2, 0).numpy())
+            for policy in self._policies:
+                image = policy(image)
+            x = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+        return x, []
+
+    def held_out(self, data: bytes) -> Tensor:
+        """uint8 [3, S, S] for evaluation: see `augment.Config.eval_crop`."""
+        return self._centred(Picture(data, self.decoder))
+
+    def _centred(self, picture: Picture) -> Tensor:
+        share, size = self.config.eval_crop, self.size
+        height, width = picture.height, picture.width
+        if not share:
+            return _resized(picture.pixels(Box(0, 0, height, width), size), (size, size), self.config.filter)
+        shorter = round(size / share)
+        scale = shorter / min(height, width)
+        resized = (round(height * scale), round(width * scale))
+        x = _resized(picture.pixels(Box(0, 0, height, width), shorter), resized, self.config.filter)
+        top, left = (resized[0] - size) // 2, (resized[1] - size) // 2
+        return x[:, top : top + size, left : left + size]
+
+    def _crop(self, height: int, width: int) -> Box:
+        """A random part of the image; after ten that do not fit, the largest of a permitted aspect ratio."""
+        if self.config.crop != "random_resized":
+            return Box(0, 0, height, width)
+        for _ in range(10):
+            area = height * width * random.uniform(*self.config.crop_scale)
+            ratio = math.exp(random.uniform(*_RATIO))
+            tall, wide = round(math.sqrt(area / ratio)), round(math.sqrt(area * ratio))
+            if 0 < tall <= height and 0 < wide <= width:
+                return Box(random.randint(0, height - tall), random.randint(0, width - wide), tall, wide)
+        low, high = (math.exp(ratio) for ratio in _RATIO)
+        tall, wide = min(height, round(width / low)), min(width, round(height * high))
+        return Box((height - tall) // 2, (width - wide) // 2, tall, wide)
+
+    def _view(self, picture: Picture, box: Box, flip: bool) -> list[float]:
+        height, width = picture.height, picture.width
+        most = self.config.colour_jitter
+        colours = [random.uniform(1 - most, 1 + most) for _ in range(3)]
+        view = [box.top / height, box.left / width, box.height / height, box.width / width, float(flip), *colours]
+        assert len(view) == VIEW
+        return view
+
+    @cached_property
+    def _policies(self) -> list[Any]:
+        """Functions of a Pillow image. Imported where they are used: timm takes 6 s."""
+        c = self.config
+        found: list[Any] = []
+        if c.policy in augment.POLICIES:
+            from torchvision import transforms
+
+            mode = transforms.InterpolationMode.BILINEAR
+            found.append(getattr(transforms, c.policy)(interpolation=mode))
+        elif c.policy:
+            from timm.data.auto_augment import (
+                augment_and_mix_transform,
+                auto_augment_transform,
+                rand_augment_transform,
+            )
+
+            filter_ = Image.Resampling[c.filter.upper()]
+            kind = {"rand": rand_augment_transform, "augm": augment_and_mix_transform}
+            make = kind.get(c.policy[:4], auto_augment_transform)
+            hparams = {"translate_const": int(self.size * 0.45), "img_mean": (124, 116, 104), "interpolation": filter_}
+            found.append(make(c.policy, hparams))
+        if c.colour_jitter:
+            from torchvision import transforms
+
+            found.append(transforms.ColorJitter(*[c.colour_jitter] * 3))
+        return found
+
+
+def _resized(image: np.ndarray, size: tuple[int, int], filter_: str) -> Tensor:
+    """uint8 [H, W, 3] to uint8 [3, *size], antialiased. PyTorch's own is two to three times as fast as Pillow's."""
+    x = torch.from_numpy(np.ascontiguousarray(image) if not image.flags.writeable else image).permute(2, 0, 1)
+    if x.shape[1:] == size:
+        return x
+    return F.interpolate(x[None], size, mode=filter_, antialias=True)[0]
+
+
+@contextmanager
+def own_generators() -> Iterator[None]:
+    """Leave Python's, NumPy's and PyTorch's generators as they were."""
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])

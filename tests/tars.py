@@ -1,0 +1,60 @@
+"""Small data sets in tar shards, written by the tests."""
+
+from __future__ import annotations
+
+import io
+import tarfile
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from hsvit_ds.data.index import build, split_shards
+
+
+def picture(number: int, side: int | tuple[int, int] = 32) -> Image.Image:
+    """An RGB image whose pixels follow from its number: a few smooth blobs, so that JPEG keeps them."""
+    size = (side, side) if isinstance(side, int) else side
+    coarse = np.random.default_rng(number).integers(0, 256, (4, 4, 3), dtype=np.uint8)
+    return Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC)
+
+
+def encoded(image: Image.Image, kind: str = "JPEG", **options: object) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def write_tar(path: Path, members: list[tuple[str, bytes]]) -> None:
+    with tarfile.open(path, "w") as tar:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+
+
+def sample(number: int, data: bytes, label: int, extension: str = "jpg") -> list[tuple[str, bytes]]:
+    return [(f"{number:06d}.{extension}", data), (f"{number:06d}.cls", str(label).encode())]
+
+
+def write_split(
+    folder: Path, split: str, count: int, *, shards: int = 3, classes: int = 10, side: int = 32, name: str = "tiny"
+) -> None:
+    """`count` pictures, numbered over the split, in shards of nearly equal length; sample i has label i % classes."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for shard, numbers in enumerate(np.array_split(np.arange(count), shards)):
+        members = [m for i in numbers.tolist() for m in sample(i, encoded(picture(i, side)), i % classes)]
+        write_tar(folder / f"{name}-{split}-{shard:04d}.tar", members)
+
+
+def make_index(folder: Path) -> None:
+    for split, shards in split_shards(folder).items():
+        build(folder, shards, processes=1).save(folder / f"{split}.index.npz")
+
+
+def data_set(folder: Path, train: int = 48, val: int = 20, **options: int) -> Path:
+    """An indexed set with a training and a validation split; returns its folder."""
+    write_split(folder, "train", train, **options)
+    write_split(folder, "val", val, **options)
+    make_index(folder)
+    return folder

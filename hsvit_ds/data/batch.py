@@ -10,6 +10,9 @@ from torch import Tensor
 
 from hsvit_kernels.random import Draw
 
+PADDING, UNREADABLE = -2, -1
+"""Labels in evaluation: of what only fills up a batch, and of an image that could not be read."""
+
 
 class Job(NamedTuple):
     """The images of one forward, as a worker is asked for them.
@@ -26,14 +29,14 @@ class Images(NamedTuple):
     """What a worker answers.
 
     pixels: uint8 [n, C, H, W]. labels: int64 [n]. views: fp32 [n, 8], what the device still has to cut out of
-    `pixels` (see `augment.VIEW`), or [n, 0]. bad: (sample, why) of those that could not be read, in whose place the
-    next good one stands. refused: why the worker stopped, empty if it did not.
+    `pixels` (see `augment.VIEW`), or [n, 0]. bad: file, member and reason of
+    each that could not be read. refused: why the worker stopped, empty if it did not.
     """
 
     pixels: Tensor
     labels: Tensor
     views: Tensor
-    bad: list[tuple[int, str]]
+    bad: list[str]
     refused: str = ""
 
 

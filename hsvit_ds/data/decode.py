@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import warnings
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 
@@ -78,16 +79,7 @@ class Picture:
         self._open()
 
     def _open(self) -> None:
-        if not self._data:
-            raise BadImageError("0 bytes")
-        try:
-            image: Image.Image = Image.open(io.BytesIO(self._data))  # of an animation the first frame
-            if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
-                image = ImageOps.exif_transpose(image)
-        except UnidentifiedImageError:
-            raise BadImageError("not an image") from None
-        except Exception as error:  # Pillow's plugins raise whatever a damaged header makes of them
-            raise BadImageError(first_line(error)) from None
+        image = open_upright(self._data)
         self._pillow, self.height, self.width = image, image.height, image.width
 
     def pixels(self, box: Box, size: int) -> np.ndarray:
@@ -113,6 +105,27 @@ class Picture:
             return _cut(_rgb(self._pillow), box, 1)
         except Exception as error:  # as above
             raise BadImageError(first_line(error)) from None
+
+
+def open_upright(data: bytes) -> Image.Image:
+    """Pillow's image, turned as its EXIF says; its pixels are decoded when they are needed.
+
+    Raises:
+        BadImageError: Pillow knows no such file.
+    """
+    if not data:
+        raise BadImageError("0 bytes")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of odd metadata, once for each such image
+            image: Image.Image = Image.open(io.BytesIO(data))  # of an animation the first frame
+            if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
+                image = ImageOps.exif_transpose(image)
+    except UnidentifiedImageError:
+        raise BadImageError("not an image") from None
+    except Exception as error:  # Pillow's plugins raise whatever a damaged header makes of them
+        raise BadImageError(first_line(error)) from None
+    return image
 
 
 def _reduction(box: Box, size: int) -> int:

@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import re
+import sys
 import tarfile
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -18,6 +19,7 @@ from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import BinaryIO
+from zipfile import BadZipFile
 
 import numpy as np
 
@@ -107,7 +109,7 @@ def open_index(path: Path, folder: Path) -> Index:
             if file["format"] != FORMAT:
                 raise RefusedError(f"{path}: format {file['format']}, this version reads {FORMAT}; {remedy}")
             arrays = {f.name: file[f.name] for f in fields(Index) if f.name != "folder"}
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, EOFError, ValueError, KeyError, BadZipFile) as error:
         raise RefusedError(f"{path}: not an index ({first_line(error)}); {remedy}") from error
     texts = {name: tuple(str(text) for text in arrays.pop(name)) for name in ("shards", "problems")}
     return _compared(Index(folder, **texts, **arrays), path, remedy)  # type: ignore[arg-type]
@@ -224,8 +226,11 @@ class Member:
     text: bytes
 
 
-def walk(path: Path, file: BinaryIO, problems: list[str]) -> Iterator[Member]:
-    """The files of a tar in their order; where it is cut off or damaged the walk ends and says so in `problems`."""
+def walk(path: Path, file: BinaryIO, problems: list[str], end: int = sys.maxsize) -> Iterator[Member]:
+    """The files of a tar in their order; where it is cut off or damaged the walk ends and says so in `problems`.
+
+    end: byte of `file` at which the tar ends, where it is itself in a tar.
+    """
     last = "its start"
     try:
         with tarfile.open(fileobj=file, mode="r:") as tar:
@@ -237,8 +242,12 @@ def walk(path: Path, file: BinaryIO, problems: list[str]) -> Iterator[Member]:
                     yield Member(member.name, member.offset_data, member.size, text)
                     last = member.name
                 tar.members = []  # type: ignore[attr-defined]  # it keeps them all
-            if len(os.pread(file.fileno(), BLOCK, tar.offset)) < BLOCK:
+            # tarfile stops at any block that is no header.
+            rest = os.pread(file.fileno(), max(min(1 << 20, end - tar.offset), 0), tar.offset)
+            if len(rest) < BLOCK:
                 problems.append(f"{path.name}: cut off after {last} (no end mark)")
+            elif any(rest):
+                problems.append(f"{path.name}: damaged after {last}")
     except tarfile.TarError as error:
         problems.append(f"{path.name}: cut off or damaged after {last} ({first_line(error)})")
 
@@ -259,17 +268,19 @@ def grouped(members: Iterable[Member]) -> Iterator[tuple[str, dict[str, Member]]
         yield key, group
 
 
-def label_of(members: dict[str, Member]) -> int | None:
-    """The label in `.cls`, or in "label" of `.json`; None where there is none.
+def label_of(members: dict[str, bytes]) -> int | None:
+    """The label in `.cls`, or in "label" of `.json`, by the members' extensions; None where there is none.
 
     Raises:
         ValueError: it is not a number.
     """
     if ".cls" in members:
-        return int(members[".cls"].text)
+        return int(members[".cls"])
     if ".json" in members:
-        label = json.loads(members[".json"].text).get("label")
-        return None if label is None else int(label)
+        label = json.loads(members[".json"]).get("label")
+        if label is not None and type(label) is not int:
+            raise ValueError(label)
+        return label
     return None
 
 
@@ -279,7 +290,7 @@ def _sample(key: str, members: dict[str, Member], bytes_: int) -> tuple[int, int
     if image is None:
         return f"{key}: no image among {', '.join(sorted(members))}"
     try:
-        label = label_of(members)
+        label = label_of({extension: member.text for extension, member in members.items()})
     except (ValueError, AttributeError):
         return f"{key}: its label is not a number"
     if label is None:

@@ -12,7 +12,7 @@ import os
 import queue
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from multiprocessing import connection
 from typing import Any
 
@@ -111,12 +111,16 @@ def answers(answer: Answer, jobs: Callable[[int], Iterator[Any]], workers: int, 
     return Loader(start, workers)
 
 
+def preload(modules: Sequence[str]) -> None:
+    """Have the fork server import what the workers will use: once, instead of once for each of them."""
+    multiprocessing.get_context("forkserver").set_forkserver_preload([__name__, *modules])
+
+
 def data_loader(dataset: Dataset[Images], workers: int, pin: bool, **more: Any) -> DataLoader[Images]:
     """PyTorch's DataLoader of whole batches."""
     processes: dict[str, Any] = {}
     if workers:
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload([__name__])
         processes = {"num_workers": workers, "multiprocessing_context": context, "worker_init_fn": _watch_the_rank}
     return DataLoader(dataset, batch_size=None, collate_fn=_as_it_is, pin_memory=pin, **processes, **more)
 

@@ -12,13 +12,14 @@ from torch import Tensor
 
 from ..errors import RefusedError
 from ..grid import Grid
-from . import augment, decode, loader
-from .batch import Batch, Images, Job
+from . import augment, decode, loader, stream
+from .batch import PADDING, Batch, Images, Job
 from .index import Index, open_index, split_shards, stand_in
 from .loader import Loader
 from .order import Order, Share
 from .sets import SETS, Facts, photographs
-from .sources import Shards, Source, digits_split
+from .sources import InMemory, Shards, Source, digits_split
+from .stream import Streamed
 from .transform import Transform
 
 
@@ -28,7 +29,8 @@ class Config:
     """The data set: "digits" is built in; "cifar10", "imagenette", "tiny_imagenet" and "imagenet1k" are known; any
     other name is a set of your own, with `classes`."""
     root: str = ""
-    """Folder of its shards NAME-SPLIT-0000.tar, indexed by `hsvit shards index`."""
+    """Folder of its shards NAME-SPLIT-0000.tar, indexed by `hsvit shards index`; or a URL with `_info.json` (https:,
+    s3:, gs:, pipe:cat /x), whose shards are streamed, with the weaker promises of `stream.py`."""
     index: str = ""
     """Folder of the index files, where they are not beside the shards."""
     classes: int = 0
@@ -42,6 +44,10 @@ class Config:
     share: str = "auto"
     """"none": every submodule rank reads all images of its replica; "gather": each reads its part and they gather
     uint8; "auto": gather from 3 submodule ranks and above 64 px on."""
+    cache: str = ""
+    """Folder for streamed shards, which are then fetched once; "": fetched in every epoch."""
+    timeout: float = 30.0
+    """Seconds that a server may send nothing before it is asked again."""
     workers: int = 4
     """Processes of a rank that read, decode and augment; 0: the rank itself."""
     decoder: str = "auto"
@@ -66,6 +72,8 @@ class Config:
         for name in ("workers", "classes", "image_size"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} = {getattr(self, name)}: must not be negative")
+        if self.timeout <= 0:
+            raise ValueError(f"timeout = {self.timeout}: must be above 0 seconds")
         if not 0 <= self.max_bad_fraction <= 1:
             raise ValueError(f"max_bad_fraction = {self.max_bad_fraction}: must be in [0, 1]")
         if self.name not in SETS and not self.classes:
@@ -84,10 +92,16 @@ def facts(config: Config) -> Facts:
     )
 
 
-def open_split(config: Config, split: str) -> Index | None:
-    """The index of a split, None for a set in memory; refused where there is none, or not of this data set."""
+def open_split(config: Config, split: str) -> Index | stream.Split | None:
+    """Where the samples of a split are: by their index, behind URLs, or None for a set in memory.
+
+    Raises:
+        RefusedError: nothing is there, or it is not of this data set.
+    """
     if config.name == "digits":
         return None
+    if stream.is_url(config.root):
+        return stream.open_split(config.root, split, config.timeout)
     if not config.root:
         raise RefusedError(f"data.root is not set: the folder of {config.name}'s shards, NAME-SPLIT-0000.tar")
     folder = Path(config.root)
@@ -115,23 +129,23 @@ def resolved(config: Config) -> Config:
     """With the decoder and the fingerprint of the data filled in; refuses others than a recipe names."""
     if config.name == "digits" or not config.root:
         return config
-    index = open_split(config, "train")
-    assert index is not None
-    if config.fingerprint not in ("", index.fingerprint):
+    there = open_split(config, "train")
+    assert there is not None
+    if config.fingerprint not in ("", there.fingerprint):
         raise RefusedError(
             f'data.fingerprint = "{config.fingerprint}", but the training split in {config.root} has '
-            f'"{index.fingerprint}": other samples, labels or shards. Take them with data.fingerprint=""'
+            f'"{there.fingerprint}": other samples, labels or shards. Take them with data.fingerprint=""'
         )
-    return dataclasses.replace(config, decoder=decode.resolved(config.decoder), fingerprint=index.fingerprint)
+    return dataclasses.replace(config, decoder=decode.resolved(config.decoder), fingerprint=there.fingerprint)
 
 
 def shard_lengths(config: Config) -> tuple[int, ...]:
     """Samples in each shard of the training split; without data.root one shard of the published size."""
     if config.name == "digits" or not config.root:
         return (facts(config).samples.get("train", 0),)
-    index = open_split(config, "train")
-    assert index is not None
-    return tuple(index.lengths.tolist())
+    there = open_split(config, "train")
+    assert there is not None
+    return tuple(int(length) for length in there.lengths)
 
 
 def shares_images(config: Config, submodule_ranks: int, image_size: int) -> bool:
@@ -154,30 +168,53 @@ class Reader:
         self.facts = facts(config)
         # Named here for a run that is opened elsewhere: its own decoder may be another version.
         self._transform = Transform(augmentation, self.facts.image_size, decode.installed(config.decoder), order.seed)
-        self._training, index = grid.together(lambda: self._open("train"))
+        there = grid.together(lambda: open_split(config, "train"))
         self._gathers = shares_images(config, grid.submodule_ranks, self.facts.image_size)
+        self._training = self._source("train", there)
         self._pins = grid.device.type == "cuda"
+        loader.preload(self._transform.modules)
         self._stream: Loader | None = None
         self._answers: Iterator[Images] = iter(())
         self._position = (-1, -1)
-        self.left_out = list(index.problems) if index is not None else []
+        self.left_out = list(there.problems) if isinstance(there, Index) else []
         """Samples of the training split that its index leaves out, and why."""
         self._bad: list[str] = []
-        if index is not None:
-            mine = f"{self._transform.decoder}; data {index.fingerprint}"
+        if there is not None:
+            mine = f"{self._transform.decoder}; data {there.fingerprint}"
             for rank, other in enumerate(grid.gather(mine)):
                 if other != mine and not config.any_decoder:
                     raise RefusedError(
                         f"rank {rank} has {other}, rank {grid.rank} {mine}: install the same on every host"
                     )
 
-    def _open(self, split: str) -> tuple[Source, Index | None]:
-        index = open_split(self.config, split)
-        return (digits_split(split) if index is None else Shards(index, self._transform)), index
+    def _source(self, split: str, there: Index | stream.Split | None) -> Source | Streamed:
+        if there is None:
+            return digits_split(split)
+        if isinstance(there, Index):
+            return Shards(there, self._transform)
+        s = self.grid.submodule_ranks if self._gathers else 1
+        return Streamed(
+            there,
+            self._transform,
+            reader=self.grid.replica * s + (self.grid.submodule_rank if self._gathers else 0),
+            readers=self.grid.replicas * s,
+            count=self.share.micro_batch // s,
+            window=self.config.window,
+            cache=self.config.cache,
+            timeout=self.config.timeout,
+        )
 
     @property
     def _workers(self) -> int:
-        return self.config.workers if isinstance(self._training, Shards) else 0
+        return 0 if isinstance(self._training, InMemory) else self.config.workers
+
+    def _started(self, epoch: int, step: int) -> Loader:
+        """The images of the micro batches from a step on."""
+        source = self._training
+        if isinstance(source, Streamed):
+            done = (epoch * self.order.steps_per_epoch + step) * self.share.accumulation
+            return source.start(self._workers, self._pins, done)
+        return loader.answers(source.training, lambda n: self._jobs(epoch, step, n), self._workers, self._pins)
 
     def train(self, epoch: int, first_step: int) -> Iterator[list[Batch]]:
         """The micro batches of every step of `epoch` from `first_step` on; skipped steps read nothing.
@@ -186,9 +223,7 @@ class Reader:
         """
         if self._position != (epoch, first_step):
             self.close()
-            self._stream = loader.answers(
-                self._training.training, lambda n: self._jobs(epoch, first_step, n), self._workers, self._pins
-            )
+            self._stream = self._started(epoch, first_step)
             self._answers = iter(self._stream)
         steps = self.order.steps_per_epoch
         for step in range(first_step, steps):
@@ -220,15 +255,12 @@ class Reader:
         return whole.chunk(self.grid.submodule_ranks)[self.grid.submodule_rank] if self._gathers else whole
 
     def _batch(self, read: Images, index: Tensor, step: int) -> Batch:
-        self._note(self._training, read)
         images, labels, views = self._shared(read)
         return Batch(images, labels, views, index, self.order.seed, step)
 
-    def _note(self, source: Source, read: Images) -> None:
-        self._bad += [f"{source.name(sample)}: {why}" for sample, why in read.bad]
-
     def _shared(self, read: Images) -> tuple[Tensor, Tensor, Tensor]:
         """(images, labels, views) on the device, read here or by all ranks of the replica together."""
+        self._bad += read.bad
         device = self.grid.device
         images, labels, views = (x.to(device, non_blocking=True) for x in read[:3])
         if not self._gathers:
@@ -247,34 +279,32 @@ class Reader:
 
     def count(self, split: str) -> int:
         """Samples of a split."""
-        index = open_split(self.config, split)
-        return self.facts.samples[split] if index is None else len(index)
+        there = open_split(self.config, split)
+        return self.facts.samples[split] if there is None else sum(int(length) for length in there.lengths)
 
     def evaluation(self, split: str) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """(images, labels, valid) of every batch; each sample of `split` is valid on exactly one replica.
 
         Every replica gets the same number of equal batches (ZeRO-3 gathers parameters in each forward), filled up
-        with copies of a sample that are not valid. The label of an image that cannot be read is -1.
+        where they are not valid. The label of an image that cannot be read is `batch.UNREADABLE`.
         """
-        source, index = self._open(split)
-        count = self.facts.samples[split] if index is None else len(index)
+        source, count = self._source(split, open_split(self.config, split)), self.count(split)
         size = min(self.config.eval_batch, -(-count // self.grid.replicas))
         size += -size % self.grid.submodule_ranks if self._gathers else 0
-        starts = range(self.grid.replica * size, count + self.grid.replica * size, size * self.grid.replicas)
-        positions = [torch.arange(size) + start for start in starts]
-        stream = loader.answers(
-            source.held_out,
-            lambda n: (self._mine(p.clamp(max=count - 1)) for p in positions[n:]),
-            self._workers,
-            self._pins,
-        )
+        if isinstance(source, Streamed):
+            size //= self.grid.submodule_ranks if self._gathers else 1
+            answers = dataclasses.replace(source, count=size, once=True).start(self._workers, self._pins)
+        else:
+            starts = range(self.grid.replica * size, count + self.grid.replica * size, size * self.grid.replicas)
+            positions = [torch.arange(size) + start for start in starts]
+            samples = [self._mine(torch.where(p < count, p, -1)) for p in positions]
+            answers = loader.answers(source.held_out, lambda n: iter(samples[n:]), self._workers, self._pins)
         try:
-            for position, read in zip(positions, stream, strict=True):
-                self._note(source, read)
+            for read in answers:
                 images, labels, _ = self._shared(read)
-                yield images, labels, (position < count).to(self.grid.device)
+                yield images, labels, labels != PADDING
         finally:
-            stream.close()
+            answers.close()
 
     def close(self) -> None:
         """End the workers."""

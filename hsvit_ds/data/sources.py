@@ -12,7 +12,7 @@ from torch import Tensor
 from ..errors import RefusedError
 from . import digits
 from .augment import VIEW
-from .batch import Images, Job
+from .batch import PADDING, UNREADABLE, Images, Job
 from .decode import BadImageError
 from .index import BLOCK, Index
 from .transform import Transform, own_generators
@@ -29,11 +29,7 @@ class Source(Protocol):
         ...
 
     def held_out(self, samples: Tensor) -> Images:
-        """Images for evaluation; the label of a bad sample is -1."""
-        ...
-
-    def name(self, sample: int) -> str:
-        """The file and the member of a sample."""
+        """Images for evaluation, padding where a number is negative. See `batch.PADDING` and `batch.UNREADABLE`."""
         ...
 
 
@@ -44,13 +40,11 @@ class InMemory:
         self.images, self.labels = images, labels
 
     def training(self, job: Job) -> Images:
-        return self.held_out(job.samples)
+        return Images(self.images[job.samples], self.labels[job.samples], torch.empty(len(job.samples), 0), [])
 
     def held_out(self, samples: Tensor) -> Images:
-        return Images(self.images[samples], self.labels[samples], torch.empty(len(samples), 0), [])
-
-    def name(self, sample: int) -> str:
-        return f"sample {sample}"
+        labels = torch.where(samples < 0, PADDING, self.labels[samples])
+        return Images(self.images[samples], labels, torch.empty(len(samples), 0), [])
 
 
 def digits_split(split: str) -> InMemory:
@@ -72,7 +66,7 @@ class Shards:
 
     def training(self, job: Job) -> Images:
         side = self.transform.config.canvas or self.transform.size
-        found = _empty(len(job.samples), side, VIEW if self.transform.config.canvas else 0)
+        found = empty(len(job.samples), side, VIEW if self.transform.config.canvas else 0)
         with own_generators():
             for i, (sample, copy) in enumerate(zip(job.samples.tolist(), job.copies.tolist(), strict=True)):
                 self._training(found, i, sample, copy, job.epoch)
@@ -84,7 +78,7 @@ class Shards:
             try:
                 pixels, view = self.transform.training(self.read(other), epoch, other, copy)
             except BadImageError as error:
-                found.bad.append((other, str(error)))
+                found.bad.append(f"{self.index.name(other)}: {error}")
                 continue
             found.pixels[i], found.labels[i] = pixels, int(self.index.labels[other])
             found.views[i] = torch.tensor(view)
@@ -92,14 +86,17 @@ class Shards:
         raise RefusedError(f"{self.index.folder}: no image of the split can be read")
 
     def held_out(self, samples: Tensor) -> Images:
-        found = _empty(len(samples), self.transform.size, 0)
+        found = empty(len(samples), self.transform.size, 0)
+        found.labels.fill_(PADDING)
         for i, sample in enumerate(samples.tolist()):
+            if sample < 0:
+                continue
             try:
                 found.pixels[i] = self.transform.held_out(self.read(sample))
                 found.labels[i] = int(self.index.labels[sample])
             except BadImageError as error:
-                found.bad.append((sample, str(error)))
-                found.pixels[i], found.labels[i] = 0, -1
+                found.bad.append(f"{self.index.name(sample)}: {error}")
+                found.labels[i] = UNREADABLE
         return found
 
     def read(self, sample: int) -> bytes:
@@ -136,10 +133,8 @@ class Shards:
             )
         return file
 
-    def name(self, sample: int) -> str:
-        return self.index.name(sample)
 
-
-def _empty(count: int, side: int, view: int) -> Images:
-    labels = torch.empty(count, dtype=torch.int64)
-    return Images(torch.empty(count, 3, side, side, dtype=torch.uint8), labels, torch.empty(count, view), [])
+def empty(count: int, side: int, view: int) -> Images:
+    """Room for `count` images."""
+    pixels = torch.zeros(count, 3, side, side, dtype=torch.uint8)
+    return Images(pixels, torch.empty(count, dtype=torch.int64), torch.empty(count, view), [])

@@ -103,6 +103,15 @@ class Transform:
         assert len(view) == VIEW
         return view
 
+    @property
+    def modules(self) -> list[str]:
+        """What `training` imports when it is first called."""
+        is_timms = self.config.policy not in ("", *augment.POLICIES)
+        is_torchvisions = self.config.policy in augment.POLICIES or self.config.colour_jitter
+        return (["timm.data.auto_augment"] if is_timms else []) + (
+            ["torchvision.transforms"] if is_torchvisions else []
+        )
+
     @cached_property
     def _policies(self) -> list[Any]:
         """Functions of a Pillow image. Imported where they are used: timm takes 6 s."""
@@ -134,7 +143,7 @@ class Transform:
 
 def _resized(image: np.ndarray, size: tuple[int, int], filter_: str) -> Tensor:
     """uint8 [H, W, 3] to uint8 [3, *size], antialiased. PyTorch's own is two to three times as fast as Pillow's."""
-    x = torch.from_numpy(np.ascontiguousarray(image) if not image.flags.writeable else image).permute(2, 0, 1)
+    x = torch.from_numpy(image if image.flags.writeable else image.copy()).permute(2, 0, 1)
     if x.shape[1:] == size:
         return x
     return F.interpolate(x[None], size, mode=filter_, antialias=True)[0]

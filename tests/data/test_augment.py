@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hsvit_ds.data.augment import Config, mix, normalise, shift, targets
+from hsvit_ds.data.augment import Config, erase, mix, normalise, shift, targets
 from hsvit_kernels.random import Draw
 
 DRAW = Draw.of(1, 2, 0, image=torch.arange(512))
@@ -68,3 +68,25 @@ def test_normalise_is_by_channel() -> None:
 
 def test_smoothing_spreads_over_all_classes() -> None:
     torch.testing.assert_close(targets(torch.tensor([1]), 4, 0.2), torch.tensor([[0.05, 0.85, 0.05, 0.05]]))
+
+
+def test_erased_boxes_are_of_the_asked_number_and_size() -> None:
+    config = Config(erase=0.25, erase_with="zeros")
+    erased = erase(torch.ones(512, 3, 32, 32), DRAW, config) == 0
+    assert torch.equal(erased.all(1), erased.any(1))  # all channels alike
+    share = erased[:, 0].float().mean((1, 2))
+    assert 0.18 < (share > 0).double().mean() < 0.32
+    assert share[share > 0].min() > 0.01
+    assert 0.25 < share.max() < 0.36
+    rows, columns = erased[:, 0].any(2).sum(1), erased[:, 0].any(1).sum(1)
+    assert torch.equal((rows * columns).float(), share * 1024)  # one box an image
+
+
+def test_erased_noise_is_normal_and_does_not_depend_on_the_micro_batch() -> None:
+    config = Config(erase=1.0)
+    images = torch.full((512, 3, 16, 16), 100.0)
+    whole = erase(images.clone(), DRAW, config)
+    noise = whole[whole != 100]
+    assert noise.mean().abs() < 0.02
+    assert (noise.std() - 1).abs() < 0.02
+    assert torch.equal(erase(images[128:256].clone(), DRAW.slice(128, 256), config), whole[128:256])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -40,3 +42,28 @@ def test_replicas_and_micro_batches_cover_the_global_batch_once(replicas: int, a
 def test_the_order_is_fixed_for_good() -> None:
     """A run resumed with another version must see the same samples."""
     assert ORDER.epoch(0)[:6].tolist() == [55, 51, 52, 41, 46, 44]
+
+
+@pytest.mark.parametrize("fill", [False, True])
+def test_the_last_incomplete_batch_is_dropped_or_filled(fill: bool) -> None:
+    order = replace(ORDER, fill=fill)
+    batches = [order.batches(2)(step)[0] for step in range(order.steps_per_epoch)]
+    assert len(batches) == (11 if fill else 10)
+    assert all(len(batch) == 12 for batch in batches)
+    seen = torch.cat(batches)
+    assert torch.equal(seen[:120], order.epoch(2)[:120])
+    if fill:
+        assert torch.equal(seen.unique(), torch.arange(128))
+        assert torch.equal(seen[128:], order.epoch(2)[:4])
+
+
+@pytest.mark.parametrize(("repeats", "distinct"), [(1, 12), (3, 4), (5, 3)])
+def test_repeated_samples_stand_in_one_global_batch_as_copies_of_their_own(repeats: int, distinct: int) -> None:
+    order = replace(ORDER, repeats=repeats)
+    seen = set()
+    for step in range(order.steps_per_epoch):
+        samples, copies = order.batches(0)(step)
+        assert len(samples.unique()) == distinct
+        assert len({*zip(samples.tolist(), copies.tolist(), strict=True)}) == 12
+        assert not seen & set(samples.tolist())
+        seen |= set(samples.tolist())

@@ -1,0 +1,230 @@
+"""Tar shards: made, indexed, checked, described."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..errors import RefusedError, shown
+from . import Debug
+
+app = typer.Typer(no_args_is_help=True)
+Folder = Annotated[Path, typer.Argument(help="Folder of NAME-SPLIT-0000.tar, …")]
+Processes = Annotated[int, typer.Option(help="How many work at once; 0 is one for each core.")]
+_INTERVAL = 60  # s between progress lines where there is no terminal
+
+
+@app.command("make")
+def make_shards(
+    source: Annotated[Path, typer.Argument(help="One sub-folder a class, or the folder of ImageNet's own archives.")],
+    out: Annotated[Path, typer.Argument(help="Folder for the shards.")],
+    split: Annotated[str, typer.Option(help="What SOURCE is: train, val, … Of ImageNet's archives: which.")],
+    name: Annotated[str, typer.Option(help="Of the data set, as imagenet1k.")],
+    shards: Annotated[int, typer.Option(help="How many tars.")] = 1024,
+    resize: Annotated[
+        int | None, typer.Option(help="Shrink to this shorter side, pixels; otherwise images are copied as they are.")
+    ] = None,
+    quality: Annotated[int, typer.Option(help="Of the JPEGs that --resize writes.")] = 87,
+    seed: Annotated[int, typer.Option(help="Of the order of the samples.")] = 0,
+    processes: Processes = 0,
+    debug: Debug = False,
+) -> None:
+    """Turn images into shuffled shards; stopped and started again, it goes on. Any number of processes: same bytes."""
+    with shown(2, debug):
+        from ..data import shards as sharding
+        from ..report import duration
+
+        started = time.perf_counter()
+        options = sharding.Options(name, split, shards, resize, quality, seed)
+        with _progress("shards") as done:
+            made, left_out = sharding.make(source, out, options, _cores(processes), done)
+        total = int(made.bytes.sum())
+        spent = duration(time.perf_counter() - started)
+        typer.echo(f"{out}: {len(made):,} samples in {shards:,} shards, {_bytes(total)}, {spent}")
+        if left_out:
+            _list(left_out, 50)
+            typer.echo(f"hsvit: images that could not be read and are left out: {len(left_out):,}", err=True)
+            raise typer.Exit(1)
+
+
+@app.command("index")
+def index_shards(
+    folder: Folder,
+    out: Annotated[Path | None, typer.Option(help="Folder for SPLIT.index.npz; FOLDER by default.")] = None,
+    processes: Processes = 0,
+    debug: Debug = False,
+) -> None:
+    """Index each split's shards, which a training run needs. Reads headers, no images."""
+    with shown(2, debug):
+        from ..data import index
+        from ..data.shard_check import shards_in
+
+        splits, target, rows, problems = shards_in(folder), out or folder, [], list[str]()
+        _made_folder(target)
+        total = sum(map(len, splits.values()))
+        with _progress("shards") as done:
+            read = 0
+            for split, paths in splits.items():
+
+                def one(_: Path) -> None:
+                    nonlocal read
+                    done(read := read + 1, total)
+
+                built = index.build(folder, paths, _cores(processes), one)
+                path = target / f"{split}.index.npz"
+                built.save(path)
+                classes = len(set(built.labels.tolist()))
+                rows.append((split, f"{len(built):,}", f"{len(paths):,}", f"{classes:,}", f"{path.stat().st_size:,}"))
+                problems += built.problems
+        _table(("split", "samples", "shards", "classes", "index bytes"), rows, str(target))
+        if problems:
+            _list(problems, 20)
+            typer.echo(
+                f"hsvit: problems: {len(problems):,}; what they name is left out; more: hsvit shards check {folder}",
+                err=True,
+            )
+
+
+@app.command("check")
+def check_shards(
+    folder: Folder,
+    classes: Annotated[int, typer.Option(help="Labels must be below it; 0: the classes of _info.json.")] = 0,
+    processes: Processes = 0,
+    debug: Debug = False,
+) -> None:
+    """Read all shards and decode every image; exit code 1 if anything is wrong."""
+    with shown(2, debug):
+        from ..data import shard_check
+
+        with _progress("shards") as done:
+            findings, samples = shard_check.check(folder, classes, _cores(processes), done)
+        findings.sort(key=lambda finding: not finding.is_error)
+        errors = sum(finding.is_error for finding in findings)
+        if findings:
+            kinds = list(dict.fromkeys(finding.kind for finding in findings))
+            counts = [sum(finding.kind == kind for finding in findings) for kind in kinds]
+            rows = [
+                (kind, "warning" if kind in shard_check.WARNINGS else "error", f"{count:,}")
+                for kind, count in zip(kinds, counts, strict=True)
+            ]
+            _table(("kind", "", "count"), rows, str(folder))
+            _list([f"{finding.kind}: {finding.text}" for finding in findings], 50)
+        read = ", ".join(f"{count:,} of {split}" for split, count in samples.items())
+        typer.echo(f"{folder}: errors: {errors:,}, warnings: {len(findings) - errors:,}; usable samples: {read}")
+        if errors:
+            raise typer.Exit(1)
+
+
+@app.command("info")
+def show_shards(folder: Folder, debug: Debug = False) -> None:
+    """What the indexes of a folder say of its splits."""
+    with shown(2, debug):
+        import numpy as np
+
+        from ..data import index
+        from ..data.shards import INFO, disagreement, read_info
+
+        names = sorted(path.name.removesuffix(".index.npz") for path in folder.glob("*.index.npz"))
+        if not names:
+            raise RefusedError(f"{folder}: no index there; make it: hsvit shards index {folder}")
+        info, columns = read_info(folder), []
+        for split in names:
+            opened = index.open_index(folder / f"{split}.index.npz", folder)
+            counts = np.unique(opened.labels, return_counts=True)[1]
+            some = len(opened) > 0
+            differs = disagreement(info, split, opened.shards, opened.lengths)
+            agrees = "agrees" if split in info.get("splits", {}) else "does not name it"
+            columns.append(
+                (
+                    f"{len(opened):,}",
+                    f"{len(opened.shards):,}",
+                    f"{len(counts):,}",
+                    f"{counts.min():,} / {counts.mean():,.1f} / {counts.max():,}" if some else "",
+                    _bytes(int(opened.bytes.sum())),
+                    f"{opened.sizes.mean():,.0f}" if some else "",
+                    opened.fingerprint,
+                    f"{len(opened.problems):,}",
+                    differs or agrees if info else "none",
+                )
+            )
+        facts = (
+            "samples",
+            "shards",
+            "classes",
+            "images a class: least / mean / most",
+            "bytes of the shards",
+            "mean bytes of an image",
+            "fingerprint",
+            "problems when indexed",
+            INFO,
+        )
+        _table(("", *names), list(zip(facts, *columns, strict=True)), str(folder))
+
+
+def _cores(processes: int) -> int:
+    if processes < 0:
+        raise RefusedError(f"--processes {processes}: must be at least 1, or 0 for one each core")
+    return processes or len(os.sched_getaffinity(0))
+
+
+def _made_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RefusedError(f"{folder}: {error.strerror}") from error
+
+
+def _bytes(count: int) -> str:
+    """As 12 B or 3.4 MiB."""
+    size, unit = float(count), "B"
+    for larger in ("KiB", "MiB", "GiB", "TiB"):
+        if size < 1024:
+            break
+        size, unit = size / 1024, larger
+    return f"{count} B" if unit == "B" else f"{size:.1f} {unit}"
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]], title: str) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(*head, title=title)
+    for row in rows:
+        table.add_row(*row)
+    Console(highlight=False, soft_wrap=True, markup=False).print(table)
+
+
+def _list(lines: Sequence[str], most: int) -> None:
+    for line in lines[:most]:
+        typer.echo(line if line.isprintable() else ascii(line))  # names in a tar may hold anything
+    if len(lines) > most:
+        typer.echo(f"… and {len(lines) - most:,} more")
+
+
+@contextmanager
+def _progress(unit: str) -> Iterator[Callable[[int, int], None]]:
+    """Gives a function that is told (done, total): a bar on a terminal, elsewhere a line a minute."""
+    if not sys.stdout.isatty():
+        last = time.monotonic()
+
+        def say(done: int, total: int) -> None:
+            nonlocal last
+            if time.monotonic() - last >= _INTERVAL:
+                last = time.monotonic()
+                typer.echo(f"{done:,}/{total:,} {unit}")
+
+        yield say
+        return
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (MofNCompleteColumn(), TextColumn(unit), BarColumn(24), TimeRemainingColumn())
+    with Progress(*columns, transient=True) as bar:
+        task = bar.add_task("", total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)

@@ -1,0 +1,220 @@
+"""An index says where each sample lies, and is refused where it is not that of the shards."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from hsvit_ds.data.index import Index, build, open_index, scan, split_shards
+from hsvit_ds.errors import RefusedError
+
+from ..ranks import environment
+from ..tars import data_set, encoded, make_index, picture, sample, write_tar
+
+
+def train(folder: Path) -> Index:
+    return open_index(folder / "train.index.npz", folder)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return data_set(tmp_path / "set")
+
+
+def test_every_sample_is_found_where_it_lies(folder: Path) -> None:
+    index = train(folder)
+    assert index.lengths.tolist() == [16, 16, 16]
+    assert index.labels.tolist() == [i % 10 for i in range(48)]
+    for i in (0, 17, 47):
+        data = (folder / index.shards[i // 16]).read_bytes()
+        start = int(index.offsets[i]) * 512
+        assert data[start : start + int(index.sizes[i])] == encoded(picture(i))
+        assert index.name(i) == f"tiny-train-{i // 16:04d}.tar: {i:06d}.jpg"
+
+
+def test_an_index_is_the_same_for_any_number_of_processes(folder: Path) -> None:
+    shards = split_shards(folder)["train"]
+    one, two = build(folder, shards, 1), build(folder, shards, 2)
+    assert one.fingerprint == two.fingerprint == train(folder).fingerprint
+    assert np.array_equal(one.offsets, two.offsets)
+
+
+def test_a_copy_of_the_shards_keeps_its_index(folder: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy, copy_function=shutil.copyfile)  # other times of modification
+    assert train(copy).fingerprint == train(folder).fingerprint
+
+
+def remove(folder: Path) -> None:
+    (folder / "tiny-train-0001.tar").unlink()
+
+
+def add(folder: Path) -> None:
+    shutil.copy(folder / "tiny-train-0001.tar", folder / "tiny-train-0003.tar")
+
+
+def lengthen(folder: Path) -> None:
+    with (folder / "tiny-train-0001.tar").open("ab") as file:
+        file.write(bytes(512))
+
+
+def relabel(folder: Path) -> None:
+    """The same size, other labels."""
+    path = folder / "tiny-train-0001.tar"
+    write_tar(path, [m for i in range(16, 32) for m in sample(i, encoded(picture(i)), (i + 1) % 10)])
+    os.utime(path, (1, 1))
+
+
+def forget(folder: Path) -> None:
+    (folder / "train.index.npz").unlink()
+
+
+def scribble(folder: Path) -> None:
+    (folder / "train.index.npz").write_bytes(b"not an index")
+
+
+def empty(folder: Path) -> None:
+    (folder / "train.index.npz").write_bytes(b"")
+
+
+def halve(folder: Path) -> None:
+    os.truncate(folder / "train.index.npz", 2000)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            remove,
+            r"tiny-train-0001.tar: No such file or directory, but .* names it; restore the shard, or make it anew",
+        ),
+        (add, r"tiny-train-0003.tar: not in .*train.index.npz \(1 such shards\); make it anew: hsvit shards index"),
+        (lengthen, r"tiny-train-0001.tar: \d+ bytes, .* says \d+; make it anew"),
+        (relabel, r"tiny-train-0001.tar: its members are not those of .*; make it anew"),
+        (forget, r"train.index.npz: there is no index; make it: hsvit shards index"),
+        *((change, r"train.index.npz: not an index .*; make it anew") for change in (scribble, empty, halve)),
+    ],
+)
+def test_a_stale_or_foreign_index_is_refused(folder: Path, change: object, message: str) -> None:
+    train(folder)
+    change(folder)  # type: ignore[operator]
+    with pytest.raises(RefusedError, match=message):
+        train(folder)
+
+
+def test_two_sets_in_one_folder_are_refused(folder: Path) -> None:
+    shutil.copy(folder / "tiny-train-0001.tar", folder / "other-train-0000.tar")
+    with pytest.raises(RefusedError, match="shards of other and tiny for train; keep each set in its own folder"):
+        split_shards(folder)
+
+
+JPEG = encoded(picture(0))
+
+
+@pytest.mark.parametrize(
+    ("members", "problem"),
+    [
+        ([("b.jpg", JPEG)], "b.jpg: no label (b.cls, or label in b.json)"),
+        ([("b.cls", b"3")], "b: no image among .cls"),
+        ([("b.jpg", JPEG), ("b.cls", b"three")], "b: its label is not a number"),
+        ([("b.jpg", JPEG), ("b.json", b"{}")], "b.jpg: no label"),
+        ([("b.jpg", JPEG), ("b.json", b'{"label": [1]}')], "b: its label is not a number"),
+        ([("b.jpg", JPEG), ("b.json", b'{"label": Infinity}')], "b: its label is not a number"),
+        ([("b.jpg", JPEG), ("b.cls", b"-1")], "b.jpg: label -1 is out of range"),
+        ([("b.jpg", b""), ("b.cls", b"3")], "b.jpg: 0 bytes"),
+    ],
+)
+def test_a_sample_that_cannot_be_used_is_left_out_and_named(
+    tmp_path: Path, members: list[tuple[str, bytes]], problem: str
+) -> None:
+    path = tmp_path / "x-train-0000.tar"
+    write_tar(path, [("a.jpg", JPEG), ("a.cls", b"1"), *members, ("c.png", JPEG), ("c.json", b'{"label": 7}')])
+    found = scan(path)
+    assert [label for _, _, label in found.samples] == [1, 7]
+    assert len(found.problems) == 1
+    assert problem in found.problems[0]
+
+
+@pytest.mark.parametrize("share", [0.3, 0.5, 0.77])
+def test_a_truncated_shard_keeps_its_whole_samples(folder: Path, share: float) -> None:
+    path = folder / "tiny-train-0001.tar"
+    whole = scan(path)
+    with path.open("r+b") as file:
+        file.truncate(int(share * whole.bytes))
+    found = scan(path)
+    assert 0 < len(found.samples) < 16
+    assert found.samples == whole.samples[: len(found.samples)]
+    assert any("cut off" in problem for problem in found.problems)
+
+
+@pytest.mark.parametrize("length", [512, 4096])
+def test_a_hole_in_a_shard_is_not_taken_for_its_end(folder: Path, length: int) -> None:
+    path = folder / "tiny-train-0001.tar"
+    whole = scan(path)
+    with path.open("r+b") as file:
+        file.seek((whole.samples[5][0] - 1) * 512)  # a header
+        file.write(bytes(length))
+    found = scan(path)
+    assert found.samples == whole.samples[:5]
+    assert found.problems == ["tiny-train-0001.tar: damaged after 000020.cls"]
+
+
+LARGE = """
+import resource, sys
+from pathlib import Path
+import numpy as np
+from hsvit_ds.data.index import Index
+n, shards = 1_281_167, 1024
+lengths = np.diff(np.linspace(0, n, shards + 1).astype(int))
+zeros = np.zeros(shards, dtype=np.int64)
+folder, path = Path(sys.argv[1]), Path(sys.argv[1]) / "train.index.npz"
+if len(sys.argv) > 2:
+    numbers = np.random.default_rng(0).integers(0, 2**31, n)
+    names = tuple(f"imagenet1k-train-{i:04d}.tar" for i in range(shards))
+    Index(folder, names, lengths, zeros, zeros, zeros.astype(np.uint64), numbers.astype(np.uint32),
+          numbers.astype(np.uint32), (numbers % 1000).astype(np.int32), ()).save(path)
+    for name in names:
+        (folder / name).touch()
+    sys.exit()
+import os
+from hsvit_ds.data import index
+index.scan = lambda path: index.Scan([], [], 0, 0, 0)
+def resident():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+before = resident()
+opened = index.open_index(path, folder)
+opened.name(n // 2), opened.fingerprint  # so that nothing is left to be read
+print(len(opened), path.stat().st_size, resident() - before)
+"""
+
+
+def test_an_index_of_imagenet_is_small_on_disk_and_in_memory(tmp_path: Path) -> None:
+    """1,281,167 samples: less than 25 MB on disk, and 100 MB in each worker."""
+    for more in (["write"], []):
+        done = subprocess.run(
+            [sys.executable, "-c", LARGE, str(tmp_path), *more],
+            env=environment(),
+            check=True,
+            capture_output=True,
+            text=True,
+        )
+    samples, size, memory = map(int, done.stdout.split())
+    assert samples == 1_281_167
+    assert size < 25e6
+    assert memory < 100e6
+
+
+def test_a_split_without_labels_of_its_own_stands_in_for_the_other(folder: Path) -> None:
+    from hsvit_ds.data.index import stand_in
+
+    assert stand_in("test", ["train", "val"]) == "val"
+    assert stand_in("val", ["train", "test"]) == "test"
+    assert stand_in("val", ["val", "test"]) == "val"
+    assert stand_in("train", ["val"]) is None
+    make_index(folder)

@@ -1,4 +1,4 @@
-"""The benchmarks that need a GPU at least compute the same thing in every implementation."""
+"""The benchmarks compute the same thing in every implementation, those that need a GPU too."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.tars import data_set
 from tools import attention_baselines as baselines
+from tools import data_alternatives, data_benchmarks
 from tools import kernel_benchmarks as benchmarks
 
 ROOFS = benchmarks.Roofs(1.0, 1.0)
@@ -65,3 +67,38 @@ def test_the_four_width_step_runs_in_every_implementation() -> None:
         "hsvit_kernels, cuBLAS",
         "autograd slicing",
     ]
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> data_alternatives.Data:
+    (tmp_path / "place").mkdir()
+    folder = data_set(tmp_path / "set", train=26)
+    return data_alternatives.prepare(folder, tmp_path / "place", images=20, shards=2, size=16, batch=8)
+
+
+def test_every_way_to_read_gives_every_image_of_a_pass(data: data_alternatives.Data) -> None:
+    assert len(data.index) == 26  # all three shards: two hold 18
+    ways = [
+        data_alternatives.ours(data, data.shards(filter="bilinear")),
+        data_alternatives.first(data_alternatives.webdataset_images(data)),
+        data_alternatives.first(data_alternatives.image_folder(data)),
+        data_alternatives.image_folder_by_workers(data, workers=0, passes=1),
+    ]
+    for batches in ways:
+        shapes = [tuple(batch.shape) for batch in batches]
+        assert shapes == [(8, 3, 16, 16)] * 3 + [(2, 3, 16, 16)]
+    assert sorted(data_alternatives.reads(data)) == sorted(data_alternatives.webdataset_reads(data))
+
+
+def test_the_data_tables_have_a_row_for_every_alternative(data: data_alternatives.Data) -> None:
+    paths = {"hsvit-ds, bilinear", "hsvit-ds, bicubic"}
+    paths |= {f"{name}, Pillow, torchvision" for name in ("webdataset", "ImageFolder")}
+
+    def names(rows: data_benchmarks.Rows) -> set[object]:
+        return {next(iter(row.values())) for row in rows}
+
+    assert names(data_benchmarks.reader(data, 1)) == {"hsvit-ds", "webdataset"}
+    assert names(data_benchmarks.decoders(data, 1)) == {"simplejpeg", "torchvision", "Pillow"}
+    assert names(data_benchmarks.path(data, 1)) == paths == set(data_alternatives.by_workers(data, 1, 1))
+    assert len(data_benchmarks.fixed(1, samples=2000, shards=4)) == 7
+    assert names(data_benchmarks.trainer(data, 1, workers=0)) == {0, 1}

@@ -1,4 +1,4 @@
-"""Measures what the README and the notes quote: `python -m tools.benchmark step|scala|kernels`.
+"""Measures what the README and the notes quote: `python -m tools.benchmark step|scala|kernels|data`.
 
 Every figure is a median of several runs beside a named alternative in the same run; machines are noisy.
 """
@@ -12,11 +12,14 @@ from pathlib import Path
 
 def main() -> None:
     parser = argparse.ArgumentParser("tools.benchmark", description=__doc__)
-    parser.add_argument("what", choices=["step", "scala", "kernels"])
-    parser.add_argument("--repeats", type=int, default=7, help="step, scala: runs of each, after two to warm up")
+    parser.add_argument("what", choices=["step", "scala", "kernels", "data"])
+    parser.add_argument("folder", type=Path, nargs="?", help="data: of shards NAME-SPLIT-0000.tar")
+    parser.add_argument("--repeats", type=int, default=7, help="step, scala, data: runs of each, warmed up")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="step, scala: PyTorch's, on a CPU")
+    parser.add_argument("--size", type=int, default=224, help="data: side of the crops, pixels")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="data: worker processes of a node")
     parser.add_argument(
-        "--out", type=Path, help="step, scala: write the rows to this CSV file too; kernels: folder of results"
+        "--out", type=Path, help="step, scala: write the rows to this CSV file too; kernels, data: folder of results"
     )
     args = parser.parse_args()
     if args.what == "kernels":  # needs torch, triton, numpy and matplotlib only, and `step` the whole project
@@ -27,6 +30,12 @@ def main() -> None:
         from tools import scala_benchmarks
 
         scala_benchmarks.run(args.repeats, args.threads, args.out)
+    elif args.what == "data":
+        if args.folder is None:
+            parser.error("data needs FOLDER")
+        from tools import data_benchmarks
+
+        data_benchmarks.run(args.folder, args.size, args.workers, args.repeats, args.out)
     else:
         from tools import step_benchmarks
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from hsvit_kernels import force, reference
 
 from . import __version__, models
+from .data import augment
 from .data.sets import Facts
 from .errors import RefusedError
 from .interop import save_model
@@ -87,11 +88,14 @@ def latency_ms(model: Model) -> float:
     return statistics.median(times[5:])
 
 
-def export(model: Model, width: Width, out: Path, facts: Facts, about: dict[str, str]) -> list[Path]:
+def export(
+    model: Model, width: Width, out: Path, facts: Facts, augmentation: augment.Config, about: dict[str, str]
+) -> list[Path]:
     """Write the subnet at a width into the folder `out`; the files.
 
     model.safetensors, config.json (a ViT's is timm's), model.pt2 (torch.export), model.onnx and README.md; the batch is
-    free in both programs. about: lines of the model card.
+    free in both programs. augmentation: of the run, for the input that it was evaluated with. about: lines of the model
+    card.
     """
     small = model.cpu().subnet(width).eval()
     try:
@@ -100,7 +104,7 @@ def export(model: Model, width: Width, out: Path, facts: Facts, about: dict[str,
         raise RefusedError(f"--out {out}: {error.strerror}") from error
     if isinstance(small, ViT):
         save_file({name: t.contiguous() for name, t in small.state_dict().items()}, out / "model.safetensors")
-        (out / "config.json").write_text(json.dumps(timm_config(small, facts), indent=2) + "\n")
+        (out / "config.json").write_text(json.dumps(timm_config(small, facts, augmentation), indent=2) + "\n")
     else:
         save_model(small, out / "model.safetensors")
     program = _program(small)
@@ -110,7 +114,7 @@ def export(model: Model, width: Width, out: Path, facts: Facts, about: dict[str,
     return sorted(out.iterdir())
 
 
-def timm_config(model: ViT, facts: Facts) -> dict[str, Any]:
+def timm_config(model: ViT, facts: Facts, augmentation: augment.Config) -> dict[str, Any]:
     """What `timm.create_model("local-dir:…")` reads beside model.safetensors."""
     c = model.config
     arguments: dict[str, Any] = {
@@ -135,6 +139,9 @@ def timm_config(model: ViT, facts: Facts) -> dict[str, Any]:
             "fixed_input_size": True,
             "mean": list(facts.mean),
             "std": list(facts.std),
+            "interpolation": augmentation.filter,
+            "crop_pct": augmentation.eval_crop or 1.0,
+            "crop_mode": "center" if augmentation.eval_crop else "squash",
             "num_classes": model.classes,
             "first_conv": "patch_embed.proj",
             "classifier": ["head", "head_dist"] if c.distilled else "head",

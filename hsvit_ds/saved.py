@@ -102,6 +102,9 @@ class SavedRun:
         lines = {"run": self.folder.name, "data": self.recipe.data.name, "steps": str(self.steps)}
         lines |= {"mean": str(list(facts.mean)), "standard deviation": str(list(facts.std))}
         key = "test/top1" if len(self.trained) == 1 else f"test/top1_w{width}"
+        side, share = facts.image_size, self.recipe.augment.eval_crop
+        how = f"shorter side resized to {round(side / share)}, centre cut out" if share else "aspect ratio not kept"
+        lines["image"] = f"{side} x {side} px, {how}, {self.recipe.augment.filter}"
         scores = [line[key] for line in read_metrics(self.folder) if key in line]
         return lines | ({"test top-1, %": f"{scores[-1]:.2f}"} if scores else {})
 

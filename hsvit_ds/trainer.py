@@ -240,6 +240,8 @@ class Trainer:
             f"micro batches x {p.micro_batch}; {p.steps_per_epoch} steps an epoch, {p.steps} in all; "
             f"{describe(self.engine.parameter_groups)}"
         )
+        if self.reader.left_out:
+            self.report.say(f"not readable, as the index says: {len(self.reader.left_out)} images, see {self.bad.path}")
         if p.teacher_bytes:
             self.report.say(f"the teacher's weights take {p.teacher_bytes / 2**20:,.1f} MiB on every rank")
         if self.start.total:

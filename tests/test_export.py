@@ -87,6 +87,7 @@ def test_every_format_has_the_slices_logits(run: SavedRun, tmp_path: Path) -> No
 
         alone = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
         config = json.loads((tmp_path / "config.json").read_text())
+        assert timm.data.resolve_model_data_config(alone)["crop_mode"] == "squash"
         other = timm.create_model(config["architecture"], num_classes=config["num_classes"], **config["model_args"])
         other.load_state_dict(load_file(tmp_path / "model.safetensors"))
         if (eps := run.recipe.model.norm_eps) != 1e-6:
@@ -143,7 +144,7 @@ def test_a_width_that_was_never_trained_is_refused(tmp_path: Path) -> None:
     code, output = command("export", tmp_path, "--width", "0.5", "--budget", "1G")
     assert (code, "give one of --width and --budget" in output) == (2, True)
     code, output = command("evaluate", tmp_path, "--split", "dev")
-    assert (code, "--split dev: digits has train, val, test" in output) == (2, True)
+    assert (code, "--split dev: must be one of train, val, test" in output) == (2, True)
 
 
 def test_a_budget_picks_the_widest_subnet_within_it(run: SavedRun, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -37,3 +37,17 @@ def test_nccl_with_one_rank_equals_gloo(tmp_path: Path) -> None:
         one = case("grid.submodule_ranks=1", f"grid.backend={backend}")
         norms[backend] = work("steps", 1, tmp_path / backend, one, DS_ACCELERATOR="cuda")[0]["case"]["norms"]
     assert norms["nccl"] == pytest.approx(norms["gloo"], rel=1e-6)
+
+
+def test_the_compiled_crop_equals_the_eager_one() -> None:
+    from hsvit_ds.data import augment
+    from hsvit_ds.data.sets import photographs
+
+    generator = torch.Generator().manual_seed(0)
+    canvas = torch.randint(256, (8, 3, 64, 64), generator=generator).to(torch.uint8)
+    views = torch.rand(8, augment.VIEW, generator=generator) * 0.5 + torch.tensor([0, 0, 0.5, 0.5, 0, 0.7, 0.7, 0.7])
+    views[:, 4] = views[:, 4].round()
+    facts = photographs(48, 10)
+    expected = augment.cut_out(canvas, views, 48, facts)
+    found = augment.cut_out(canvas.cuda(), views.cuda(), 48, facts)
+    torch.testing.assert_close(found.cpu(), expected, rtol=1e-3, atol=1e-3)

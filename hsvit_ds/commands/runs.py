@@ -54,7 +54,8 @@ def export_run(
         opened = saved.open_run(run, ema, root)
         chosen = opened.choose(width, budget, untrained)
         folder = out or run / f"export-{chosen}"
-        files = export.export(opened.at(chosen), chosen, folder, opened.facts, opened.about(chosen))
+        about = opened.about(chosen)
+        files = export.export(opened.at(chosen), chosen, folder, opened.facts, opened.recipe.augment, about)
         opened.grid.close()
         for path in files:
             typer.echo(f"{path}: {path.stat().st_size:,} bytes")

@@ -196,6 +196,7 @@ class Reader:
         return Streamed(
             there,
             self._transform,
+            self.facts.classes,
             reader=self.grid.replica * s + (self.grid.submodule_rank if self._gathers else 0),
             readers=self.grid.replicas * s,
             count=self.share.micro_batch // s,

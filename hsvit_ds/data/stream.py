@@ -166,14 +166,8 @@ def _image(sample: dict[str, Any]) -> bytes:
     raise BadImageError("no image")
 
 
-def _label(sample: dict[str, Any]) -> int:
-    try:
-        label = label_of({f".{extension}": data for extension, data in sample.items()})
-    except (ValueError, AttributeError):
-        label = None
-    if label is None:
-        raise BadImageError("no label, or one that is not a number")
-    return label
+def _name(sample: dict[str, Any]) -> str:
+    return f"{sample['__url__']}: {sample['__key__']}"
 
 
 def _endless(batches: Iterator[Images], more: Callable[[], Images]) -> Iterator[Images]:
@@ -187,13 +181,15 @@ class Streamed(IterableDataset[Images]):
     """One split for one rank.
 
     Args:
-        reader, readers: this one among those that read different images, over all ranks. count: images of a forward
-        here. window: samples that are shuffled together, over all readers. cache: folder for whole shards, or "".
-        done: forwards of this reader before the first one. once: a pass for evaluation instead of training for ever.
+        classes: labels are below it. reader, readers: this one among those that read different images, over all ranks.
+        count: images of a forward here. window: samples that are shuffled together, over all readers. cache: folder for
+        whole shards, or "". done: forwards of this reader before the first one. once: a pass for evaluation instead of
+        training for ever.
     """
 
     split: Split
     transform: Transform
+    classes: int
     reader: int
     readers: int
     count: int
@@ -318,10 +314,10 @@ class Streamed(IterableDataset[Images]):
         for epoch, number, sample in samples:
             try:
                 pixels, view = transform(_image(sample), epoch, number, 0)
-                found.pixels[filled], found.labels[filled] = pixels, _label(sample)
+                found.pixels[filled], found.labels[filled] = pixels, self._label(sample)
                 found.views[filled] = torch.tensor(view)
             except BadImageError as error:
-                found.bad.append(f"{sample['__url__']}: {sample['__key__']}: {error}")
+                found.bad.append(f"{_name(sample)}: {error}")
                 if not last:
                     continue
                 found.labels[filled] = UNREADABLE
@@ -331,6 +327,20 @@ class Streamed(IterableDataset[Images]):
                 found, filled = self._empty(), 0
         if last and filled:
             yield found
+
+    def _label(self, sample: dict[str, Any]) -> int:
+        try:
+            label = label_of({f".{extension}": data for extension, data in sample.items()})
+        except (ValueError, AttributeError):
+            label = None
+        if label is None or label < 0:
+            raise BadImageError("no label, or one that is not a number from 0 on")
+        if label >= self.classes:
+            raise RefusedError(
+                f"{_name(sample)} has label {label}, but the data set has {self.classes} classes, 0 to "
+                f"{self.classes - 1}; is data.root right, or data.classes to be set?"
+            )
+        return label
 
     def _empty(self) -> Images:
         config = self.transform.config

@@ -269,8 +269,10 @@ def test_a_global_batch_is_the_same_for_any_ranks_and_workers(
             assert rank[number] in parts
         for step, expected in enumerate(whole):
             for key, values in expected.items():
-                got = [value for part in parts for value in part[step][key]]
+                got = [value for part in parts for value in part["steps"][step][key]]
                 assert got == values, (case, step, key)
+        evaluated = Counter(label for part in parts for label in part["evaluated"])
+        assert evaluated == Counter(i % 10 for i in range(21))
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from itertools import islice
@@ -110,7 +110,7 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
 def streamed(root: str, split: str = "train", reader: int = 0, readers: int = 1, **keys: Any) -> Streamed:
     options: dict[str, Any] = {"count": 5, "window": 20, "cache": "", "timeout": 1.0} | keys
     transform = Transform(FAST, 32, installed("auto"), seed=0)
-    return Streamed(stream.open_split(root, split, 1.0), transform, reader, readers, **options)
+    return Streamed(stream.open_split(root, split, 1.0), transform, 10, reader, readers, **options)
 
 
 def reader(root: str, batch: int = 10, **keys: Any) -> Reader:
@@ -225,6 +225,12 @@ def test_a_bad_image_is_named_and_left_out(folder: Path, url: str) -> None:
     assert [why for x in found for why in x.bad] == [f"{url}/tiny-val-0000.tar: 000000: not an image"]
     assert sum(int((x.labels == -1).sum()) for x in found) == 1
     assert sum(int((x.labels >= 0).sum()) for x in found) == 20
+
+
+def test_a_label_out_of_range_is_refused_by_name(url: str) -> None:
+    answers = list(islice(iter(replace(streamed(url), classes=9)), 10))
+    assert "tiny-train-000" in answers[-1].refused
+    assert "has label 9, but the data set has 9 classes, 0 to 8" in answers[-1].refused
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -25,7 +25,7 @@ def described(reader: Reader, batch: Batch) -> dict[str, Any]:
     return {"samples": samples.tolist(), "labels": batch.labels.tolist(), "pixels": hashes}
 
 
-def main(arguments: dict[str, Any], folder: Path) -> list[list[dict[str, Any]]]:
+def main(arguments: dict[str, Any], folder: Path) -> list[dict[str, Any]]:
     root = Path(arguments["root"])
     lengths = tuple(open_index(root / "train.index.npz", root).lengths.tolist())
     found = []
@@ -36,6 +36,8 @@ def main(arguments: dict[str, Any], folder: Path) -> list[list[dict[str, Any]]]:
         )
         order, share = Order(lengths, config.window, BATCH, 0), Share(BATCH, 1, grid.replicas, grid.replica)
         reader = Reader(config, AUGMENT, order, share, grid)
-        found.append([described(reader, step[0]) for epoch in range(EPOCHS) for step in reader.train(epoch, 0)])
+        steps = [described(reader, step[0]) for epoch in range(EPOCHS) for step in reader.train(epoch, 0)]
+        evaluated = [label for _, labels, valid in reader.evaluation("val") for label in labels[valid].tolist()]
+        found.append({"steps": steps, "evaluated": evaluated})
         reader.close()
     return found

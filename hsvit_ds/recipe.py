@@ -19,6 +19,7 @@ from . import checkpoint, ema, engine, grid, models, optimizer, tracking
 from .data import augment, reader
 from .data.order import Order, Share
 from .data.sets import Facts
+from .data.stream import is_url
 from .errors import RefusedError
 from .models.batchnorm import BatchNorm2d
 from .tasks import scala, supervised, teacher
@@ -242,6 +243,7 @@ def resolve(recipe: Recipe, ranks: int) -> tuple[Recipe, Plan]:
     micro, accumulation = _batches(recipe.run, replicas)
     reader.check_share(recipe.data, facts, recipe.grid.submodule_ranks, micro)
     _check_blocks(recipe, micro)
+    _check_stream(recipe)
     run_order = order(recipe)
     steps = run_order.steps_per_epoch
     if recipe.run.global_batch > run_order.samples:
@@ -292,6 +294,16 @@ def _check_task(task: supervised.Config | scala.Config, model: models.Config) ->
     elif distilled or len(model.widths.family) > 1:
         key = "distilled = true" if distilled else f"widths.smallest = {model.widths.smallest}"
         raise RefusedError(f'model.{key} needs task.kind = "scala"; task.kind = "supervised" trains one output')
+
+
+def _check_stream(recipe: Recipe) -> None:
+    """Refuse what needs to know which sample is where in a global batch."""
+    if not is_url(recipe.data.root):
+        return
+    if recipe.augment.repeats > 1:
+        raise RefusedError(f"augment.repeats = {recipe.augment.repeats}: not for a stream ({recipe.data.root}); set 1")
+    if isinstance(recipe.task, scala.Config) and recipe.task.teacher.cache:
+        raise RefusedError("task.teacher.cache: a stream's images depend on ranks and workers; leave it empty")
 
 
 def _teacher_bytes(task: supervised.Config | scala.Config, facts: Facts, each: int) -> int:

@@ -53,15 +53,10 @@ class Loader:
             yield _checked(answer)
 
     def close(self) -> None:
-        """End the workers."""
+        """End the workers; one that waits for a server is left behind, and ends with this process."""
         self._stopped.set()
         if self._thread is not None:
-            while self._thread.is_alive():
-                try:  # whatever it is waiting to hand over
-                    self._answers.get(timeout=0.1)
-                except queue.Empty:
-                    continue
-            self._thread.join()
+            self._thread.join(timeout=10)
 
     def _pump(self) -> None:
         """In the thread."""

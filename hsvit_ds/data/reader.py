@@ -149,7 +149,12 @@ def shard_lengths(config: Config) -> tuple[int, ...]:
 
 
 def shares_images(config: Config, submodule_ranks: int, image_size: int) -> bool:
-    """Whether the ranks of a replica each read a part and gather; decided by `share`, see there."""
+    """Whether the ranks of a replica each read a part and gather; decided by `share`, see there.
+
+    Streams are always shared: two ranks that read one apart might not get the same images again after a fault.
+    """
+    if stream.is_url(config.root):
+        return submodule_ranks > 1
     if config.share == "auto":
         return submodule_ranks > 2 and image_size > 64
     return config.share == "gather" and submodule_ranks > 1
@@ -180,12 +185,15 @@ class Reader:
         """Samples of the training split that its index leaves out, and why."""
         self._bad: list[str] = []
         if there is not None:
-            mine = f"{self._transform.decoder}; data {there.fingerprint}"
-            for rank, other in enumerate(grid.gather(mine)):
-                if other != mine and not config.any_decoder:
-                    raise RefusedError(
-                        f"rank {rank} has {other}, rank {grid.rank} {mine}: install the same on every host"
-                    )
+            self._check_ranks("the decoder", self._transform.decoder)
+            self._check_ranks("data of fingerprint", there.fingerprint)
+
+    def _check_ranks(self, what: str, mine: str) -> None:
+        for rank, other in enumerate(self.grid.gather(mine)):
+            if other != mine:
+                raise RefusedError(
+                    f"rank {rank} has {what} {other}, rank {self.grid.rank} {mine}; they must be the same"
+                )
 
     def _source(self, split: str, there: Index | stream.Split | None) -> Source | Streamed:
         if there is None:
@@ -316,7 +324,9 @@ class Reader:
 
 
 def check_share(config: Config, facts: Facts, submodule_ranks: int, micro_batch: int) -> None:
-    """Refuse a micro batch that the ranks of a replica cannot divide."""
+    """Refuse a micro batch that the ranks of a replica cannot divide, and streams that they do not."""
+    if stream.is_url(config.root) and config.share == "none" and submodule_ranks > 1:
+        raise RefusedError('data.share = "none": the ranks of a replica share a stream; set "auto" or "gather"')
     if shares_images(config, submodule_ranks, facts.image_size) and micro_batch % submodule_ranks:
         raise RefusedError(
             f'data.share = "{config.share}": the micro batch of {micro_batch} is not divisible by '

@@ -6,6 +6,7 @@ A tar that cannot be read in any order cannot be given the indexed reader's prom
   that differs by epoch; a sample may come a little early or late for its epoch.
 * The shards are dealt to the workers of all ranks in turn. So which images are together in a step depends on the
   numbers of ranks and workers.
+* With several submodule ranks each reads its part of the replica's images, and they gather.
 * Resuming starts at the beginning of the shard that each worker was in: up to a shard a worker is read again.
 * Evaluation reads every sample exactly once.
 """
@@ -21,10 +22,11 @@ import tarfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from http.client import HTTPException
+from itertools import chain, islice
 from typing import Any
 
 import torch
@@ -170,12 +172,6 @@ def _name(sample: dict[str, Any]) -> str:
     return f"{sample['__url__']}: {sample['__key__']}"
 
 
-def _endless(batches: Iterator[Images], more: Callable[[], Images]) -> Iterator[Images]:
-    yield from batches
-    while True:
-        yield more()
-
-
 @dataclass(frozen=True)
 class Streamed(IterableDataset[Images]):
     """One split for one rank.
@@ -215,22 +211,22 @@ class Streamed(IterableDataset[Images]):
             nothing = torch.empty(0)
             yield Images(nothing, nothing, nothing, [], refused=str(error))
 
-    def _slot(self) -> tuple[int, int]:
-        """(this worker, workers) among those of all readers."""
+    def _slot(self) -> tuple[int, int, int]:
+        """(this worker, workers) among those of all readers, and its forwards among the `done` first of this reader."""
         info = get_worker_info()
         worker, workers = (info.id, info.num_workers) if info is not None else (0, 1)
-        return self.reader * workers + worker, self.readers * workers
+        done = self.done // workers + (worker < self.done % workers)  # PyTorch asks them in turn, from the first on
+        return self.reader * workers + worker, self.readers * workers, done
 
     def _training(self) -> Iterator[Images]:
         """Without end."""
         import webdataset
 
-        slot, slots = self._slot()
-        skip = self.done // (slots // self.readers) * self.count
-        luck = random.Random(key(self.transform.seed, int(Site.ORDER), slot, self.done)[0])
+        slot, slots, done = self._slot()
+        luck = random.Random(key(self.transform.seed, int(Site.ORDER), slot, done)[0])
         buffer = max(self.window // slots, 1)
         stages = [
-            partial(self._shards, slot, slots, skip),
+            partial(self._shards, slot, slots, done * self.count),
             self._samples,
             webdataset.shuffle(buffer, initial=max(buffer // 4, 1), rng=luck),
             partial(self._batches, transform=self.transform.training),
@@ -239,14 +235,12 @@ class Streamed(IterableDataset[Images]):
 
     def _pass(self) -> Iterator[Images]:
         """Every sample of this worker's shards once, then padding up to the number of forwards of the longest."""
-        slot, slots = self._slot()
+        slot, slots, done = self._slot()
         totals = [sum(self.split.lengths[i::slots]) for i in range(slots)]
         forwards = -(-max(totals) // self.count)
         samples = self._samples((0, shard) for shard in range(slot, len(self.split.shards), slots))
         batches = self._batches(samples, self._held_out, last=True)
-        for number, batch in zip(range(forwards), _endless(batches, self._empty), strict=False):
-            if number >= self.done // (slots // self.readers):
-                yield batch
+        yield from islice(chain(batches, iter(self._empty, None)), done, forwards)
 
     def _shards(self, slot: int, slots: int, skip: int) -> Iterator[tuple[int, int]]:
         """(epoch, shard): of the epochs' permutations, one after the other, every `slots`-th; without those whose

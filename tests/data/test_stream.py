@@ -8,9 +8,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
-from itertools import islice
+from itertools import islice, zip_longest
 from pathlib import Path
 from threading import Event, Thread
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -171,6 +172,26 @@ def test_evaluation_reads_every_sample_once_and_in_as_many_forwards_everywhere(
     assert sorted(numbers(folder, kept, "val")) == list(range(21))
 
 
+@pytest.mark.parametrize("done", range(1, 8))
+def test_an_evaluation_that_starts_anew_goes_on_where_it_was(
+    url: str, done: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Workers that died after `done` forwards: three of them, asked in turn."""
+
+    def passes(done: int) -> list[Counter[bytes]]:
+        found = []
+        for worker in range(3):
+            info = SimpleNamespace(id=worker, num_workers=3)
+            monkeypatch.setattr(stream, "get_worker_info", lambda info=info: info)
+            forwards = streamed(url, "val", once=True, count=4, done=done)
+            found.append([Counter(x.numpy().tobytes() for x in f.pixels[f.labels >= 0]) for f in forwards])
+        return [forward for turn in zip_longest(*found) for forward in turn if forward is not None]
+
+    whole = passes(0)
+    assert sum(sum(whole, Counter()).values()) == 21
+    assert sum(whole[:done], Counter()) + sum(passes(done), Counter()) == sum(whole, Counter())
+
+
 @pytest.mark.parametrize("cache", [False, True])
 @pytest.mark.parametrize("fault", ["fail", "truncate", "stall"])
 def test_a_server_that_fails_for_a_while_loses_nothing(
@@ -244,6 +265,25 @@ def test_the_reader_is_the_same_for_urls(folder: Path, url: str, workers: int) -
     assert Counter(labels.tolist()) == Counter(i % 10 for i in range(21))
     assert one.count("val") == 21
     one.close()
+
+
+def test_what_a_stream_cannot_promise_is_refused(url: str) -> None:
+    from hsvit_ds import recipe as recipes
+
+    base = {
+        "model": {"kind": "hsvit", "variant": "C2A2", "submodules": 2},
+        "data": {"name": "tiny", "classes": 10, "image_size": 32, "root": url},
+        "run": {"global_batch": 10},
+    }
+    vit = {"kind": "vit", "variant": "DeiT-Ti", "widths": {"smallest": 0.5, "granularity": 0.5}}
+    scala = {"kind": "scala", "teacher": {"name": "timm/resnet18", "cache": "/tmp/answers"}}
+    for change, message in (
+        ({"augment": {"repeats": 2}}, "augment.repeats = 2: not for a stream"),
+        ({"model": vit, "task": scala}, "task.teacher.cache: a stream's images depend on"),
+        ({"grid": {"submodule_ranks": 2}, "data": base["data"] | {"share": "none"}}, "the ranks of a replica share"),
+    ):
+        with pytest.raises(RefusedError, match=message):
+            recipes.resolve(recipes.from_table(base | change, "here"), 2)
 
 
 def test_other_data_behind_the_url_is_refused(folder: Path, url: str) -> None:

@@ -53,6 +53,8 @@ class Faults:
     fail: int = 0
     truncate: int = 0
     stall: int = 0
+    after: int = 0
+    """Bytes that it sends before it stalls or breaks off; 0: half of them."""
     asked: list[str] = field(default_factory=list)
 
 
@@ -75,7 +77,7 @@ class Handler(SimpleHTTPRequestHandler):
             self.send_response(200)
             self.send_header("Content-Length", str(len(data)))
             self.end_headers()
-            self.wfile.write(data[: len(data) // 2])
+            self.wfile.write(data[: self.faults.after or len(data) // 2])
             self.wfile.flush()
             if self.faults.truncate:
                 self.faults.truncate -= 1
@@ -204,6 +206,41 @@ def test_a_server_that_fails_for_a_while_loses_nothing(
     told = capfd.readouterr().err
     assert told.count("tiny-train-0001.tar") == 2
     assert "; again in 0.25 s" in told
+
+
+@pytest.mark.parametrize("cache", [False, True])
+def test_a_shard_that_breaks_off_between_an_image_and_its_label_is_read_again(
+    folder: Path, url: str, faults: Faults, cache: bool, tmp_path: Path
+) -> None:
+    """To tarfile and webdataset it looks whole."""
+    faults.after = (folder / "tiny-train-0001.tar").read_bytes().rfind(b"000033.cls")
+    assert faults.after % 512 == 0
+    faults.truncate = 1
+    one = streamed(url, window=1, cache=str(tmp_path / "cache") if cache else "")
+    found = list(islice(iter(one), 10))
+    assert Counter(numbers(folder, [x.pixels for x in found])) == Counter(range(50))
+    assert not any(x.bad for x in found)
+
+
+@pytest.mark.parametrize("cache", [False, True])
+def test_a_pipe_that_gives_too_little_is_read_again(
+    folder: Path, cache: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = folder / "tiny-train-0001.tar"
+    whole = path.read_bytes()
+    path.write_bytes(whole[: whole.rfind(b"000030.jpg")])  # between two samples
+    monkeypatch.setattr(stream.time, "sleep", lambda seconds: path.write_bytes(whole))
+    one = streamed(f"pipe:cat {folder}", window=1, cache=str(tmp_path / "cache") if cache else "")
+    read = numbers(folder, [x.pixels for x in islice(iter(one), 10)])
+    assert Counter(read) == Counter(range(50))
+
+
+def test_a_shard_that_stays_too_short_is_refused(folder: Path) -> None:
+    path = folder / "tiny-train-0001.tar"
+    whole = path.read_bytes()
+    path.write_bytes(whole[: whole.rfind(b"000030.jpg")])
+    answers = list(islice(iter(streamed(f"pipe:cat {folder}")), 11))
+    assert "tiny-train-0001.tar: 13 samples, _info.json says 17; tried 8 times" in answers[-1].refused
 
 
 def test_the_cache_is_asked_instead_of_the_server(folder: Path, url: str, faults: Faults, tmp_path: Path) -> None:

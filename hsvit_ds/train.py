@@ -55,11 +55,13 @@ def main(argv: list[str] | None = None) -> None:
     with shown(2, args.debug):
         check_kernels()
         from . import recipe as recipes
+        from .data.reader import check_splits
         from .grid import Grid, world_size
 
         recipe, plan = recipes.resolve(recipes.read(args.recipe, args.overrides), world_size())
         grid = Grid(recipe.grid, recipe.model.submodules)
         try:
+            grid.together(lambda: check_splits(recipe.data))
             folder = grid.agree(
                 lambda: claim_folder(Path(recipe.run.root), recipe.run.name, args.resume, recipes.dumps(recipe))
             )

@@ -16,14 +16,22 @@ from hsvit_ds.data import augment, decode
 from hsvit_ds.data.index import open_index
 from hsvit_ds.data.sources import Shards
 from hsvit_ds.data.transform import Transform
+from hsvit_ds.grid import Grid
 from hsvit_ds.train import main
 
 from .ranks import finish, start
-from .tars import data_set, encoded, make_index, picture, sample, write_tar
+from .tars import data_set, encoded, make_index, picture, sample, write_split, write_tar
 from .workers.common import SMALL
 
 RECIPE = "recipes/digits/hsvit.toml"
 STEPS, BATCH = 30, 16
+ALONE = ["data.workers=0", "grid.submodule_ranks=1"]
+
+
+@pytest.fixture(autouse=True)
+def _the_group_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that ends leaves the process group, which here is that of all tests."""
+    monkeypatch.setattr(Grid, "close", lambda grid: None)
 
 
 def arguments(root: Path, data: Path, *more: str) -> list[str]:
@@ -148,7 +156,37 @@ def test_more_bad_images_than_allowed_stop_the_run(tmp_path: Path, capfd: pytest
     assert told.count("hsvit: error") == 1
 
 
-ALONE = ["data.workers=0", "grid.submodule_ranks=1"]
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        (["data.root="], "data.root is not set: the folder of tiny's shards"),
+        (["data.root=/nowhere"], "data.root = /nowhere: no such folder"),
+        (["data.classes=9"], "has label 9, but tiny has 9 classes"),
+        (["data.root=TRAIN"], "no shards of the split val (train)"),
+        (["data.root=pipe:cat /nowhere"], "pipe:cat /nowhere/_info.json: "),
+    ],
+)
+def test_data_that_is_not_there_is_refused_before_a_folder_is_made(
+    data: Path,
+    tmp_path: Path,
+    keys: list[str],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    from hsvit_ds.data import stream
+
+    monkeypatch.setattr(stream.time, "sleep", lambda seconds: None)
+    write_split(tmp_path / "train", "train", 64)
+    make_index(tmp_path / "train")
+    keys = [key.replace("TRAIN", str(tmp_path / "train")) for key in keys]
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments(tmp_path / "runs", data, *ALONE, *keys))
+    assert stopped.value.code == 2
+    told = [line for line in capfd.readouterr().err.splitlines() if line.startswith("hsvit: error")]
+    assert len(told) == 1
+    assert message in told[0]
+    assert not (tmp_path / "runs").exists()
 
 
 @pytest.fixture

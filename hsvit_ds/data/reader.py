@@ -125,6 +125,12 @@ def open_split(config: Config, split: str) -> Index | stream.Split | None:
     return index
 
 
+def check_splits(config: Config) -> None:
+    """Refuse a data set that lacks a split, before a run trains an epoch to find out."""
+    for split in ("train", "val", "test"):
+        open_split(config, split)
+
+
 def resolved(config: Config) -> Config:
     """With the decoder and the fingerprint of the data filled in; refuses others than a recipe names."""
     if config.name == "digits" or not config.root:
@@ -141,8 +147,8 @@ def resolved(config: Config) -> Config:
 
 def shard_lengths(config: Config) -> tuple[int, ...]:
     """Samples in each shard of the training split; without data.root one shard of the published size."""
-    if config.name == "digits" or not config.root:
-        return (facts(config).samples.get("train", 0),)
+    if config.name == "digits" or (config.name in SETS and not config.root):
+        return (facts(config).samples["train"],)
     there = open_split(config, "train")
     assert there is not None
     return tuple(int(length) for length in there.lengths)

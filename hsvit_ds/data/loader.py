@@ -69,8 +69,8 @@ class Loader:
                             return
                         done, deaths = done + 1, 0
                     break
-                except RuntimeError as error:
-                    if "exited unexpectedly" not in str(error):
+                except (RuntimeError, OSError, EOFError) as error:
+                    if not _is_death(error):
                         raise
                     deaths += 1
                     if deaths > RESTARTS:
@@ -91,6 +91,14 @@ class Loader:
             except queue.Full:
                 continue
         return False
+
+
+def _is_death(error: Exception) -> bool:
+    """Whether a worker died: one that dies while it hands over an answer breaks a connection first, and what it raises
+    itself begins with "Caught"."""
+    if isinstance(error, RuntimeError):
+        return "exited unexpectedly" in str(error)
+    return not str(error).startswith("Caught")
 
 
 def answers(answer: Answer, jobs: Callable[[int], Iterator[Any]], workers: int, pin: bool) -> Loader:

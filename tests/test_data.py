@@ -69,19 +69,35 @@ def pixels(data: Path) -> set[str]:
     return {hashlib.sha256(image.numpy().tobytes()).hexdigest()[:16] for image in images.pixels}
 
 
+def marked(mark: str) -> list[int]:
+    """Processes that were started with MARK in their environment."""
+    found = []
+    for environ in Path("/proc").glob("[0-9]*/environ"):
+        try:
+            if f"MARK={mark}\0".encode() in environ.read_bytes():
+                found.append(int(environ.parent.name))
+        except OSError:
+            continue
+    return found
+
+
 def test_a_run_killed_in_mid_epoch_and_resumed_elsewhere_reads_every_sample_once(data: Path, tmp_path: Path) -> None:
     """Two submodule ranks that gather, with a worker each, killed with -9; then one rank with three workers."""
     keys = ["checkpoint.every_steps=5", "checkpoint.keep_last=9"]
     first = [str(tmp_path / "first"), *arguments(tmp_path, data, *keys, "data.workers=1", "data.share=gather")]
-    ranks = start("tests.workers.recorded", first, 2)
+    ranks = start("tests.workers.recorded", first, 2, MARK=str(tmp_path))
     deadline = time.monotonic() + 240
     while (found := latest(tmp_path)) is None or found.name < "step-00000010":
         assert time.monotonic() < deadline, "no checkpoint"
         assert all(rank.poll() is None for rank in ranks), ranks[0].communicate()[0]
         time.sleep(0.02)
+    assert len(marked(str(tmp_path))) > len(ranks)  # their workers
     for rank in ranks:
         rank.kill()
         rank.wait()
+    while marked(str(tmp_path)):
+        assert time.monotonic() < deadline, "workers outlive their rank"
+        time.sleep(0.1)
     killed_at = latest(tmp_path)
     assert killed_at is not None
     done = int(killed_at.name[-8:])

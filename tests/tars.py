@@ -25,12 +25,14 @@ def encoded(image: Image.Image, kind: str = "JPEG", **options: object) -> bytes:
     return buffer.getvalue()
 
 
-def write_tar(path: Path, members: list[tuple[str, bytes]]) -> None:
+def write_tar(path: Path, members: list[tuple[str, bytes]]) -> bytes:
+    """Its bytes."""
     with tarfile.open(path, "w") as tar:
         for name, data in members:
             info = tarfile.TarInfo(name)
             info.size = len(data)
             tar.addfile(info, io.BytesIO(data))
+    return path.read_bytes()
 
 
 def sample(number: int, data: bytes, label: int, extension: str = "jpg") -> list[tuple[str, bytes]]:

@@ -1,4 +1,4 @@
-"""Shards hold what their source holds, come out the same however they are made, and a check finds what is wrong."""
+"""Shards hold what their source holds, and come out the same however they are made."""
 
 from __future__ import annotations
 
@@ -12,57 +12,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import webdataset
-from click.testing import Result
 from PIL import Image
 from scipy.io import savemat
 from timm.data.readers.reader_wds import _parse_split_info
-from typer.testing import CliRunner
 
-from hsvit_ds.cli import app
 from hsvit_ds.data.index import open_index, scan
 
-Members = list[tuple[str, bytes]]
-
-
-def shards(*words: object, code: int = 0) -> Result:
-    result = CliRunner().invoke(app, ["shards", *map(str, words)])
-    assert result.exit_code == code, result.output + repr(result.exception)
-    return result
-
-
-def make(source: Path, out: Path, *more: object, code: int = 0, split: str = "train", count: int = 4) -> Result:
-    words = ["--split", split, "--name", "mini", "--shards", count, "--processes", 1, *more]
-    return shards("make", source, out, *words, code=code)
-
-
-def refused(result: Result, *texts: str) -> None:
-    """One line that names everything in `texts`."""
-    assert result.stderr.startswith("hsvit: error: ")
-    assert result.stderr.count("\n") == 1
-    for text in texts:
-        assert text in result.stderr
-
-
-def picture(number: int, kind: str = "JPEG", size: tuple[int, int] = (24, 16)) -> bytes:
-    """An image file of width x height `size` like no other number's."""
-    pixels = np.random.default_rng(number).integers(256, size=(size[1], size[0], 3), dtype=np.uint8)
-    file = io.BytesIO()
-    Image.fromarray(pixels).save(file, kind)
-    return file.getvalue()
-
-
-def write_tar(path: Path, members: Members) -> bytes:
-    with tarfile.open(path, "w") as tar:
-        for name, data in members:
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-    return path.read_bytes()
-
-
-def read_tar(path: Path) -> Members:
-    with tarfile.open(path) as tar:
-        return [(m.name, tar.extractfile(m).read()) for m in tar]  # type: ignore[union-attr]
+from ..tars import write_tar
+from .shard_commands import Members, make, picture, refused, shards
 
 
 def samples(folder: Path, split: str = "train") -> list[dict]:
@@ -73,23 +30,6 @@ def samples(folder: Path, split: str = "train") -> list[dict]:
 
 def files(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix in (".tar", ".json", ".txt")}
-
-
-@pytest.fixture
-def photos(tmp_path: Path) -> Path:
-    """22 images in 3 folders, with what may lie beside them; one class is nested, one has other kinds of files."""
-    root = tmp_path / "photos"
-    for label, (name, count) in enumerate({"ant": 9, "bee": 8, "cat": 5}.items()):
-        folder = root / name / ("more" if name == "bee" else "")
-        folder.mkdir(parents=True)
-        for i in range(count):
-            kind, ending = ("PNG", "png") if name == "cat" else ("JPEG", "JPEG")
-            (folder / f"{name}.{i}.{ending}").write_bytes(picture(100 * label + i, kind))
-        (folder / "notes.txt").write_text("not an image")
-        (folder / f"._{name}.jpg").write_text("what a Mac leaves behind")
-    (root / ".hidden").mkdir()
-    (root / "README.md").write_text("not a class")
-    return root
 
 
 WNIDS = ("n03", "n01", "n02")  # of ids 1, 2, 3: an id is not a class index
@@ -338,163 +278,3 @@ def test_shards_of_other_options_or_images_are_never_mixed(photos: Path, tmp_pat
     (out / "mini-train.make.json").unlink()
     (out / "_info.json").unlink()
     refused(make(photos, out, code=2), "mini-train-0000.tar: made otherwise")
-
-
-@pytest.fixture
-def clean(photos: Path, tmp_path: Path) -> Path:
-    """A set with nothing wrong in it."""
-    make(photos, tmp_path / "clean", count=2)
-    make(photos, tmp_path / "clean", split="val", count=2)
-    return tmp_path / "clean"
-
-
-def test_a_check_of_a_clean_set_finds_nothing(clean: Path) -> None:
-    result = shards("check", clean, "--processes", 2)
-    assert result.stdout == f"{clean}: errors: 0, warnings: 0; usable samples: 22 of train, 22 of val\n"
-
-
-def edit(change: Callable[[Members], Members]) -> Callable[[Path], None]:
-    """Rewrite the second training shard with other members: cls, json and image of samples 11 to 21, in this order."""
-
-    def apply(folder: Path) -> None:
-        path = folder / "mini-train-0001.tar"
-        members = read_tar(path)
-        images = [member for member in members if member[0].endswith(("jpg", "png"))]
-        kept = [m for i in images for m in members if m[0].split(".")[0] == i[0].split(".")[0] and m is not i]
-        order = [m for i in images for m in (*[k for k in kept if k[0].split(".")[0] == i[0].split(".")[0]], i)]
-        write_tar(path, change(order))
-        shards("index", folder)
-
-    return apply
-
-
-def set_data(at: int, data: bytes) -> Callable[[Members], Members]:
-    return lambda members: [(name, data if i == at else old) for i, (name, old) in enumerate(members)]
-
-
-def cut_off(folder: Path) -> None:
-    path = folder / "mini-train-0001.tar"
-    path.write_bytes(path.read_bytes()[:-13000])
-
-
-def damaged(folder: Path) -> None:
-    path = folder / "mini-train-0001.tar"
-    data = bytearray(path.read_bytes())
-    start = data.index(b"00000015.cls")
-    data[start : start + 512] = b"\xaa" * 512
-    path.write_bytes(data)
-
-
-def with_info(key: str, value: object) -> Callable[[Path], None]:
-    def apply(folder: Path) -> None:
-        info = json.loads((folder / "_info.json").read_text())
-        info["splits"]["train"][key] = value
-        (folder / "_info.json").write_text(json.dumps(info))
-
-    return apply
-
-
-def without_split(folder: Path) -> None:
-    for path in folder.glob("*val*"):
-        path.unlink()
-
-
-def again_with_label(label: bytes) -> Callable[[Members], Members]:
-    """The last image once more under a key of its own."""
-    return lambda m: [*m, ("00000099.cls", label), ("00000099." + m[-1][0].split(".")[1], m[-1][1])]
-
-
-def last_label(members: Members) -> bytes:
-    return next(data for name, data in members if name == members[-1][0].split(".")[0] + ".cls")
-
-
-@pytest.mark.parametrize(
-    ("plant", "kind", "text"),
-    [
-        (cut_off, "damaged tar", "mini-train-0001.tar: cut off"),
-        (damaged, "damaged tar", "mini-train-0001.tar: "),
-        (edit(set_data(2, picture(900)[:-90])), "broken image", "mini-train-0001.tar: 00000011."),
-        (edit(set_data(2, b"GIF, or so")), "broken image", "not an image"),
-        (edit(set_data(2, b"")), "empty image", "00000011."),
-        (edit(lambda m: [(n, b"{}" if n == "00000011.json" else d) for n, d in m if n != "00000011.cls"]), "label",
-         "mini-train-0001.tar: 00000011: missing"),
-        (edit(set_data(0, b"cat")), "label", "mini-train-0001.tar: 00000011: not a number"),
-        (edit(set_data(0, b"3")), "label", "00000011: 3 is out of range of 3 classes"),
-        (edit(set_data(0, b"-1")), "label", "00000011: -1 is out of range"),
-        (edit(lambda m: m[:2] + m[3:]), "no image", "mini-train-0001.tar: 00000011: only .cls, .json"),
-        (edit(lambda m: [*m, ("00000000.jpg", picture(901)), ("00000000.cls", b"1")]), "duplicate key",
-         "mini-train-0001.tar: 00000000: also in mini-train-0000.tar"),
-        (edit(lambda m: [*m, ("00000011.jpg", picture(901)), ("00000011.cls", b"1")]), "duplicate key",
-         "00000011: more than once in this shard"),
-        (edit(lambda m: [m[0], *m]), "duplicate key", "00000011: more than once in this shard"),
-        (edit(lambda m: [*m, ("/etc/a.jpg", picture(901)), ("/etc/a.cls", b"1")]), "unsafe name", "/etc/a.jpg"),
-        (edit(lambda m: [*m, ("a/../../b.jpg", picture(901)), ("a/../../b.cls", b"1")]), "unsafe name",
-         "a/../../b.jpg"),
-        (edit(lambda m: again_with_label(b"%d" % (1 - min(int(last_label(m)), 1)))(m)), "one image, two labels",
-         "mini-train-0001.tar: 00000099."),
-        (with_info("num_samples", 23), "_info.json", "train has 23 samples, found: 22"),
-        (with_info("shard_lengths", [10, 12]), "_info.json", "mini-train-0000.tar has 10 samples, found: 11"),
-        (with_info("shard_lengths", [22]), "_info.json", "train has no proper filenames"),
-        (lambda folder: (folder / "mini-train-0001.tar").unlink(), "_info.json", "found: no such shard"),
-        (without_split, "_info.json", "val is in it, but has no shards"),
-    ],
-)  # fmt: skip
-def test_a_check_names_what_is_wrong(plant: Callable[[Path], None], kind: str, text: str, clean: Path) -> None:
-    plant(clean)
-    result = shards("check", clean, "--processes", 1, code=1)
-    lines = [line for line in result.stdout.splitlines() if line.startswith(f"{kind}: ")]
-    assert any(text in line for line in lines), result.stdout
-    assert "errors: 0" not in result.stdout
-
-
-def touched(folder: Path) -> None:
-    edit(lambda m: m[:-3])(folder)
-    info = json.loads((folder / "_info.json").read_text())
-    info["splits"] = {}
-    (folder / "_info.json").write_text(json.dumps(info))
-    make_stale = folder / "mini-train-0001.tar"
-    write_tar(make_stale, read_tar(make_stale)[:-3])
-
-
-@pytest.mark.parametrize(
-    ("plant", "kind", "text"),
-    [
-        (lambda folder: (folder / "val.index.npz").unlink(), "index", "val.index.npz: there is no index"),
-        (touched, "index", "mini-train-0001.tar: its members are not those of"),
-        (edit(lambda m: [*m, ("00000099.cls", last_label(m)), ("00000099.jpg", m[-1][1])]), "duplicate image",
-         "00000099.jpg: also mini-train-0001.tar: "),
-    ],
-)  # fmt: skip
-def test_what_does_no_harm_is_a_warning(plant: Callable[[Path], None], kind: str, text: str, clean: Path) -> None:
-    (clean / "_info.json").write_text("{}")
-    plant(clean)
-    result = shards("check", clean, "--processes", 1)
-    assert any(line.startswith(f"{kind}: ") and text in line for line in result.stdout.splitlines()), result.stdout
-
-
-def test_classes_can_be_told(clean: Path) -> None:
-    assert "2 is out of range of 2 classes" in shards("check", clean, "--classes", 2, code=1).stdout
-
-
-def test_an_index_can_lie_elsewhere_and_tells_what_it_left_out(clean: Path, tmp_path: Path) -> None:
-    write_tar(clean / "mini-val-0001.tar", [("a.jpg", b""), ("a.cls", b"1")])
-    result = shards("index", clean, "--out", tmp_path / "new/elsewhere")
-    assert len(open_index(tmp_path / "new/elsewhere/train.index.npz", clean)) == 22
-    assert "mini-val-0001.tar: a.jpg: 0 bytes" in result.stdout
-    assert "problems: 1;" in result.stderr
-    assert f"hsvit shards check {clean}" in result.stderr
-
-
-def test_info_describes_what_is_indexed(clean: Path) -> None:
-    text = shards("info", clean).stdout
-    index = open_index(clean / "train.index.npz", clean)
-    for fact in ("22", "5 / 7.3 / 9", f"{index.sizes.mean():,.0f}", index.fingerprint, "agrees"):
-        assert fact in text
-    with_info("num_samples", 23)(clean)
-    assert "23 samples" in shards("info", clean).stdout
-
-
-@pytest.mark.parametrize("command", ["index", "check", "info"])
-def test_a_folder_without_shards_is_refused(command: str, tmp_path: Path) -> None:
-    wanted = "no index there" if command == "info" else "no shards named NAME-SPLIT-0000.tar"
-    refused(shards(command, tmp_path, code=2), str(tmp_path), wanted)

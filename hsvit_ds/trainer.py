@@ -107,11 +107,8 @@ class Trainer:
         taught = None
         if r.task.teacher.name:
             key = {"seed": r.run.seed, "global_batch": r.run.global_batch, "augment": asdict(r.augment)}
-            key |= {
-                k: v
-                for k, v in asdict(r.data).items()
-                if k in ("name", "window", "last_batch", "fingerprint", "decoder")
-            }
+            same = ("name", "fingerprint", "window", "last_batch", "decoder")
+            key |= {name: getattr(r.data, name) for name in same}
             dtype = torch.bfloat16 if p.bf16 else torch.float32
             taught = Teacher(r.task.teacher, facts, self.grid.device, dtype, r.run.global_batch, key)
         return scala.Scala(r.task, r.augment, facts, sampler, taught)

@@ -98,7 +98,7 @@ def test_the_data_tables_have_a_row_for_every_alternative(data: data_alternative
         return {next(iter(row.values())) for row in rows}
 
     assert names(data_benchmarks.reader(data, 1)) == {"hsvit-ds", "webdataset"}
-    assert names(data_benchmarks.decoders(data, 1)) == {"simplejpeg", "torchvision", "Pillow"}
+    assert names(data_benchmarks.decoders(data, 1, workers=2)) == {"simplejpeg", "torchvision", "Pillow"}
     assert names(data_benchmarks.path(data, 1)) == paths == set(data_alternatives.by_workers(data, 1, 1))
     assert len(data_benchmarks.fixed(1, samples=2000, shards=4)) == 7
     assert names(data_benchmarks.trainer(data, 1, workers=0)) == {0, 1}

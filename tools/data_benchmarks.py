@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from importlib.metadata import version
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -164,19 +165,52 @@ def reader(data: Data, repeats: int) -> Rows:
     return over(rates(compared, repeats), "webdataset", "2x")
 
 
-def decoders(data: Data, repeats: int) -> Rows:
+def at_once(measure: Rate, workers: int) -> float:
+    """What so many processes, forked here, measure at the same time, together."""
+    context = get_context("fork")
+    barrier, found = context.Barrier(workers), context.SimpleQueue()
+
+    def work() -> None:
+        barrier.wait()
+        found.put(measure())
+
+    started = [context.Process(target=work) for _ in range(workers)]
+    for process in started:
+        process.start()
+    total = sum(found.get() for _ in started)
+    for process in started:
+        process.join()
+    return total
+
+
+def by_core_and_node(compared: dict[str, Rate], repeats: int, workers: int, what: str) -> Rows:
+    """Rows of images/s of one process and of `workers` at once."""
+    node = {f"{name} at once": partial(at_once, measure, workers) for name, measure in compared.items()}
+    found = rates(compared | node, repeats)
+    return [
+        {
+            what: name,
+            "images/s": f"{found[name]:,.0f}",
+            "ms an image": f"{1000 / found[name]:.3f}",
+            f"images/s, {workers} processes": f"{found[f'{name} at once']:,.0f}",
+        }
+        for name in compared
+    ]
+
+
+def decoders(data: Data, repeats: int, workers: int) -> Rows:
     files = [file for file in alternatives.reads(data) if file[:3] == b"\xff\xd8\xff"]
     compared: dict[str, Rate] = {
         name: partial(from_the_start, partial(map, decoder, files), one) for name, decoder in DECODERS.items()
     }
-    return over(rates(compared, repeats), "Pillow", "")
+    return by_core_and_node(compared, repeats, workers, "decoder")
 
 
 def path(data: Data, repeats: int) -> Rows:
     return over(rates(alternatives.in_this_process(data), repeats), "webdataset, Pillow, torchvision", "1.5x")
 
 
-def stages(data: Data, repeats: int) -> Rows:
+def stages(data: Data, repeats: int, workers: int) -> Rows:
     """What each part of this project's path adds; the last is the device's."""
     jobs = list(data.jobs(1))
     files = list(alternatives.reads(data))
@@ -200,10 +234,7 @@ def stages(data: Data, repeats: int) -> Rows:
     compared["normalise batches"] = lambda: from_the_start(
         lambda: (normalise(answer, IMAGENET_MEAN, IMAGENET_STD) for answer in answers)
     )
-    return [
-        {"stage, bilinear": stage, "images/s": f"{value:,.0f}", "ms an image": f"{1000 / value:.3f}"}
-        for stage, value in rates(compared, repeats).items()
-    ]
+    return by_core_and_node(compared, repeats, workers, "stage, bilinear")
 
 
 # Workers
@@ -340,9 +371,9 @@ def run(folder: Path, size: int, workers: int, repeats: int, out: Path | None) -
         what = f"{len(data.index)} images of {folder.name}, "
         crop = f"{what}random crops to {size} px in batches of {BATCH}"
         table("reader", f"{what}one process, bytes alone", reader(data, repeats))
-        table("decoders", f"{what}one process, decoding alone", decoders(data, repeats))
+        table("decoders", f"{what}decoding alone", decoders(data, repeats, workers))
         table("path", f"{crop}, one process", path(data, repeats))
-        table("stages", f"{crop}, one process, stages", stages(data, repeats))
+        table("stages", f"{crop}, stages", stages(data, repeats, workers))
         table("node", f"{crop}, {workers} workers", node(data, repeats, workers))
         table("trainer", f"{crop}, the reader of a run", trainer(data, repeats, workers))
         table("share", f"{crop}, two ranks of a replica, a worker each", shared(data, repeats))

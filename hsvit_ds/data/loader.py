@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from ..errors import RefusedError
+from ..errors import RefusedError, first_line
 from .batch import Images
 
 Answer = Callable[[Any], Images]
@@ -75,10 +75,11 @@ class Loader:
                     deaths += 1
                     if deaths > RESTARTS:
                         raise RefusedError(
-                            f"the data workers died {deaths} times in a row ({error}): out of memory, or "
+                            f"the data workers died {deaths} times in a row ({first_line(error)}): out of memory, or "
                             "/dev/shm is too small? Set data.workers lower"
                         ) from None
-                    print(f"hsvit: warning: {error}; the data workers start anew", file=sys.stderr, flush=True)
+                    why = first_line(error)
+                    print(f"hsvit: warning: a data worker died ({why}); all start anew", file=sys.stderr, flush=True)
             self._hand_over(None)
         except BaseException as error:
             self._hand_over(error)

@@ -54,7 +54,7 @@ class Config:
     """"simplejpeg" (turbo-JPEG), "pillow", or "auto": the first that is installed. Resolved with its version: another
     one gives other pixels, and is refused."""
     any_decoder: bool = False
-    """Resume although the images were decoded by another program or version before."""
+    """Go on although the images were decoded by another program or version before, or are on another rank."""
     fingerprint: str = ""
     """Of the training split's index; filled in, and compared when a run is resumed."""
     max_bad_fraction: float = 0.01
@@ -191,7 +191,8 @@ class Reader:
         """Samples of the training split that its index leaves out, and why."""
         self._bad: list[str] = []
         if there is not None:
-            self._check_ranks("the decoder", self._transform.decoder)
+            if not config.any_decoder:
+                self._check_ranks("the decoder", self._transform.decoder)
             self._check_ranks("data of fingerprint", there.fingerprint)
 
     def _check_ranks(self, what: str, mine: str) -> None:

@@ -28,12 +28,12 @@ class Facts:
 def photographs(
     image_size: int,
     classes: int,
-    *samples: int,
+    samples: tuple[int, int] | None = None,
     mean: tuple[float, ...] = IMAGENET_MEAN,
     std: tuple[float, ...] = IMAGENET_STD,
 ) -> Facts:
     """RGB images; `samples` of the training and of the held-out split, which is both "val" and "test"."""
-    counts = dict(zip(("train", "val", "test"), (*samples, *samples[1:]), strict=bool(samples)))
+    counts = {"train": samples[0], "val": samples[1], "test": samples[1]} if samples else {}
     return Facts(image_size, 3, classes, mean, std, counts)
 
 
@@ -47,8 +47,8 @@ SETS = {
         digits.STD,
         {name: stop - start for name, (start, stop) in digits.SPLITS.items()},
     ),
-    "cifar10": photographs(32, 10, 50_000, 10_000, mean=(0.4914, 0.4822, 0.4465), std=(0.2023, 0.1994, 0.2010)),
-    "imagenette": photographs(128, 10, 9_469, 3_925),
-    "tiny_imagenet": photographs(64, 200, 100_000, 10_000),
-    "imagenet1k": photographs(224, 1000, 1_281_167, 50_000),
+    "cifar10": photographs(32, 10, (50_000, 10_000), mean=(0.4914, 0.4822, 0.4465), std=(0.2023, 0.1994, 0.2010)),
+    "imagenette": photographs(128, 10, (9_469, 3_925)),
+    "tiny_imagenet": photographs(64, 200, (100_000, 10_000)),
+    "imagenet1k": photographs(224, 1000, (1_281_167, 50_000)),
 }

@@ -178,7 +178,7 @@ def test_dead_workers_are_replaced_and_nothing_is_lost(
                     os.kill(process, signal.SIGKILL)
     assert len(found) == len(expected)
     assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
-    assert "exited unexpectedly; the data workers start anew" in " ".join(capfd.readouterr().err.split())
+    assert "hsvit: warning: a data worker died (" in capfd.readouterr().err
 
 
 def fork_server_children() -> list[int]:
@@ -237,6 +237,24 @@ def test_samples_that_the_index_left_out_count_as_bad(folder: Path, tmp_path: Pa
 def test_what_cannot_be_read_is_refused_before_a_run(folder: Path, keys: dict[str, Any], message: str) -> None:
     with pytest.raises(RefusedError, match=message):
         reader(folder, **keys)
+
+
+def test_a_rank_with_another_decoder_or_other_data_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    together = Grid.gather
+
+    def with_another(own: str) -> None:
+        """A second rank that answers as this one, but for what begins with `own`."""
+        monkeypatch.setattr(
+            Grid, "gather", lambda grid, x: [*together(grid, x), "x 1" if str(x).startswith(own) else x]
+        )
+
+    with_another("simplejpeg")
+    with pytest.raises(RefusedError, match=r"rank 1 has the decoder x 1, rank 0 simplejpeg .*; they must be the same"):
+        reader(folder)
+    reader(folder, any_decoder=True)
+    with_another(open_index(folder / "train.index.npz", folder).fingerprint)
+    with pytest.raises(RefusedError, match="rank 1 has data of fingerprint x 1, rank 0"):
+        reader(folder, any_decoder=True)
 
 
 def test_a_split_that_is_not_there_is_refused(folder: Path, tmp_path: Path) -> None:

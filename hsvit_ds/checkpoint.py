@@ -1,6 +1,6 @@
 """Checkpoints in one canonical form, whatever the grid, the ZeRO stage or the number of ranks.
 
-A folder `step-00000123` holds for every submodule and for the head (or for the whole model) fp32 weights with
+A folder `step-00000123` holds for every submodule, the head and the backbone (or for the whole model) fp32 weights with
 BatchNorm's buffers, optimizer moments by parameter name, and the EMA, as safetensors, and `manifest.json` with the
 position, the recipe, versions and a hash of every file. A snapshot is taken in host memory; a thread writes it to a
 folder of another name, which becomes visible by one rename after everything is on disk.
@@ -8,7 +8,6 @@ folder of another name, which becomes visible by one rename after everything is 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import platform
@@ -22,16 +21,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import Tensor
 
+from .checkpoint_files import FORMAT, MANIFEST, digest, pointed, read_manifest, read_parts, shared_parts
 from .ema import EMA
 from .engine import Engine
 from .errors import RefusedError
 
-FORMAT = 1
-MANIFEST = "manifest.json"
 Named = dict[str, Tensor]
 Files = dict[str, Named]
 
@@ -153,7 +150,7 @@ class Checkpoints:
         """(part, its share of the tensor): a submodule's parameters stack the rank's submodules on the first axis."""
         here = self._here
         if not name.startswith("submodules."):
-            yield ("model" if here is None else "head"), tensor
+            yield ("model" if here is None else name.partition(".")[0]), tensor  # head or backbone
             return
         assert here is not None
         pieces = tensor.chunk(len(here)) if tensor.dim() else [tensor] * len(here)
@@ -174,7 +171,7 @@ class Checkpoints:
             for file, tensors in files.items():
                 data = save(tensors)
                 _write_synced(partial / file, data)
-                outcome["files"][file] = {"sha256": _hash(data), "bytes": len(data)}
+                outcome["files"][file] = {"sha256": digest(data), "bytes": len(data)}
         except OSError as error:
             outcome["error"] = f"rank {self.grid.rank}: {error}"
         try:
@@ -266,12 +263,17 @@ class Checkpoints:
     def _read(self, folder: Path, manifest: Mapping[str, Any], kind: str) -> Named:
         """Whole tensors by name for this rank: its submodules stacked, the head as it is."""
         here = self._here
-        parts = ["model"] if here is None else ["head", *(f"submodule-{m:03d}" for m in here)]
-        return _read_parts(folder, manifest, parts, kind)
+        parts = ["model"]
+        if here is not None:
+            parts = [*shared_parts(manifest), *(f"submodule-{m:03d}" for m in here)]
+        return read_parts(folder, manifest, parts, kind)
 
     def _check_recipe(self, folder: Path, manifest: Mapping[str, Any]) -> None:
         """Refuse a checkpoint of another architecture, optimizer or order, key by key."""
         saved, mine = manifest["recipe"], json.loads(json.dumps(self.recipe))
+        for recipe in (saved, mine):  # what a run starts from is past
+            recipe["model"] = {k: v for k, v in recipe["model"].items() if k != "weights"}
+            recipe["model"]["backbone"] = recipe["model"].get("backbone", {}) | {"weights": ""}
         fixed: dict[str, Any] = {
             "model": None,
             "task": {"kind", "sampling", "width", "same_widths", "full_epochs"},
@@ -308,77 +310,6 @@ class Checkpoints:
         wrong += [f"{name}: not in this model" for name in sorted(set(weights) - set(shapes))]
         if wrong:
             raise RefusedError(f"{folder} is of another architecture: {'; '.join(wrong[:4])}")
-
-
-def pointed(folder: Path, pointer: str) -> Path | None:
-    """The checkpoint that the file `pointer` ("latest" or "best") names, None where there is no such file."""
-    try:
-        target = folder / (folder / pointer).read_text().strip()
-    except FileNotFoundError:
-        return None
-    if not target.is_dir():
-        others = ", ".join(p.name for p in sorted(folder.glob("step-????????"))) or "none"
-        raise RefusedError(f"{folder / pointer} names {target.name}, which is missing; checkpoints there: {others}")
-    return target
-
-
-def read_manifest(folder: Path) -> dict[str, Any]:
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text())
-    except (OSError, ValueError) as error:
-        raise RefusedError(f"{folder / MANIFEST}: not readable ({error})") from error
-    if manifest.get("format") != FORMAT:
-        raise RefusedError(f"{folder / MANIFEST}: format {manifest.get('format')!r}, this version reads {FORMAT}")
-    return manifest
-
-
-def read_weights(folder: Path, manifest: Mapping[str, Any], ema: bool) -> dict[str, Tensor]:
-    """The whole model's tensors by name, buffers included; ema: the averaged ones."""
-    submodules = sorted(f.removesuffix(".safetensors") for f in manifest["files"] if f.startswith("submodule-"))
-    parts = ["head", *(part for part in submodules if "." not in part)] if submodules else ["model"]
-    weights = _read_parts(folder, manifest, parts, "")
-    if ema:
-        averages = _read_parts(folder, manifest, parts, ".ema", "the run keeps no average (ema.decay = 0)")
-        weights |= averages
-    return weights
-
-
-def _read_parts(
-    folder: Path,
-    manifest: Mapping[str, Any],
-    parts: list[str],
-    kind: str,
-    missing: str = "of another architecture",
-) -> dict[str, Tensor]:
-    """Whole tensors by name: submodules stacked in their order, everything else as it is."""
-    stacks: dict[str, list[Tensor]] = {}
-    for part in parts:
-        file = f"{part}{kind}.safetensors"
-        if file in manifest["files"]:
-            for name, tensor in read_file(folder, file, manifest).items():
-                stacks.setdefault(name, []).append(tensor)
-        elif kind != ".optimizer":  # there are no moments before the first step
-            raise RefusedError(f"{folder / MANIFEST} names no {file}: {missing}")
-    return {name: torch.cat(pieces) if pieces[0].dim() else pieces[0] for name, pieces in stacks.items()}
-
-
-def read_file(folder: Path, file: str, manifest: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The tensors of a checkpoint file whose size and hash are those of the manifest."""
-    path, entry = folder / file, manifest["files"][file]
-    remedy = "restore the file, or delete this checkpoint and name an older one in the file `latest`"
-    try:
-        data = path.read_bytes()
-        if len(data) != entry["bytes"]:
-            raise RefusedError(f"{path}: {len(data)} bytes, not {entry['bytes']}; {remedy}")
-        if _hash(data) != entry["sha256"]:
-            raise RefusedError(f"{path}: changed since it was saved (sha256 differs); {remedy}")
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise RefusedError(f"{path}: not readable ({error}); {remedy}") from error
-
-
-def _hash(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
 
 
 def _write_synced(path: Path, data: bytes) -> None:

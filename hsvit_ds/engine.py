@@ -18,7 +18,8 @@ import hsvit_kernels
 from . import optimizer as optimizers
 from .errors import RefusedError
 from .grid import Grid
-from .models.batchnorm import BatchNorm2d, Statistics, move_running_statistics, set_statistics
+from .models import timm_models
+from .models.batchnorm import BatchNorm, Statistics, move_running_statistics, set_statistics
 from .zero import Shards, shards, step_state
 
 
@@ -30,6 +31,8 @@ class Config:
     """"fp32", "bf16" (torch autocast over fp32 parameters), or "auto": bf16 on GPUs, fp32 on CPUs."""
     kernels: str = "auto"
     """"triton" or "reference" for every operation of hsvit_kernels, or "auto": Triton where it was measured faster."""
+    checkpoint_activations: bool = False
+    """Recompute the activations of a timm model in backward instead of keeping them."""
     compile: bool = False
     """torch.compile the model's training graph; evaluation stays eager."""
     max_skipped_steps: int = 10
@@ -69,6 +72,32 @@ class StepResult:
 
 Passes = Callable[[], Iterator[Iterable[Tensor]]]
 """For each micro batch, the losses of its passes, each computed when asked for."""
+
+
+def _is_partial(parameter: Any) -> bool:
+    """Whether the ranks of a replica each have a part of a sum as the gradient (see `HSViT`)."""
+    return getattr(parameter, "partial_in_replica", False)
+
+
+def _whole_numel(parameter: Any) -> int:
+    """Numbers of a parameter, which stage 3 keeps in parts."""
+    return int(getattr(parameter, "ds_numel", parameter.numel()))
+
+
+def _prepare(model: nn.Module, checkpoint_activations: bool, bf16: bool) -> None:
+    """Switch activation checkpointing on, and store frozen matrices as autocast would read them."""
+    nets = timm_models.nets(model)
+    if checkpoint_activations:
+        if not nets:
+            raise RefusedError(
+                "engine.checkpoint_activations = true: only for models of timm (model.backbone.name, or model.kind = "
+                '"timm")'
+            )
+        for _, net in nets:
+            net.set_grad_checkpointing(True)
+    for parameter in model.parameters():
+        if bf16 and not parameter.requires_grad and parameter.dim() > 1:
+            parameter.data = parameter.data.bfloat16()
 
 
 def deepspeed_config(config: Config, clip: float, bf16: bool, micro_batch: int) -> dict[str, Any]:
@@ -144,7 +173,11 @@ class Engine:
         deepspeed_groups._WORLD_GROUP = grid.world_group
         deepspeed.init_distributed(grid.backend, dist_init_required=False)
         model.to(grid.device)
-        self.parameter_groups = optimizers.parameter_groups(model, optimizer_config)
+        _prepare(model, config.checkpoint_activations, bf16)
+        try:
+            self.parameter_groups = optimizers.parameter_groups(model, optimizer_config)
+        except ValueError as error:
+            raise RefusedError(f"[optimizer] {error}") from None
         self.deepspeed, self.optimizer, *_ = deepspeed.initialize(
             model=model,
             optimizer=optimizers.build(self.parameter_groups, optimizer_config),
@@ -155,9 +188,12 @@ class Engine:
         self.module: nn.Module = self.deepspeed.module
         self.step_state = step_state(self.module)
         self.shards: Shards = shards(config.zero_stage, self.module, self.optimizer, grid)
-        synced = batch_statistics.synced and grid.replicas > 1
-        set_statistics(self.module, Statistics(batch_statistics.runs, grid.norms if synced else None))
-        self.runs_differ = grid.norms if grid.replicas > 1 and not synced else None
+        # Where the ranks of a replica split its images, each has batch statistics of its own.
+        norms = grid.all_norms if getattr(self.module, "splits_images", False) else grid.norms
+        synced = batch_statistics.synced and norms.size > 1
+        set_statistics(self.module, Statistics(batch_statistics.runs, norms if synced else None))
+        self.runs_differ = norms if norms.size > 1 and not synced else None
+        self._partial = [p for p in self.module.parameters() if p.requires_grad and _is_partial(p)]
         self.skipped_steps = 0
         self._skipped_in_a_row = 0
         if config.compile:
@@ -168,13 +204,16 @@ class Engine:
 
     def traffic(self, steps: int) -> dict[str, float]:
         """Bytes a step that this rank gave to collectives since the last call, `steps` steps ago, by what they were:
-        CLS sums, BatchNorm's statistics, images, and gradients (by count: one fp32 reduction a step)."""
+        CLS sums, a backbone's maps and their gradients, BatchNorm's statistics, images, and gradients (by count: one
+        fp32 reduction a step over the replicas, and one of a backbone's inside a replica)."""
         trained = sum(f.shape.numel() for fragments in self.shards.layout for f in fragments)
+        partial = sum(_whole_numel(p) for p in self._partial)
         return {
             "comm/exchange_bytes": self.grid.exchanges.take() / steps,
-            "comm/norm_bytes": self.grid.norms.take() / steps,
+            "comm/feature_bytes": self.grid.features.take() / steps,
+            "comm/norm_bytes": (self.grid.norms.take() + self.grid.all_norms.take()) / steps,
             "comm/data_bytes": self.grid.images.take() / steps,
-            "comm/gradient_bytes": 4.0 * trained if self.grid.replicas > 1 else 0.0,
+            "comm/gradient_bytes": 4.0 * (trained if self.grid.replicas > 1 else 0) + 4.0 * partial,
         }
 
     def step(self, passes: Passes, count: int, lr: float, step: int) -> StepResult:
@@ -188,7 +227,7 @@ class Engine:
         self.module.train()
         self.step_state.gathers = True
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["lr_scale"]
         losses: list[Tensor] = []
         last = self.accumulation * count - 1
         with self._one_reduction():
@@ -199,6 +238,7 @@ class Engine:
                     self.step_state.last = len(losses) == last
                     self.deepspeed.backward(loss / self.accumulation)
                     losses.append(loss.detach().float())
+            self._sum_partial()
         applied, norm = self._update()
         self.step_state.clear()
         self.step_state.gathers = False
@@ -215,6 +255,19 @@ class Engine:
         if self.config.zero_stage == 0:
             return nullcontext()
         return self.deepspeed.coalesce_grad_reduction()
+
+    @torch.no_grad()
+    def _sum_partial(self) -> None:
+        """Sum the gradients of a backbone over the ranks of the replica, each of which has seen a share of its images:
+        before the reduction over the replicas at stages 1 to 3, after it at stage 0, which is the same."""
+        if not self._partial:
+            return
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in self._partial]
+        flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
+        self.grid.sum_over_submodule_ranks(flat)
+        for parameter, whole in zip(self._partial, flat.split([g.numel() for g in gradients]), strict=True):
+            if parameter.grad is not None:
+                parameter.grad.copy_(whole.view(parameter.grad.shape))
 
     def _update(self) -> tuple[bool, float]:
         """(whether the step was applied, gradient norm); a non-finite gradient is never applied."""
@@ -288,6 +341,6 @@ class Engine:
             for hook in hooks:
                 hook.remove()
             for module in self.module.modules():
-                if isinstance(module, BatchNorm2d):
+                if isinstance(module, BatchNorm):
                     module.pending.clear()
         return found[0] if found else ""

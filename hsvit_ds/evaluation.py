@@ -12,7 +12,7 @@ from .data import augment
 from .data.reader import Reader
 from .errors import RefusedError
 from .grid import Channel
-from .models.batchnorm import BatchNorm2d, recalibrate
+from .models.batchnorm import BatchNorm, recalibrate
 from .models.slimmable import FULL, Width
 
 CALIBRATION_STEPS = 16
@@ -77,7 +77,7 @@ def _score(logits: Tensor, labels: Tensor, valid: Tensor) -> Tensor:
 
 def needs_calibration(module: nn.Module, widths: Sequence[Width]) -> bool:
     """Whether BatchNorm has no statistics of its own for some of the widths."""
-    return any(not width.is_full for width in widths) and any(isinstance(m, BatchNorm2d) for m in module.modules())
+    return any(not width.is_full for width in widths) and any(isinstance(m, BatchNorm) for m in module.modules())
 
 
 def recalibrate_widths(

@@ -57,6 +57,15 @@ class Channel:
         taken, self.bytes = self.bytes, 0
         return taken
 
+    def all_to_all(self, x: Tensor) -> Tensor:
+        """[size, ...]: part i goes to rank i; what the ranks sent here, in their order."""
+        self.bytes += x.nbytes // self.size * (self.size - 1)
+        x = x.contiguous()
+        received = torch.empty_like(x)
+        # As bytes, since gloo does not know bfloat16 here.
+        dist.all_to_all_single(received.view(torch.uint8), x.view(torch.uint8), group=self.group)
+        return received
+
     def all_gather(self, x: Tensor) -> Tensor:
         """[size, *x.shape]: every rank's `x`, in the order of ranks."""
         self.bytes += x.nbytes
@@ -76,6 +85,22 @@ class _SumForward(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return grad, None
+
+
+class _ExchangeFeatures(torch.autograd.Function):
+    """[B / S, K, f] of this rank's images to [B, K / S, f] of all images; backward the same way back. All ranks of a
+    replica compute the same loss, and each has the gradient at its own channels alone: nothing is summed."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, channel: Channel) -> Tensor:
+        ctx.channel = channel
+        parts = x.unflatten(1, (channel.size, -1)).movedim(1, 0)
+        return channel.all_to_all(parts).flatten(0, 1)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        parts = grad.unflatten(0, (ctx.channel.size, -1))
+        return ctx.channel.all_to_all(parts).movedim(0, 1).flatten(1, 2), None
 
 
 def world_size() -> int:
@@ -134,7 +159,9 @@ class Grid:
         self.data_group = self._group([[i * s + j for i in range(r)] for j in range(s)])
         self.files_group = dist.new_group(timeout=self.timeout, backend="gloo")
         self.exchanges = Channel(self.replica_group, s)
+        self.features = Channel(self.replica_group, s)
         self.norms = Channel(self.data_group, r)
+        self.all_norms = Channel(self.world_group, self.size)
         self.images = Channel(self.replica_group, s)
 
     def _device(self) -> torch.device:
@@ -189,6 +216,24 @@ class Grid:
     def exchange(self, x: Tensor) -> Tensor:
         """Sum [B, D] over the submodule ranks of the replica: the one message of an HSViT forward, none backward."""
         return _SumForward.apply(x, self.exchanges) if self.submodule_ranks > 1 else x
+
+    def share_of(self, images: int) -> slice:
+        """Which of a replica's images this rank computes a backbone for.
+
+        Raises:
+            ValueError: the ranks of the replica cannot divide them.
+        """
+        share, rest = divmod(images, self.submodule_ranks)
+        if rest:
+            raise ValueError(f"{images} images cannot be divided by {self.submodule_ranks} submodule ranks")
+        return slice(self.submodule_rank * share, (self.submodule_rank + 1) * share)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def exchange_features(self, x: Tensor) -> Tensor:
+        """[B / S, K, f], a backbone's maps of this rank's images, to [B, K / S, f], this rank's channels of all images
+        of the replica; gradients travel back."""
+        exchanged: Tensor = _ExchangeFeatures.apply(x, self.features)
+        return exchanged
 
     def share_images(self, images: Tensor) -> Tensor:
         """[B / S, ...] uint8 of each submodule rank, in the order of ranks, to [B, ...] on all of them."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import pickle
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from math import isqrt
@@ -12,17 +11,19 @@ from typing import Any
 
 import torch
 from pydantic import TypeAdapter
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from . import models
-from .checkpoint import Position, pointed, read_manifest, read_weights
+from .checkpoint import Position
+from .checkpoint_files import pointed, read_manifest, read_weights
 from .data import reader
 from .errors import RefusedError
 from .models import slimmable, vit
 from .models.hsvit import Config as HSViTConfig
 from .models.hsvit import HSViT
+from .weights import load_exactly, unwrapped
 
 
 def import_weights(
@@ -100,27 +101,6 @@ def _import_vit(state_dict: Mapping[str, Any], widths: dict[str, Any], heads: in
         raise RefusedError(str(error)) from error
     load_exactly(model, weights, f"the weights do not fit {model.config}")
     return model
-
-
-def load_exactly(model: nn.Module, weights: Mapping[str, Tensor], message: str) -> None:
-    """Load weights whose keys and shapes are the model's; else refuse them with `message` and every key that is not."""
-    own = model.state_dict()
-    wrong = [f"{key} is missing" for key in own if key not in weights]
-    wrong += [f"{key} is left over" for key in weights if key not in own]
-    wrong += [
-        f"{key} has shape {tuple(weights[key].shape)}, not {tuple(value.shape)}"
-        for key, value in own.items()
-        if key in weights and weights[key].shape != value.shape
-    ]
-    if wrong:
-        raise RefusedError(f"{message}: {'; '.join(wrong)}")
-    model.load_state_dict(weights)
-
-
-def unwrapped(state_dict: Mapping[str, Any]) -> dict[str, Any]:
-    """The tensors of a checkpoint of DeiT's or timm's training code, which nest them and may name a wrapper."""
-    weights = state_dict.get("model", state_dict.get("state_dict", state_dict))
-    return {key.removeprefix("module."): value for key, value in weights.items()}
 
 
 def import_hsvit(
@@ -230,26 +210,6 @@ def _key_map(config: HSViTConfig) -> dict[str, list[str]]:
     return names
 
 
-def read_foreign(path: Path) -> Mapping[str, Any]:
-    """Read another program's weights without running code that the file may carry."""
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError as error:
-        raise RefusedError(f"{path}: no such file") from error
-    except (SafetensorError, RuntimeError, EOFError, OSError) as error:
-        raise RefusedError(f"{path}: not a readable weights file ({error})") from error
-    except pickle.UnpicklingError as error:
-        raise RefusedError(
-            f"{path}: holds more than tensors and is not unpickled, as that could run its code; "
-            "save its state_dict alone with torch.save"
-        ) from error
-    if not isinstance(loaded, Mapping):
-        raise RefusedError(f"{path}: holds a {type(loaded).__name__}, not a state dict")
-    return loaded
-
-
 def save_model(model: models.Model, path: Path) -> None:
     """Write one whole model to a safetensors file that `load_model` rebuilds."""
     about = {
@@ -269,7 +229,7 @@ def load_model(path: Path) -> models.Model:
     if "hsvit" not in metadata:
         raise RefusedError(f'{path}: not a model file of hsvit-ds (no "hsvit" in its metadata)')
     about = json.loads(metadata["hsvit"])
-    model = _config(about.pop("config")).build(**about)
+    model = models.without_weights(_config(about.pop("config"))).build(**about)
     model.load_state_dict(load_file(path))
     return model.eval()
 
@@ -295,7 +255,8 @@ def load_run(folder: Path, ema: bool = False) -> LoadedRun:
     manifest = read_manifest(checkpoint)
     recipe = manifest["recipe"]
     facts = reader.facts(reader.Config(**recipe["data"]))
-    model = _config(recipe["model"]).build(image_size=facts.image_size, channels=facts.channels, classes=facts.classes)
+    config = models.without_weights(_config(recipe["model"]))
+    model = config.build(image_size=facts.image_size, channels=facts.channels, classes=facts.classes)
     if not next(model.parameters()).is_meta:
         model.load_state_dict(read_weights(checkpoint, manifest, ema))
     return LoadedRun(model.eval(), recipe, Position(**manifest["position"]))

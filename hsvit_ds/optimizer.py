@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from .models import timm_models
+
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
@@ -29,6 +31,8 @@ class Config:
     """AdamW's."""
     momentum: float = 0.9
     """SGD's."""
+    layer_decay: float = 1.0
+    """Of timm's layers (BEiT, arXiv 2106.08254): each has this times the learning rate of the layer after it."""
     schedule: str = "step"
     """The cosine moves every "step" or every "epoch"."""
     warmup_epochs: float = 0.0
@@ -45,6 +49,8 @@ class Config:
         for key, allowed in choices.items():
             if getattr(self, key) not in allowed:
                 raise ValueError(f'{key} = "{getattr(self, key)}": must be one of {allowed}')
+        if not 0 < self.layer_decay <= 1:
+            raise ValueError(f"layer_decay = {self.layer_decay}: must be above 0 and at most 1")
         for key in ("lr", "min_lr", "weight_decay", "eps", "momentum", "warmup_epochs", "clip"):
             if getattr(self, key) < 0:
                 raise ValueError(f"{key} = {getattr(self, key)}: must not be negative")
@@ -59,34 +65,64 @@ def decays(name: str, parameter: Tensor) -> bool:
 
 
 def parameter_groups(model: nn.Module, config: Config) -> list[dict]:
-    """The trained parameters in one or two groups, with their names for the checkpoint and the start-up line."""
-    groups: dict[bool, dict[str, Tensor]] = {True: {}, False: {}}
+    """The trained parameters by weight decay and, with `layer_decay`, by layer; with their names for the checkpoint and
+    the start-up line, and `lr_scale`, which the engine multiplies the learning rate with.
+
+    Raises:
+        ValueError: layer_decay for a model without timm's layers.
+    """
+    exempt = {
+        f"{path}.{name}".removeprefix(".")
+        for path, net in timm_models.nets(model)
+        for name in (net.no_weight_decay() if hasattr(net, "no_weight_decay") else ())
+    }  # matrices that are like biases
+    numbers = _layer_numbers(model) if config.layer_decay < 1 else {}
+    last = max(numbers.values(), default=0)
+    groups: dict[tuple[bool, int], dict[str, Tensor]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            groups[config.decay == "all" or decays(name, parameter)][name] = parameter
+            decayed = config.decay == "all" or (decays(name, parameter) and name not in exempt)
+            groups.setdefault((decayed, last - numbers.get(name, 0)), {})[name] = parameter
     return [
         {
             "params": list(named.values()),
             "names": list(named),
             "weight_decay": config.weight_decay if decayed else 0.0,
+            "lr_scale": config.layer_decay**layers_after,
         }
-        for decayed, named in groups.items()
-        if named
+        for (decayed, layers_after), named in sorted(groups.items(), key=lambda item: (not item[0][0], item[0][1]))
     ]
+
+
+def _layer_numbers(model: nn.Module) -> dict[str, int]:
+    """{parameter: its layer in timm's network, from the images on}; what is not timm's comes after it."""
+    numbers = {
+        f"{path}.{name}": number
+        for path, net in timm_models.nets(model)
+        for name, number in timm_models.layer_numbers(net, stages=False).items()
+    }
+    if not numbers:
+        raise ValueError('layer_decay needs a model of timm: model.backbone.name, or model.kind = "timm"')
+    after = max(numbers.values()) + 1
+    return {name: numbers.get(name, after) for name, _ in model.named_parameters()}
 
 
 def describe(groups: Sequence[dict]) -> str:
     """One line on what decays, printed at start: people reproduce papers by it."""
     parts = []
-    for group in groups:
-        numbers = sum(p.numel() for p in group["params"])
-        parts.append(f"weight decay {group['weight_decay']:g} on {len(group['params'])} tensors ({numbers:,} numbers)")
+    for decay in sorted({group["weight_decay"] for group in groups}, reverse=True):
+        tensors = [p for group in groups if group["weight_decay"] == decay for p in group["params"]]
+        numbers = sum(getattr(p, "ds_numel", p.numel()) for p in tensors)
+        parts.append(f"weight decay {decay:g} on {len(tensors)} tensors ({numbers:,} numbers)")
+    least = min(group["lr_scale"] for group in groups)
+    if least < 1:
+        parts.append(f"learning rate x {least:.3g} at the first trained layer")
     return ", ".join(parts)
 
 
 def build(groups: list[dict], config: Config) -> torch.optim.Optimizer:
     # DeepSpeed's own optimizers would compile an extension at start-up.
-    params = [{k: v for k, v in group.items() if k != "names"} for group in groups]
+    params = [{k: v for k, v in group.items() if k != "names"} for group in groups]  # torch keeps lr_scale
     if config.name == "sgd":
         return torch.optim.SGD(params, lr=config.lr, momentum=config.momentum)
     return torch.optim.AdamW(params, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)

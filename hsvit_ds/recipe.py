@@ -21,7 +21,7 @@ from .data.order import Order, Share
 from .data.sets import Facts
 from .data.stream import is_url
 from .errors import RefusedError
-from .models.batchnorm import BatchNorm2d
+from .models.batchnorm import BatchNorm
 from .tasks import scala, supervised, teacher
 
 
@@ -255,8 +255,15 @@ def resolve(recipe: Recipe, ranks: int) -> tuple[Recipe, Plan]:
         precision = "bf16" if torch.cuda.is_available() else "fp32"
     with torch.device("meta"):
         shape = model.build(image_size=facts.image_size, channels=facts.channels, classes=facts.classes)
-    has_norms = any(isinstance(module, BatchNorm2d) for module in shape.modules())
-    runs, synced = _bn_runs(recipe.run, replicas, micro, accumulation) if has_norms else (1, False)
+    # The ranks of a replica split its images where a backbone is, so a batch statistic spans them.
+    splits = recipe.grid.submodule_ranks if model.splits_images else 1
+    if micro % splits:
+        raise RefusedError(
+            f"a backbone's images are divided among the ranks of a replica, but grid.submodule_ranks = {splits} does "
+            f"not divide the micro batch of {micro}"
+        )
+    trained_norms = any(isinstance(m, BatchNorm) and m.weight.requires_grad for m in shape.modules())
+    runs, synced = _bn_runs(recipe.run, replicas, splits, micro, accumulation) if trained_norms else (1, False)
     recipe = replace(
         recipe,
         model=model,
@@ -334,14 +341,16 @@ def _check_blocks(recipe: Recipe, micro: int) -> None:
         raise RefusedError(f"augment.mix_block = {block} does not divide the micro batch of {micro}")
 
 
-def _bn_runs(run: Run, replicas: int, micro: int, accumulation: int) -> tuple[int, bool]:
-    """(runs in a micro batch, whether one run spans all replicas)."""
+def _bn_runs(run: Run, replicas: int, splits: int, micro: int, accumulation: int) -> tuple[int, bool]:
+    """(runs in a rank's part of a micro batch, whether one run spans all ranks). splits: ranks that divide it."""
+    replicas, micro = replicas * splits, micro // splits
     batch = run.bn_batch or run.global_batch
     if batch > micro:
         if batch != micro * replicas:
             raise RefusedError(
                 f"run.bn_batch = {run.bn_batch}: BatchNorm over {batch} images needs them in one forward, but a "
-                f"micro batch has {micro} on each of {replicas} replicas and {accumulation} are accumulated; "
+                f"forward has {micro} on each of {replicas} {'ranks' if splits > 1 else 'replicas'} and "
+                f"{accumulation} are accumulated; "
                 f"set run.bn_batch to {micro * replicas}, or to a divisor of {micro}"
             )
         return 1, True

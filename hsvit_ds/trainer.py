@@ -60,7 +60,7 @@ class Trainer:
             channels=facts.channels,
             classes=facts.classes,
             here=grid.submodules,
-            exchange=grid.exchange,
+            grid=grid,
             seed=recipe.run.seed,
         )
         self.engine = Engine(

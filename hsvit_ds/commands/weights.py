@@ -28,7 +28,7 @@ def import_weights(
     """Turn published weights, told apart by their keys, into a model file of this project."""
     with shown(2, debug):
         check_kernels()
-        from .. import interop
+        from .. import interop, weights
         from ..errors import RefusedError
 
         try:
@@ -36,7 +36,7 @@ def import_weights(
         except ValueError as error:
             raise RefusedError(f"--pool-strides {pool_strides}: must be numbers as in 2,1,2,1") from error
         model = interop.import_weights(
-            interop.read_foreign(file),
+            weights.read_foreign(file),
             image_size=image_size,
             pool_strides=strides,
             heads=heads,

@@ -306,7 +306,7 @@ class Reader:
         """
         source, count = self._source(split, open_split(self.config, split)), self.count(split)
         size = min(self.config.eval_batch, -(-count // self.grid.replicas))
-        size += -size % self.grid.submodule_ranks if self._gathers else 0
+        size += -size % self.grid.submodule_ranks  # which divide the images between them, or a backbone's part of them
         if isinstance(source, Streamed):
             size //= self.grid.submodule_ranks if self._gathers else 1
             answers = dataclasses.replace(source, count=size, once=True).start(self._workers, self._pins)

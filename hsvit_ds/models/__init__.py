@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
-from . import hsvit, vit
+from . import hsvit, timm_models, vit
 from .slimmable import Width
 
-Config = hsvit.Config | vit.Config
-Model = hsvit.HSViT | vit.ViT
+Config = hsvit.Config | vit.Config | timm_models.Config
+Model = hsvit.HSViT | vit.ViT | timm_models.Classifier
+
+
+def without_weights(config: Config) -> Config:
+    """A config whose model starts from random weights, because it will be given others or has none to start from."""
+    if isinstance(config, timm_models.Config):
+        return replace(config, weights="")
+    if isinstance(config, hsvit.Config):
+        return replace(config, backbone=replace(config.backbone, weights=""))
+    return config
 
 
 def parameters(model: Model, width: Width) -> int:

@@ -29,8 +29,8 @@ class Statistics:
     channel: Channel | None = None
 
 
-class BatchNorm2d(nn.Module):
-    """Batch normalisation of [B, C, H, W] (Ioffe and Szegedy, 2015), eps 1e-5, momentum 0.1 as in PyTorch.
+class BatchNorm(nn.Module):
+    """Batch normalisation of [B, C, ...] (Ioffe and Szegedy, 2015), eps 1e-5, momentum 0.1 as in PyTorch.
 
     Args:
         segments: equal parts of the channels that a width slices one by one.
@@ -80,7 +80,7 @@ class BatchNorm2d(nn.Module):
     def _normalise_together(self, x: Tensor, width: Width) -> Tensor:
         affine = self._affine(width)
         y, mean, var = _SyncedNorm.apply(x, affine["weight"], affine["bias"], self.eps, self.statistics.channel)
-        self.pending.setdefault(width, []).append(torch.stack((mean, var)))
+        self._note(width, torch.stack((mean, var)))
         return y
 
     def _normalise(self, x: Tensor, width: Width) -> Tensor:
@@ -88,8 +88,13 @@ class BatchNorm2d(nn.Module):
         moments = self.running_mean.new_zeros(2, x.shape[1])
         affine = self._affine(width)
         y = F.batch_norm(x, moments[0], moments[1], affine["weight"], affine["bias"], True, 1.0, self.eps)
-        self.pending.setdefault(width, []).append(moments)
+        self._note(width, moments)
         return y
+
+    def _note(self, width: Width, moments: Tensor) -> None:
+        # Inside a backward pass activation checkpointing repeats a forward that has been noted already.
+        if torch._C._current_graph_task_id() == -1:
+            self.pending.setdefault(width, []).append(moments)
 
 
 class _SyncedNorm(torch.autograd.Function):
@@ -97,7 +102,7 @@ class _SyncedNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float, channel: Channel) -> Any:
-        var, mean = torch.var_mean(x.float(), dim=(0, 2, 3), correction=0)
+        var, mean = torch.var_mean(x.float(), dim=_all_but_channels(x), correction=0)
         means, variances = channel.all_gather(torch.stack((mean, var))).unbind(1)
         mean = means.mean(0)
         var = variances.mean(0) + (means - mean).square().mean(0)
@@ -112,20 +117,24 @@ class _SyncedNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *_: Any) -> Any:
         x, weight, mean, invstd = ctx.saved_tensors
-        shape = (1, -1, 1, 1)
+        shape = (1, -1, *[1] * (x.dim() - 2))
         grad32 = grad.float()
         normed = (x.float() - mean.view(shape)) * invstd.view(shape)
-        grad_bias = grad32.sum((0, 2, 3))
-        grad_weight = (grad32 * normed).sum((0, 2, 3))
+        grad_bias = grad32.sum(_all_but_channels(x))
+        grad_weight = (grad32 * normed).sum(_all_but_channels(x))
         sums = ctx.channel.all_reduce(torch.stack((grad_bias, grad_weight)))
         mean_bias, mean_weight = (sums / ctx.count).unbind(0)
         grad_x = (grad32 - mean_bias.view(shape) - normed * mean_weight.view(shape)) * (weight * invstd).view(shape)
         return grad_x.to(grad.dtype), grad_weight, grad_bias, None, None
 
 
+def _all_but_channels(x: Tensor) -> list[int]:
+    return [0, *range(2, x.dim())]
+
+
 def set_statistics(model: nn.Module, statistics: Statistics) -> None:
     for module in model.modules():
-        if isinstance(module, BatchNorm2d):
+        if isinstance(module, BatchNorm):
             module.statistics = statistics
 
 
@@ -162,7 +171,7 @@ def recalibrate(model: nn.Module, widths: Sequence[Width], channel: Channel | No
         layer.eval()
 
 
-def _means(model: nn.Module, width: Width, channel: Channel | None) -> dict[BatchNorm2d, Tensor]:
+def _means(model: nn.Module, width: Width, channel: Channel | None) -> dict[BatchNorm, Tensor]:
     """[2, C] for every layer: the mean over this step's runs at a width, on all ranks of `channel`."""
     layers = [layer for layer in _layers(model) if layer.pending.get(width)]
     if not layers:
@@ -174,5 +183,5 @@ def _means(model: nn.Module, width: Width, channel: Channel | None) -> dict[Batc
     return dict(zip(layers, flat.split([mean.shape[1] for mean in means], dim=1), strict=True))
 
 
-def _layers(model: nn.Module) -> list[BatchNorm2d]:
-    return [module for module in model.modules() if isinstance(module, BatchNorm2d)]
+def _layers(model: nn.Module) -> list[BatchNorm]:
+    return [module for module in model.modules() if isinstance(module, BatchNorm)]

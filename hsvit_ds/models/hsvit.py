@@ -1,5 +1,8 @@
 """HSViT (arXiv 2404.05196): channels as tokens, disjoint attention groups, and M submodules that ranks can own.
 
+The trunk can be a CNN of timm instead (`backbone`): then a submodule is its share of the last map's channels with their
+groups, and the ranks of a replica compute the CNN for a share of the images each and exchange channels.
+
 A width takes its share of every submodule's kernels and groups, so that tokens per group and the embedding stay, and
 one model serves every width and every subset of submodules.
 
@@ -14,18 +17,20 @@ M submodules here, G groups here, T = K/G + 1 tokens of a group, A attention lay
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from hsvit_kernels.random import Draw, Site, generator
+from hsvit_kernels.random import Draw, Site
 
+from ..grid import Grid
+from . import backbone as backbones
 from . import slimmable
+from .backbone import Backbone
 from .slimmable import FULL, Width
-from .submodules import Submodules
+from .submodules import Head, Submodules
 
 
 @dataclass(frozen=True)
@@ -67,32 +72,54 @@ class Config:
     """Attention layers of each group (A); 0 is the ablation without attention, CLS and positions; -1: the variant's."""
     heads: int = 8
     """Attention heads; a divisor of `embedding`."""
-    embedding: int = 64
-    """Width of a token (D)."""
+    embedding: int = 0
+    """Width of a token (D); 0: 64, or with a backbone the pixels of its map, rounded up to a multiple of `heads`."""
     dropout: float = 0.2
     """Probability of dropping an attention weight or an embedded feature, rounded to 1/256."""
     submodules: int = 1
     """Independent shares of the model (M); divides every K_l and G. 1 is the published model."""
     submodule_drop: float = 0.0
     """Probability that a submodule is absent for an image in training; at least one stays."""
+    backbone: backbones.Config = field(default_factory=backbones.Config)
     widths: slimmable.Config = field(default_factory=slimmable.Config)
 
     def __post_init__(self) -> None:
-        for name in ("groups", "heads", "embedding", "submodules"):
+        for name in ("groups", "heads", "submodules"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} = {getattr(self, name)}: must be at least 1")
         for name in ("dropout", "submodule_drop"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} = {getattr(self, name)}: must be in [0, 1)")
+        if self.embedding < 0:
+            raise ValueError(f"embedding = {self.embedding}: must not be negative")
         if self.embedding % self.heads:
             raise ValueError(f"heads = {self.heads} does not divide embedding = {self.embedding}")
         if self.variant and self.variant not in VARIANTS:
             raise ValueError(f'variant = "{self.variant}": must be one of {", ".join(VARIANTS)}')
-        if not self.variant and (not self.kernels or self.depth < 0):
-            raise ValueError("name a variant, or set both kernels and depth")
+        if self.backbone.name:
+            self._check_backbone()
+        elif not self.variant and (not self.kernels or self.depth < 0):
+            raise ValueError("name a variant or a backbone, or set both kernels and depth")
+
+    def _check_backbone(self) -> None:
+        set_too = [name for name in ("variant", "kernel_sizes", "pool_strides") if getattr(self, name)]
+        if set_too or not self.convolution:
+            raise ValueError(f"{(set_too or ['convolution'])[0]} is of HSViT's own trunk; a backbone takes its place")
+        if self.depth < 0:
+            raise ValueError("a backbone gives no depth: set depth, the attention layers (2 in the paper)")
+        if len(self.widths.family) > 1:
+            raise ValueError(f"widths.smallest = {self.widths.smallest}: a backbone is not sliced")
 
     def resolved(self, image_size: int) -> Config:
         """Fill what the variant and the image side give; refuse what cannot be divided, with the arithmetic."""
+        if self.backbone.name:
+            shape = backbones.shape(self.backbone, image_size, 3)
+            if self.kernels not in ((), (shape.channels,)):
+                raise ValueError(f"kernels = {list(self.kernels)}: those of {self.backbone.name} are {shape.channels}")
+            embedding = self.embedding or -(-shape.height * shape.width // self.heads) * self.heads
+            full = replace(self, kernels=(shape.channels,), embedding=embedding)
+            full._check_shares()
+            return full
         kernels, depth, strides = self.kernels, self.depth, self.pool_strides
         if self.variant:
             variant = VARIANTS[self.variant]
@@ -113,6 +140,7 @@ class Config:
             depth=depth,
             pool_strides=strides,
             kernel_sizes=self.kernel_sizes or (3,) * len(kernels),
+            embedding=self.embedding or 64,
         )
         full._check(image_size)
         return full
@@ -128,6 +156,16 @@ class Config:
                 raise ValueError(f"{name} = {list(getattr(self, name))}: each must be at least 1")
         if min(self.kernels) < 1:
             raise ValueError(f"kernels = {list(self.kernels)}: each must be at least 1")
+        self._check_shares()
+        if not self.convolution and image_size**2 != self.embedding:
+            raise ValueError(
+                f"convolution = false needs images of embedding = {self.embedding} pixels; "
+                f"{image_size} x {image_size} = {image_size**2}"
+            )
+
+    def _check_shares(self) -> None:
+        if self.embedding % self.heads:
+            raise ValueError(f"heads = {self.heads} does not divide embedding = {self.embedding}")
         if self.groups % self.submodules:
             raise ValueError(f"submodules = {self.submodules} does not divide groups = {self.groups}")
         for kernels in self.kernels:
@@ -137,11 +175,6 @@ class Config:
             raise ValueError(f"groups = {self.groups} does not divide the {self.kernels[-1]} kernels of the last block")
         for width in self.widths.family:
             self.check_width(width)
-        if not self.convolution and image_size**2 != self.embedding:
-            raise ValueError(
-                f"convolution = false needs images of embedding = {self.embedding} pixels; "
-                f"{image_size} x {image_size} = {image_size**2}"
-            )
 
     def check_width(self, width: Width) -> None:
         """Refuse a width that the groups or a block's kernels cannot be cut to, with the nearest that they can."""
@@ -159,7 +192,15 @@ class Config:
     def at(self, width: Width) -> Config:
         """The standalone network at a width."""
         kernels = tuple(width.of(k) for k in self.kernels)
-        return replace(self, variant="", kernels=kernels, groups=width.of(self.groups), widths=slimmable.Config())
+        backbone = replace(self.backbone, weights="")
+        return replace(
+            self,
+            variant="",
+            kernels=kernels,
+            groups=width.of(self.groups),
+            backbone=backbone,
+            widths=slimmable.Config(),
+        )
 
     def macs(self, image_size: int, channels: int, classes: int, width: Width = FULL) -> int:
         """Multiply-adds of one image, forward."""
@@ -173,12 +214,22 @@ class Config:
         classes: int,
         seed: int = 0,
         here: range | None = None,
-        exchange: Callable[[Tensor], Tensor] = lambda x: x,
+        grid: Grid | None = None,
     ) -> HSViT:
         """The model, or a rank's share of it; see `HSViT`."""
-        return HSViT(
-            self, image_size=image_size, channels=channels, classes=classes, seed=seed, here=here, exchange=exchange
-        )
+        return HSViT(self, image_size=image_size, channels=channels, classes=classes, seed=seed, here=here, grid=grid)
+
+    @property
+    def splits_images(self) -> bool:
+        """Whether the ranks of a replica each compute a share of its images: those of a backbone."""
+        return self.backbone.name != ""
+
+    def features(self, image_size: int) -> int:
+        """Pixels of the last map (f)."""
+        if self.backbone.name:
+            shape = backbones.shape(self.backbone, image_size, 3)
+            return shape.height * shape.width
+        return self.map_sides(image_size)[-1] ** 2
 
     def map_sides(self, image_size: int) -> list[int]:
         """Side of the maps that leave each conv block, by the pools' real output (they round up, not down)."""
@@ -197,14 +248,17 @@ class Config:
         """
         c = self.resolved(image_size)
         m, total, c_in, side = c.submodules, 0, channels, image_size
-        if c.convolution:
+        if c.backbone.name:
+            total += backbones.shape(c.backbone, image_size, channels).flops
+        elif c.convolution:
             outs = c.map_sides(image_size)
             for block, (c_out, kernel) in enumerate(zip(c.kernels, c.kernel_sizes, strict=True)):
                 side = _output(side, kernel, 1)
                 fan_in = c_in if block == 0 else c_in // m
                 total += 2 * side * side * (kernel**2 * fan_in * c_out + 9 * c_out // m * c_out)
                 c_in, side = c_out, outs[block]
-            total += 2 * c.kernels[-1] * side**2 * c.embedding
+        if c.convolution:
+            total += 2 * c.kernels[-1] * c.features(image_size) * c.embedding
         n, d = c.kernels[-1] // c.groups + 1, c.embedding
         total += c.groups * c.depth * (8 * n * d**2 + 4 * n**2 * d)
         return total + 2 * d * classes
@@ -214,33 +268,14 @@ def _output(side: int, kernel: int, stride: int) -> int:
     return (side + 2 * (kernel // 2) - kernel) // stride + 1
 
 
-class Head(nn.Module):
-    """The aggregator: LayerNorm and Linear of the mean CLS token; every rank of a replica computes it."""
-
-    def __init__(self, width: int, classes: int) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(width)
-        self.linear = nn.Linear(width, classes)
-
-    @torch.no_grad()
-    def initialise(self, seed: int) -> None:
-        bound = self.linear.in_features**-0.5
-        for name, parameter in self.linear.named_parameters():
-            source = generator(seed, Site.INIT, -1, *f"head.{name}".encode())
-            parameter.uniform_(-bound, bound, generator=source)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.linear(self.norm(x))
-
-
 class HSViT(nn.Module):
-    """The submodules of this rank, the exchange with the replica's other ranks, and the head.
+    """The submodules of this rank, the exchange with the replica's other ranks, the head, and the backbone if any.
 
     Args:
         config: need not be resolved.
         image_size: side of the square images, pixels. channels: 1 or 3. classes: Q.
         here: global indices of the submodules to hold; all of them by default.
-        exchange: sums [B, D] over the ranks of the replica (`Grid.exchange`); the identity by default.
+        grid: of the replica's other ranks, None without any.
         seed: of the initial weights, which depend on (seed, global submodule) only.
     """
 
@@ -252,16 +287,22 @@ class HSViT(nn.Module):
         channels: int,
         classes: int,
         here: range | None = None,
-        exchange: Callable[[Tensor], Tensor] = lambda x: x,
+        grid: Grid | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__()
         self.config = config.resolved(image_size)
         self.image_size, self.channels, self.classes = image_size, channels, classes
-        self.exchange = exchange
+        self.grid = grid
         here = range(config.submodules) if here is None else here
+        self.backbone = None
+        if config.backbone.name:
+            self.backbone = Backbone(config.backbone, image_size=image_size, channels=channels, seed=seed)
+            for parameter in self.backbone.parameters():
+                # A rank sees a share of its replica's images, so its gradient is a part of a sum (see Engine).
+                parameter.partial_in_replica = self.splits_images  # type: ignore[attr-defined]
         self.submodules = Submodules(self.config, here, image_size, channels)
-        self.head = Head(config.embedding, classes)
+        self.head = Head(self.config.embedding, classes)
         if not self.head.linear.weight.is_meta:
             self.submodules.initialise(seed)
             self.head.initialise(seed)
@@ -293,15 +334,35 @@ class HSViT(nn.Module):
             raise ValueError("training with dropout or submodule_drop needs draw=Draw.of(seed, step, …)")
         if present is None and self.training and c.submodule_drop and draw is not None:
             present = self._drop_submodules(draw)
+        if self.backbone is not None:
+            images = self._features(self.backbone, images, draw)
         sums = self.submodules(images, draw, width)  # [B, M here, D]
         answers = width.of(c.groups if c.depth else c.kernels[-1])
         if present is None:
-            return self.head(self.exchange(sums.sum(1)) / answers)
+            return self.head(self._exchange(sums.sum(1)) / answers)
         here = self.submodules.here
         present = present.to(sums.device).expand(sums.shape[0], c.submodules)
         sums = sums * present[:, here.start : here.stop, None]
         count = present.sum(1, keepdim=True) * (answers // c.submodules)
-        return self.head(self.exchange(sums.sum(1)) / count)
+        return self.head(self._exchange(sums.sum(1)) / count)
+
+    @property
+    def splits_images(self) -> bool:
+        """Whether the ranks of a replica compute a backbone for a share of its images each."""
+        return self.config.splits_images and self.grid is not None and self.grid.submodule_ranks > 1
+
+    def _exchange(self, sums: Tensor) -> Tensor:
+        return sums if self.grid is None else self.grid.exchange(sums)
+
+    def _features(self, backbone: Backbone, images: Tensor, draw: Draw | None) -> Tensor:
+        """[B, C, H, W] to the maps [B, K, f] of the channels that the submodules here take."""
+        if self.grid is None or not self.splits_images:
+            maps = backbone(images, draw).flatten(2)
+            here, share = self.submodules.here, maps.shape[1] // self.config.submodules
+            return maps[:, here.start * share : here.stop * share]
+        own = self.grid.share_of(len(images))
+        own_draw = None if draw is None else draw.slice(own.start, own.stop)
+        return self.grid.exchange_features(backbone(images[own], own_draw).flatten(2))
 
     def _drop_submodules(self, draw: Draw) -> Tensor:
         """bool [B, M]: each submodule present with probability 1 - submodule_drop; the luckiest one always is."""
@@ -315,9 +376,11 @@ class HSViT(nn.Module):
         self.config.check_width(width)
         small = self.config.at(width).build(
             image_size=self.image_size, channels=self.channels, classes=self.classes, here=self.submodules.here,
-            exchange=self.exchange,
+            grid=self.grid,
         ).train(self.training)  # fmt: skip
         found = dict(self.head.state_dict(prefix="head."))
+        if self.backbone is not None:
+            found |= self.backbone.state_dict(prefix="backbone.")
         for name, module in self.named_modules():
             if hasattr(module, "slices"):
                 found |= {f"{name}.{key}": value for key, value in module.slices(width).items()}

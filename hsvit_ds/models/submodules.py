@@ -1,4 +1,4 @@
-"""What a rank owns of an HSViT: its submodules' conv trunks, embedding projections and attention groups.
+"""What a rank computes of an HSViT: its submodules' conv trunks, projections and attention groups, and the head.
 
 Shape letters as in `hsvit`: B images, C channels, K channel tokens, M submodules here, G groups here, T tokens of a
 group, A attention layers, D embedding width.
@@ -18,7 +18,7 @@ from hsvit_kernels import grouped_attention
 from hsvit_kernels.random import Draw, Site, generator, keep_scale, threshold
 
 from . import slimmable
-from .batchnorm import BatchNorm2d
+from .batchnorm import BatchNorm
 from .slimmable import FULL, Width
 
 if TYPE_CHECKING:
@@ -36,9 +36,9 @@ class ConvBlock(nn.Module):
         super().__init__()
         groups = 1 if first else submodules  # every submodule's first convolution sees the full image
         self.conv1 = _conv(c_in, c_out, kernel, groups, submodules, slice_in=not first)
-        self.norm1 = BatchNorm2d(c_out, segments=submodules)
+        self.norm1 = BatchNorm(c_out, segments=submodules)
         self.conv2 = _conv(c_out, c_out, 3, submodules, submodules, slice_in=True)
-        self.norm2 = BatchNorm2d(c_out, segments=submodules)
+        self.norm2 = BatchNorm(c_out, segments=submodules)
         self.pool = nn.MaxPool2d(kernel, stride, kernel // 2) if stride > 1 else nn.Identity()
 
     def forward(self, x: Tensor, width: Width) -> Tensor:
@@ -68,7 +68,7 @@ class Submodules(nn.Module):
         c = config
         self.config, self.here, self.count = c, here, len(here)
         share, d = len(here), c.embedding
-        if c.convolution:
+        if c.convolution and not c.backbone.name:
             outs = [k // c.submodules * share for k in c.kernels]
             self.trunk = nn.ModuleList(
                 ConvBlock(c_in, c_out, kernel, stride, share, first=block == 0)
@@ -76,8 +76,8 @@ class Submodules(nn.Module):
                     zip((channels, *outs), outs, c.kernel_sizes, c.pool_strides, strict=False)
                 )
             )
-            features = c.map_sides(image_size)[-1] ** 2
-            self.projection_weight = nn.Parameter(torch.empty(share, d, features))
+        if c.convolution:
+            self.projection_weight = nn.Parameter(torch.empty(share, d, c.features(image_size)))
             self.projection_bias = nn.Parameter(torch.empty(share, d))
         if c.depth:
             groups, length = c.groups // c.submodules * share, c.kernels[-1] // c.groups + 1
@@ -126,7 +126,8 @@ class Submodules(nn.Module):
         return {n: p if n in shared else width.take(p, 0, self.count) for n, p in own.items()}
 
     def forward(self, images: Tensor, draw: Draw | None, width: Width = FULL) -> Tensor:
-        """images [B, C, H, W] to [B, M, D]: for each submodule the sum over its groups' CLS tokens."""
+        """images [B, C, H, W], or a backbone's maps [B, K, f], to [B, M, D]: for each submodule the sum over its
+        groups' CLS tokens."""
         c = self.config
         tokens = self._tokens(images, draw, width)
         if not c.depth:
@@ -148,7 +149,7 @@ class Submodules(nn.Module):
         return rearrange(vectors, "b (m n) d -> b m n d", m=self.count).sum(2, dtype=dtype)
 
     def _tokens(self, images: Tensor, draw: Draw | None, width: Width = FULL) -> Tensor:
-        """images to channel tokens [B, K, D] of the submodules here."""
+        """images or a backbone's maps to channel tokens [B, K, D] of the submodules here."""
         c = self.config
         first = width.of(c.kernels[-1] // c.submodules) * self.here.start
         if not c.convolution:
@@ -156,10 +157,13 @@ class Submodules(nn.Module):
             plane = torch.arange(first, first + count, device=images.device) % images.shape[1]
             return images.flatten(2)[:, plane]
         # The activations' format decides the convolutions'; weights stay as DeepSpeed's flat buffers keep them.
-        x = images.contiguous(memory_format=torch.channels_last)
-        for block in self.trunk:
-            x = block(x, width)
-        maps = rearrange(x, "b (m k) h w -> m (b k) (h w)", m=self.count)
+        x = images
+        if not c.backbone.name:
+            x = images.contiguous(memory_format=torch.channels_last)
+            for block in self.trunk:
+                x = block(x, width)
+            x = x.flatten(2)
+        maps = rearrange(x, "b (m k) f -> m (b k) f", m=self.count)
         weight = self.projection_weight.transpose(1, 2)
         tokens = torch.baddbmm(self.projection_bias[:, None], maps, weight)
         tokens = F.relu(rearrange(tokens, "m (b k) d -> b (m k) d", b=images.shape[0]))
@@ -176,3 +180,22 @@ class Submodules(nn.Module):
         element = (channel * 4096 + call).to(torch.int32)
         bytes_ = draw.bytes(Site.EMBEDDING, element).flatten(2)[..., :width]
         return (bytes_ >= threshold(self.config.dropout)).to(tokens.dtype)
+
+
+class Head(nn.Module):
+    """The aggregator: LayerNorm and Linear of the mean CLS token; every rank of a replica computes it."""
+
+    def __init__(self, width: int, classes: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.linear = nn.Linear(width, classes)
+
+    @torch.no_grad()
+    def initialise(self, seed: int) -> None:
+        bound = self.linear.in_features**-0.5
+        for name, parameter in self.linear.named_parameters():
+            source = generator(seed, Site.INIT, -1, *f"head.{name}".encode())
+            parameter.uniform_(-bound, bound, generator=source)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(self.norm(x))

@@ -9,7 +9,6 @@ a width, Q classes.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -91,6 +90,11 @@ class Config:
         return 1
 
     @property
+    def splits_images(self) -> bool:
+        """See HSViT."""
+        return False
+
+    @property
     def hidden(self) -> int:
         """Features inside an MLP, at full width."""
         return round(self.embedding * self.mlp_ratio)
@@ -162,9 +166,9 @@ class Config:
         classes: int,
         seed: int = 0,
         here: range | None = None,
-        exchange: Callable[[Tensor], Tensor] | None = None,
+        grid: Any = None,
     ) -> ViT:
-        """The model; `here` and `exchange` are HSViT's."""
+        """The model; `here` and `grid` are HSViT's."""
         return ViT(self, image_size=image_size, channels=channels, classes=classes, seed=seed)
 
 

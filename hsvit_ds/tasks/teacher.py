@@ -19,8 +19,9 @@ from torch import Tensor, nn
 
 from ..data.batch import Batch
 from ..data.sets import Facts
-from ..errors import RefusedError, first_line
-from ..interop import load_exactly, load_run, read_foreign, unwrapped
+from ..errors import RefusedError
+from ..interop import load_run
+from ..models import timm_models
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,30 +76,24 @@ def load(config: Config, facts: Facts) -> nn.Module:
 def _timm(config: Config, facts: Facts) -> nn.Module:
     import timm  # here, as it takes 6 s
 
-    name = config.name.removeprefix("timm/")
-    if not timm.is_model(name):
-        near = ", ".join(timm.list_models(f"*{name.partition('_')[0]}*")[:3]) or "timm.list_models()"
-        raise RefusedError(f'task.teacher.name = "{config.name}": timm has no such model; near it: {near}')
-    known = timm.get_pretrained_cfg(name)
+    key, name = "task.teacher.name", config.name.removeprefix("timm/")
+    known = timm.get_pretrained_cfg(name) if timm.is_model(name) else None
     classes = facts.classes if config.weights or known is None else known.num_classes
-    channels, side = facts.channels, facts.image_size
+    side = facts.image_size
     wanted = known.input_size[-1] if known is not None and known.fixed_input_size else side
     _fit(config, facts, classes=classes, image_size=wanted)
-    on_meta = torch.empty(0).is_meta
     try:
-        model: nn.Module = timm.create_model(
-            name, pretrained=not config.weights and not on_meta, num_classes=classes, in_chans=channels
+        return timm_models.create(
+            key,
+            name,
+            classes=classes,
+            channels=facts.channels,
+            image_size=side,
+            weights=config.weights or timm_models.DEFAULT,
+            same_classes=True,
         )
-    except Exception as error:  # a hub's failures have many types
-        raise RefusedError(
-            f"task.teacher.name = {config.name}: timm cannot get its pretrained weights here "
-            f"({first_line(error)}); set task.teacher.weights to a local file"
-        ) from error
-    if config.weights and not on_meta:
-        student = f"{facts.classes} classes and {channels} x {side} x {side} images"
-        where = f"task.teacher.weights = {config.weights} do not fit a teacher for {student}"
-        load_exactly(model, unwrapped(read_foreign(Path(config.weights))), where)
-    return model
+    except ValueError as error:
+        raise RefusedError(str(error)) from error
 
 
 def _run(config: Config, facts: Facts) -> nn.Module:

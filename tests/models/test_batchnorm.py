@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from hsvit_ds.models.batchnorm import BatchNorm2d, Statistics, move_running_statistics
+from hsvit_ds.models.batchnorm import BatchNorm, Statistics, move_running_statistics
 
 
-def pair(channels: int = 3) -> tuple[BatchNorm2d, nn.BatchNorm2d]:
-    ours, theirs = BatchNorm2d(channels), nn.BatchNorm2d(channels)
+def pair(channels: int = 3) -> tuple[BatchNorm, nn.BatchNorm2d]:
+    ours, theirs = BatchNorm(channels), nn.BatchNorm2d(channels)
     nn.init.normal_(ours.weight)
     nn.init.normal_(ours.bias)
     theirs.load_state_dict(ours.state_dict(), strict=False)

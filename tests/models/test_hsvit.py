@@ -262,7 +262,7 @@ def test_initial_weights_are_spread_like_pytorchs() -> None:
         ({"convolution": False}, "convolution = false needs images of embedding = 64 pixels; 32 x 32 = 1024"),
         ({"kernels": (8, 8, 16)}, "pool_strides is not set and not known for 32 px"),
         ({"dropout": 1.0}, r"dropout = 1.0: must be in \[0, 1\)"),
-        ({"variant": ""}, "name a variant, or set both kernels and depth"),
+        ({"variant": ""}, "name a variant or a backbone, or set both kernels and depth"),
     ],
 )
 def test_an_impossible_combination_is_refused_with_the_arithmetic(change: dict[str, Any], message: str) -> None:

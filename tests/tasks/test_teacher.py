@@ -91,7 +91,7 @@ def test_cached_answers_are_the_same_and_computed_once(
         (
             {"name": "timm/vit_tinny"},
             {},
-            r'task.teacher.name = "timm/vit_tinny": timm has no such model; near it: .*vit',
+            r'task.teacher.name = "vit_tinny": timm .* has no such model; near it: vit_',
         ),
         ({"name": TIMM}, {}, "task.teacher.name = timm/vit_tiny_patch16_224 is for 1000 classes, the data has 10"),
         (
@@ -102,7 +102,7 @@ def test_cached_answers_are_the_same_and_computed_once(
         (
             {"name": RESNET, "weights": "RESNET"},
             {"classes": 7},
-            r"do not fit a teacher for 7 classes .*fc.weight has shape",
+            r"does not fit .* for 7 classes .*fc.weight has shape",
         ),
         ({"name": RESNET, "weights": "missing.pth"}, {}, "missing.pth: no such file"),
         ({"name": "RUN"}, {"classes": 7}, r"is for 10 classes, the data has 7"),
@@ -122,7 +122,7 @@ def test_a_teacher_that_does_not_fit_is_refused(
 def test_weights_that_timm_cannot_download_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # 40 s of retries otherwise
     facts = replace(SETS["digits"], classes=1000, channels=3, image_size=224)
-    with pytest.raises(RefusedError, match=r"timm cannot get its pretrained weights here .* set task.teacher.weights"):
+    with pytest.raises(RefusedError, match=r"timm cannot get the weights .* set task.teacher.weights to the file"):
         load(Config(name="timm/deit_tiny_patch16_224"), facts)
 
 

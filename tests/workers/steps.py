@@ -45,11 +45,20 @@ def main(arguments: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 def one_case(run: Any) -> dict[str, Any]:
     initial = {k: v.clone() for k, v in run.engine.module.named_parameters() if v.numel()}
+    frozen = [
+        f"{path}.{name}"
+        for path, module in run.engine.module.named_modules()
+        if (weights := list(module.parameters(recurse=False))) and not any(p.requires_grad for p in weights)
+        for name in module.state_dict()
+    ]
+    before = {key: tensor.clone() for key, tensor in state(run).items() if key.rpartition("/")[2] in frozen}
     norms = steps(run, 1)
     run.start = type(run.start)(0, 1, 1)
     calls.clear()
+    run.engine.traffic(1)
     norms += steps(run, 2)
     names = {run.grid.replica_group: "replica", run.grid.data_group: "data"}
+    traffic = run.engine.traffic(1)
     second_step = [(name, names.get(group, "other"), numbers) for name, group, numbers in calls]
     run.start = type(run.start)(0, 2, 2)
     norms += steps(run, 5)
@@ -58,6 +67,9 @@ def one_case(run: Any) -> dict[str, Any]:
         "norms": norms,
         "state": state(run),
         "calls": second_step,
+        "frozen": before,
+        "feature_bytes": traffic["comm/feature_bytes"],
+        "submodule_ranks": run.grid.submodule_ranks,
         "trained": sum(f.shape.numel() for fragments in run.engine.shards.layout for f in fragments),
         "exchanged": run.plan.micro_batch * run.recipe.model.embedding,
     }

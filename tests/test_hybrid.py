@@ -1,0 +1,86 @@
+"""A CNN backbone under ZeRO, and divided over the ranks of a replica, is the model of one process."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from .ranks import work
+
+TOLERANCE = {"sgd": 1e-6, "adamw": 1e-5}
+SGD, ADAMW = ["optimizer.name=sgd"], ["optimizer.name=adamw", "optimizer.lr=0.001"]
+ALL, LAST, FROZEN = (f"model.backbone.trained_stages={n}" for n in (-1, 2, 0))
+# Four micro batches on each of two replicas.
+ACCUMULATED = ["run.global_batch=32", "run.micro_batch=4", "run.bn_batch=2"]
+CASES = {
+    f"ZeRO-{stage}, {name}": [f"engine.zero_stage={stage}", *case]
+    for stage in (1, 2, 3)
+    for name, case in {
+        "sgd, all": [*SGD, ALL],
+        "sgd, all, accumulated": [*SGD, ALL, *ACCUMULATED],
+        "adamw, all": [*ADAMW, ALL],
+        "adamw, all, accumulated": [*ADAMW, ALL, *ACCUMULATED],
+        "sgd, last stages": [*SGD, LAST],
+        "adamw, frozen, accumulated": [*ADAMW, FROZEN, *ACCUMULATED],
+    }.items()
+}
+CASES["ZeRO-0, sgd, all"] = ["engine.zero_stage=0", *SGD, ALL]
+CASES["ZeRO-0, sgd, frozen"] = ["engine.zero_stage=0", *SGD, FROZEN]
+for stage in (1, 3):
+    CASES[f"ZeRO-{stage}, sgd, recomputed"] = [
+        f"engine.zero_stage={stage}",
+        *SGD,
+        ALL,
+        "engine.checkpoint_activations=true",
+    ]
+GATHERED = "images gathered"
+CASES[GATHERED] = [*SGD, ALL, "data.share=gather"]
+
+
+def run(folder: Any, world: int, submodule_ranks: int) -> list[dict[str, Any]]:
+    place = f"grid.submodule_ranks={submodule_ranks}"
+    cases = {name: [*case, place] for name, case in CASES.items()}
+    return work("steps", world, folder, {"base": "hybrid", "cases": cases})
+
+
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return run(tmp_path_factory.mktemp("one"), 1, 1)[0]
+
+
+@pytest.fixture(scope="module", params=[(2, 1), (2, 2), (4, 2)], ids=["two replicas", "two submodule ranks", "2 x 2"])
+def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    return run(tmp_path_factory.mktemp("ranks"), *request.param)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_grid_equals_one_process(case: str, one_process: dict[str, Any], ranks: list[dict[str, Any]]) -> None:
+    expected, found = one_process[case], [rank[case] for rank in ranks]
+    for rank in found:
+        torch.testing.assert_close(rank["norms"], expected["norms"], rtol=1e-6, atol=0)
+    written = {key: tensor for rank in found for key, tensor in rank["state"].items()}
+    assert written.keys() == expected["state"].keys()
+    tolerance = TOLERANCE["adamw" if "adamw" in case else "sgd"]
+    for key, tensor in expected["state"].items():
+        torch.testing.assert_close(
+            written[key], tensor, rtol=tolerance, atol=tolerance, msg=lambda m, k=key: f"{k}: {m}"
+        )
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if "frozen" in case or "last" in case])
+def test_what_is_frozen_stays_bit_equal(case: str, ranks: list[dict[str, Any]]) -> None:
+    (writer,) = [rank[case] for rank in ranks if rank[case]["frozen"]]  # the rank that writes what all hold alike
+    assert any("running_mean" in key for key in writer["frozen"])
+    for key, tensor in writer["frozen"].items():
+        assert torch.equal(writer["state"][key], tensor)
+        assert f"backbone.optimizer.safetensors/exp_avg/{key.rpartition('/')[2]}" not in writer["state"]
+
+
+def test_two_submodule_ranks_send_maps_and_gradients_once(ranks: list[dict[str, Any]]) -> None:
+    """Each gives the half of its images' maps that the other needs, 96 channels of 16 pixels, forward and backward."""
+    for case, ways in (("ZeRO-1, sgd, all", 2), ("ZeRO-0, sgd, frozen", 1)):
+        sent, images = ranks[0][case]["feature_bytes"], 16 // (len(ranks) // ranks[0][case]["submodule_ranks"])
+        expected = ways * 4 * images // 2 * 96 * 16 // 2
+        assert sent == (expected if ranks[0][case]["submodule_ranks"] == 2 else 0)

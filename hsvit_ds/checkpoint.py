@@ -273,7 +273,7 @@ class Checkpoints:
         saved, mine = manifest["recipe"], json.loads(json.dumps(self.recipe))
         for recipe in (saved, mine):  # what a run starts from is past
             recipe["model"] = {k: v for k, v in recipe["model"].items() if k != "weights"}
-            recipe["model"]["backbone"] = recipe["model"].get("backbone", {}) | {"weights": ""}
+            recipe["model"]["backbone"] = recipe["model"].get("backbone", {}) | {"weights": "", "cache": ""}
         fixed: dict[str, Any] = {
             "model": None,
             "task": {"kind", "sampling", "width", "same_widths", "full_epochs"},

@@ -84,7 +84,7 @@ def _whole_numel(parameter: Any) -> int:
     return int(getattr(parameter, "ds_numel", parameter.numel()))
 
 
-def _prepare(model: nn.Module, checkpoint_activations: bool, bf16: bool) -> None:
+def prepare(model: nn.Module, checkpoint_activations: bool, bf16: bool) -> None:
     """Switch activation checkpointing on, and store frozen matrices as autocast would read them."""
     nets = timm_models.nets(model)
     if checkpoint_activations:
@@ -100,13 +100,21 @@ def _prepare(model: nn.Module, checkpoint_activations: bool, bf16: bool) -> None
             parameter.data = parameter.data.bfloat16()
 
 
-def deepspeed_config(config: Config, clip: float, bf16: bool, micro_batch: int) -> dict[str, Any]:
-    """What DeepSpeed is told; the expert keys are merged in, and refused where they contradict."""
+LARGEST_BUCKET = 500_000_000
+"""Numbers of a buffer that gradients are reduced in."""
+
+
+def deepspeed_config(config: Config, clip: float, bf16: bool, micro_batch: int, trained: int) -> dict[str, Any]:
+    """What DeepSpeed is told; the expert keys are merged in, and refused where they contradict. trained: numbers."""
+    zero: dict[str, Any] = {"stage": config.zero_stage}
+    if "reduce_bucket_size" not in config.deepspeed.get("zero_optimization", {}):
+        # DeepSpeed reserves the whole bucket, 2 GB, for however small a model.
+        zero["reduce_bucket_size"] = max(min(trained, LARGEST_BUCKET), 1)
     derived: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": micro_batch,
         "gradient_accumulation_steps": 1,  # accumulation and the loss's 1/A are the engine's own
         "gradient_clipping": clip if config.zero_stage else 0.0,  # 1.0 when unset; stage 0 clips here
-        "zero_optimization": {"stage": config.zero_stage},
+        "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 10**9,
     }
@@ -173,15 +181,16 @@ class Engine:
         deepspeed_groups._WORLD_GROUP = grid.world_group
         deepspeed.init_distributed(grid.backend, dist_init_required=False)
         model.to(grid.device)
-        _prepare(model, config.checkpoint_activations, bf16)
+        prepare(model, config.checkpoint_activations, bf16)
         try:
             self.parameter_groups = optimizers.parameter_groups(model, optimizer_config)
         except ValueError as error:
             raise RefusedError(f"[optimizer] {error}") from None
+        trained = sum(p.numel() for group in self.parameter_groups for p in group["params"])
         self.deepspeed, self.optimizer, *_ = deepspeed.initialize(
             model=model,
             optimizer=optimizers.build(self.parameter_groups, optimizer_config),
-            config=deepspeed_config(config, self.clip, bf16, micro_batch),
+            config=deepspeed_config(config, self.clip, bf16, micro_batch, trained),
             mpu=grid,
             dist_init_required=False,
         )

@@ -21,8 +21,9 @@ from .data.order import Order, Share
 from .data.sets import Facts
 from .data.stream import is_url
 from .errors import RefusedError
+from .models import hsvit
 from .models.batchnorm import BatchNorm
-from .tasks import scala, supervised, teacher
+from .tasks import features, scala, supervised, teacher
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -244,6 +245,9 @@ def resolve(recipe: Recipe, ranks: int) -> tuple[Recipe, Plan]:
     reader.check_share(recipe.data, facts, recipe.grid.submodule_ranks, micro)
     _check_blocks(recipe, micro)
     _check_stream(recipe)
+    if isinstance(model, hsvit.Config):
+        backbone = model.backbone
+        features.check(backbone.cache, backbone.trained_stages, recipe.engine.zero_stage, recipe.augment)
     run_order = order(recipe)
     steps = run_order.steps_per_epoch
     if recipe.run.global_batch > run_order.samples:
@@ -271,7 +275,7 @@ def resolve(recipe: Recipe, ranks: int) -> tuple[Recipe, Plan]:
         engine=replace(recipe.engine, precision=precision),
     )
     # Contradicting expert keys are refused before anything starts.
-    engine.deepspeed_config(recipe.engine, recipe.optimizer.clip, precision == "bf16", micro)
+    engine.deepspeed_config(recipe.engine, recipe.optimizer.clip, precision == "bf16", micro, trained=1)
     return recipe, Plan(
         ranks=ranks,
         replicas=replicas,
@@ -309,6 +313,8 @@ def _check_stream(recipe: Recipe) -> None:
         return
     if recipe.augment.repeats > 1:
         raise RefusedError(f"augment.repeats = {recipe.augment.repeats}: not for a stream ({recipe.data.root}); set 1")
+    if isinstance(recipe.model, hsvit.Config) and recipe.model.backbone.cache:
+        raise RefusedError("model.backbone.cache: a stream's images have no numbers; leave it empty")
     if isinstance(recipe.task, scala.Config) and recipe.task.teacher.cache:
         raise RefusedError("task.teacher.cache: a stream's images depend on ranks and workers; leave it empty")
 

@@ -127,6 +127,14 @@ def print_widths(rows: Sequence[WidthRow], title: str) -> None:
     Console(highlight=False, soft_wrap=True).print(table)
 
 
+def print_memory(memory: Mapping[str, int], title: str) -> None:
+    """A table of bytes by what they are for."""
+    table = Table("of a rank", "MiB", title=title)
+    for name, size in memory.items():
+        table.add_row(name.replace("_", " "), f"{size / 2**20:,.1f}")
+    Console(highlight=False, soft_wrap=True).print(table)
+
+
 def draw_widths(path: Path, rows: Sequence[WidthRow], title: str) -> Path:
     """A PNG of accuracy against GFLOPs, one point a width."""
     from matplotlib.figure import Figure

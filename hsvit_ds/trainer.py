@@ -26,6 +26,7 @@ from .optimizer import Schedule, describe
 from .recipe import Plan, Recipe
 from .report import Reporter, draw_curves, draw_widths, duration, print_widths, width_rows
 from .tasks import Task, scala
+from .tasks.features import Features
 from .tasks.supervised import Supervised
 from .tasks.teacher import Teacher
 from .tracking import Tracker, Untracked
@@ -101,14 +102,18 @@ class Trainer:
 
     def _task(self, facts: Facts) -> Task:
         r, p = self.recipe, self.plan
+        same = ("name", "fingerprint", "window", "last_batch", "decoder")
+        shown = {"augment": asdict(r.augment)} | {name: getattr(r.data, name) for name in same}
         if not isinstance(r.task, scala.Config):
-            return Supervised(r.augment, facts)
+            backbone, taken = getattr(self.engine.module, "backbone", None), None
+            if backbone is not None and backbone.config.cache:
+                key = {**shown, "image_size": facts.image_size}
+                taken = Features(backbone.config.cache, backbone, self.grid, recipes.order(r), key, p.bf16)
+            return Supervised(r.augment, facts, taken)
         sampler = scala.Sampler(r.task, r.model.widths, r.run.seed, p.steps_per_epoch)
         taught = None
         if r.task.teacher.name:
-            key = {"seed": r.run.seed, "global_batch": r.run.global_batch, "augment": asdict(r.augment)}
-            same = ("name", "fingerprint", "window", "last_batch", "decoder")
-            key |= {name: getattr(r.data, name) for name in same}
+            key = {"seed": r.run.seed, "global_batch": r.run.global_batch, **shown}
             dtype = torch.bfloat16 if p.bf16 else torch.float32
             taught = Teacher(r.task.teacher, facts, self.grid.device, dtype, r.run.global_batch, key)
         return scala.Scala(r.task, r.augment, facts, sampler, taught)

@@ -16,6 +16,7 @@ def show_recipe(
     file: Annotated[Path, typer.Argument(help="A recipe in TOML.")],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[key=value]...")] = None,
     ranks: Annotated[int, typer.Option(help="Ranks to resolve for; the grid's own by default.")] = 0,
+    memory: Annotated[bool, typer.Option("--memory", help="What each rank will need, instead of the recipe.")] = False,
     debug: Debug = False,
 ) -> None:
     """Print a recipe with everything derived filled in."""
@@ -25,6 +26,16 @@ def show_recipe(
 
         recipe = recipes.read(file, overrides)
         recipe, plan = recipes.resolve(recipe, ranks or recipe.grid.submodule_ranks)
+        if memory:
+            from .. import report
+            from ..memory import needed
+
+            title = (
+                f"{recipe.run.name}: {plan.replicas} replicas x {recipe.grid.submodule_ranks} submodule ranks, "
+                f"ZeRO-{recipe.engine.zero_stage}, micro batch {plan.micro_batch}, {'bf16' if plan.bf16 else 'fp32'}"
+            )
+            report.print_memory(vars(needed(recipe, plan)), title)
+            return
         for key, value in vars(plan).items():
             typer.echo(f"# {key} = {value}")
         typer.echo("\n" + recipes.dumps(recipe), nl=False)

@@ -143,6 +143,13 @@ class Config:
         return self.mix_probability > 0 and (self.mixup > 0 or self.cutmix > 0)
 
     @property
+    def random_keys(self) -> tuple[str, ...]:
+        """The keys set that show an image in a new way every time."""
+        found = [k for k in ("flip", "policy", "colour_jitter", "erase", "shift") if getattr(self, k)]
+        found += [k for k in ("mixup", "cutmix") if self.mixes and getattr(self, k)]
+        return (*found, "crop") if self.crop == "random_resized" else tuple(found)
+
+    @property
     def needs_files(self) -> tuple[str, ...]:
         """The keys set that workers compute, from image files."""
         return tuple(k for k in ("flip", "policy", "colour_jitter", "canvas") if getattr(self, k)) + (

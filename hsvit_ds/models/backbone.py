@@ -31,6 +31,9 @@ class Config:
     state, nothing kept for a backward pass, BatchNorm with the statistics that it came with."""
     output_stride: int = 32
     """Pixels of the image to one of the map, on a side: 8 and 16 keep a larger map, with dilated convolutions."""
+    cache: str = ""
+    """Folder for the maps of a frozen backbone, each computed once: for runs without random augmentation. Takes
+    K x f numbers an image."""
     drop_path: float = 0.0
     """Probability of skipping a block for an image in training, as timm spreads it over the blocks."""
 

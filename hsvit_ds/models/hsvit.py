@@ -313,6 +313,7 @@ class HSViT(nn.Module):
         draw: Draw | None = None,
         present: Tensor | None = None,
         width: Width = FULL,
+        maps: Tensor | None = None,
     ) -> Tensor:
         """Classify images.
 
@@ -321,6 +322,7 @@ class HSViT(nn.Module):
             draw: the pass's randomness; needed in training where dropout or submodule_drop is on.
             present: bool [M] or [B, M], which submodules (global index) answered; all of them by default.
             width: which subnet.
+            maps: [B / S, K, f], what the backbone gives for this rank's own images, where that is known.
 
         Returns:
             Logits [B, Q].
@@ -335,7 +337,7 @@ class HSViT(nn.Module):
         if present is None and self.training and c.submodule_drop and draw is not None:
             present = self._drop_submodules(draw)
         if self.backbone is not None:
-            images = self._features(self.backbone, images, draw)
+            images = self._features(self.backbone, images, draw, maps)
         sums = self.submodules(images, draw, width)  # [B, M here, D]
         answers = width.of(c.groups if c.depth else c.kernels[-1])
         if present is None:
@@ -354,15 +356,16 @@ class HSViT(nn.Module):
     def _exchange(self, sums: Tensor) -> Tensor:
         return sums if self.grid is None else self.grid.exchange(sums)
 
-    def _features(self, backbone: Backbone, images: Tensor, draw: Draw | None) -> Tensor:
+    def _features(self, backbone: Backbone, images: Tensor, draw: Draw | None, maps: Tensor | None) -> Tensor:
         """[B, C, H, W] to the maps [B, K, f] of the channels that the submodules here take."""
         if self.grid is None or not self.splits_images:
-            maps = backbone(images, draw).flatten(2)
+            maps = backbone(images, draw).flatten(2) if maps is None else maps
             here, share = self.submodules.here, maps.shape[1] // self.config.submodules
             return maps[:, here.start * share : here.stop * share]
         own = self.grid.share_of(len(images))
         own_draw = None if draw is None else draw.slice(own.start, own.stop)
-        return self.grid.exchange_features(backbone(images[own], own_draw).flatten(2))
+        maps = backbone(images[own], own_draw).flatten(2) if maps is None else maps
+        return self.grid.exchange_features(maps)
 
     def _drop_submodules(self, draw: Draw) -> Tensor:
         """bool [B, M]: each submodule present with probability 1 - submodule_drop; the luckiest one always is."""

@@ -14,6 +14,7 @@ from ..data.batch import Batch
 from ..data.sets import Facts
 from ..engine import Engine
 from ..models.slimmable import FULL, Width
+from .features import Features
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,17 +23,18 @@ class Config:
 
 
 class Supervised:
-    """Cross-entropy of the whole model."""
+    """Cross-entropy of the whole model. Args: features: known maps of a backbone, None without."""
 
-    def __init__(self, augmentation: augment.Config, facts: Facts) -> None:
-        self.augmentation, self.facts = augmentation, facts
+    def __init__(self, augmentation: augment.Config, facts: Facts, features: Features | None = None) -> None:
+        self.augmentation, self.facts, self.features = augmentation, facts, features
 
     def passes(self, step: int) -> int:
         return 1
 
     def losses(self, engine: Engine, batch: Batch) -> Iterator[Tensor]:
         images, soft = augment.prepare(batch, self.augmentation, self.facts)
-        logits = engine(images, draw=batch.draw(0, images.device))
+        known = {} if self.features is None else {"maps": self.features(batch, images)}
+        logits = engine(images, draw=batch.draw(0, images.device), **known)
         yield F.cross_entropy(logits.float(), soft)
 
     def lr_factor(self, step: int) -> float:

@@ -5,9 +5,6 @@ It is outside the engine: no gradient, no optimizer state, no sharding; in eval 
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,6 +19,7 @@ from ..data.sets import Facts
 from ..errors import RefusedError
 from ..interop import load_run
 from ..models import timm_models
+from .cache import Rows, digest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,72 +116,32 @@ class Teacher:
     def __init__(
         self, config: Config, facts: Facts, device: torch.device, dtype: torch.dtype, batch: int, key: Mapping[str, Any]
     ) -> None:
-        self.config, self.dtype = config, dtype
+        self.config, self.dtype, self.global_batch = config, dtype, batch
         self.module = load(config, facts).to(device, dtype)
         self.cache = None
         if config.cache:
             about = {
                 **key,
                 "teacher": asdict(config) | {"cache": ""},
-                "weights": _digest(self.module),
+                "weights": digest(self.module),
                 "dtype": str(dtype),
             }
-            numbers = 1 if config.distillation == "hard" else facts.classes
-            self.cache = Cache(Path(config.cache), about, batch, numbers)
+            is_hard = config.distillation == "hard"
+            numbers, kind = (1, torch.int16) if is_hard else (facts.classes, torch.float16)
+            self.cache = Rows(Path(config.cache), about, numbers, kind, "task.teacher.cache")
 
     @torch.no_grad()
     def __call__(self, batch: Batch, images: Tensor) -> Tensor:
         """images fp32 [B, C, H, W], as the student sees them, to int64 classes [B] or fp32 logits [B, Q]."""
-        if self.cache is not None and (found := self.cache.read(batch)) is not None:
+        rows = (batch.step * self.global_batch + batch.index).tolist()
+        if self.cache is not None and (found := self.cache.read(rows)) is not None:
             return self._meaning(found.to(images.device))
         logits = self.module(images.to(self.dtype))
         # What can be stored is what is used, so that a cached run equals the one that fills the cache.
-        stored = logits.argmax(-1, keepdim=True).add(1).short() if self.config.distillation == "hard" else logits.half()
+        stored = logits.argmax(-1, keepdim=True).short() if self.config.distillation == "hard" else logits.half()
         if self.cache is not None:
-            self.cache.write(batch, stored)
+            self.cache.write(rows, stored)
         return self._meaning(stored)
 
     def _meaning(self, stored: Tensor) -> Tensor:
-        return stored[:, 0].long() - 1 if self.config.distillation == "hard" else stored.float()
-
-
-class Cache:
-    """Answers by place in the run: row step * batch + index of a sparse file, 16 bits a number, absent where all are 0.
-
-    Ranks write disjoint byte ranges; nothing is locked.
-    """
-
-    def __init__(self, root: Path, about: Mapping[str, Any], batch: int, numbers: int) -> None:
-        text = json.dumps(about, sort_keys=True, default=str)
-        folder = root / hashlib.sha256(text.encode()).hexdigest()[:16]
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / "about.json").write_text(text)
-            self.file = os.open(folder / "answers.bin", os.O_RDWR | os.O_CREAT, 0o644)
-        except OSError as error:
-            raise RefusedError(f"task.teacher.cache = {root}: {error.strerror}") from error
-        self.batch, self.numbers = batch, numbers
-
-    def read(self, batch: Batch) -> Tensor | None:
-        """The rows of a micro batch, None unless all are there."""
-        size = 2 * self.numbers * len(batch.index)
-        data = os.pread(self.file, size, self._at(batch))
-        if len(data) < size:
-            return None
-        kind = torch.int16 if self.numbers == 1 else torch.float16
-        rows = torch.frombuffer(bytearray(data), dtype=kind).view(-1, self.numbers)
-        return rows if bool(rows.any(1).all()) else None
-
-    def write(self, batch: Batch, rows: Tensor) -> None:
-        os.pwrite(self.file, rows.cpu().contiguous().numpy().tobytes(), self._at(batch))
-
-    def _at(self, batch: Batch) -> int:
-        return 2 * self.numbers * (batch.step * self.batch + int(batch.index[0]))  # a micro batch is contiguous
-
-
-def _digest(module: nn.Module) -> str:
-    digest = hashlib.sha256()
-    for name, tensor in module.state_dict().items():
-        digest.update(name.encode())
-        digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
+        return stored[:, 0].long() if self.config.distillation == "hard" else stored.float()

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import hsvit_kernels
 
 from . import optimizer as optimizers
-from .errors import RefusedError
+from .errors import RefusedError, first_line
 from .grid import Grid
 from .models import timm_models
 from .models.batchnorm import BatchNorm, Statistics, move_running_statistics, set_statistics
@@ -94,7 +94,10 @@ def prepare(model: nn.Module, checkpoint_activations: bool, bf16: bool) -> None:
                 '"timm")'
             )
         for _, net in nets:
-            net.set_grad_checkpointing(True)
+            try:
+                net.set_grad_checkpointing(True)
+            except (AssertionError, ValueError) as error:  # as timm's models say that they cannot
+                raise RefusedError(f"engine.checkpoint_activations = true: {first_line(error)}") from error
     for parameter in model.parameters():
         if bf16 and not parameter.requires_grad and parameter.dim() > 1:
             parameter.data = parameter.data.bfloat16()

@@ -1,4 +1,5 @@
-"""Measures what the README and the notes quote: `python -m tools.benchmark step|scala|kernels|data`.
+"""Measures what the README and the notes quote: `python -m tools.benchmark step|scala|hybrid|memory|kernels|
+data`.
 
 Every figure is a median of several runs beside a named alternative in the same run; machines are noisy.
 """
@@ -12,14 +13,16 @@ from pathlib import Path
 
 def main() -> None:
     parser = argparse.ArgumentParser("tools.benchmark", description=__doc__)
-    parser.add_argument("what", choices=["step", "scala", "kernels", "data"])
+    parser.add_argument("what", choices=["step", "scala", "hybrid", "memory", "kernels", "data"])
     parser.add_argument("folder", type=Path, nargs="?", help="data: of shards NAME-SPLIT-0000.tar")
-    parser.add_argument("--repeats", type=int, default=7, help="step, scala, data: runs of each, warmed up")
-    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="step, scala: PyTorch's, on a CPU")
+    parser.add_argument("--repeats", type=int, default=7, help="step, scala, hybrid, data: runs of each, warmed up")
+    parser.add_argument(
+        "--threads", type=int, default=os.cpu_count() or 1, help="step, scala, hybrid: PyTorch's, on a CPU"
+    )
     parser.add_argument("--size", type=int, default=224, help="data: side of the crops, pixels")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="data: worker processes of a node")
     parser.add_argument(
-        "--out", type=Path, help="step, scala: write the rows to this CSV file too; kernels, data: folder of results"
+        "--out", type=Path, help="write the rows to this CSV file too; kernels, data: folder of results"
     )
     args = parser.parse_args()
     if args.what == "kernels":  # needs torch, triton, numpy and matplotlib only, and `step` the whole project
@@ -30,6 +33,14 @@ def main() -> None:
         from tools import scala_benchmarks
 
         scala_benchmarks.run(args.repeats, args.threads, args.out)
+    elif args.what == "hybrid":
+        from tools import hybrid_benchmarks
+
+        hybrid_benchmarks.run(args.repeats, args.threads, args.out)
+    elif args.what == "memory":
+        from tools import memory_benchmarks
+
+        memory_benchmarks.run(args.out)
     elif args.what == "data":
         if args.folder is None:
             parser.error("data needs FOLDER")

@@ -194,6 +194,8 @@ def create(
     """
     import timm  # here, as it takes 6 s
 
+    if name in ("cvt_13", "cvt_21"):
+        _register_cvt(key, name)
     if not timm.is_model(name):
         begins = {model[: len(name)]: model for model in reversed(timm.list_models())}
         near = ", ".join(begins[found] for found in difflib.get_close_matches(name, begins)) or "timm.list_models()"
@@ -228,6 +230,13 @@ def create(
         wanted = f"{_beside(key)} = {weights} does not fit {name} for {classes} classes and {channels} channels"
         _load(model, Path(weights), classes, same_classes, wanted)
     return model
+
+
+def _register_cvt(key: str, name: str) -> None:
+    try:
+        from . import cvt  # noqa: F401
+    except ImportError as error:
+        raise RefusedError(f'{key} = "{name}" is built by transformers: pip install "hsvit-ds[cvt]"') from error
 
 
 def _beside(key: str) -> str:

@@ -1,4 +1,5 @@
-"""A subnet as a network of its own: weights, a timm config, a torch.export program, ONNX and a model card."""
+"""A trained model, or a subnet of it, as files that need no trainer: weights, a timm config, a torch.export program,
+ONNX and a model card."""
 
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from safetensors.torch import save_file
@@ -24,7 +25,9 @@ from .data.sets import Facts
 from .errors import RefusedError
 from .interop import save_model
 from .models import Model
+from .models.batchnorm import BatchNorm
 from .models.slimmable import Width
+from .models.timm_models import Classifier
 from .models.vit import ViT
 
 REPEATS = 20
@@ -93,58 +96,87 @@ def export(
 ) -> list[Path]:
     """Write the subnet at a width into the folder `out`; the files.
 
-    model.safetensors, config.json (a ViT's is timm's), model.pt2 (torch.export), model.onnx and README.md; the batch is
-    free in both programs. augmentation: of the run, for the input that it was evaluated with. about: lines of the model
-    card.
+    model.safetensors, config.json (timm's, for models that timm has), model.pt2 (torch.export), model.onnx and
+    README.md; the batch is free in both programs. augmentation: of the run, for the input that it was evaluated with.
+    about: lines of the model card.
     """
     small = model.cpu().subnet(width).eval()
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise RefusedError(f"--out {out}: {error.strerror}") from error
-    if isinstance(small, ViT):
-        save_file({name: t.contiguous() for name, t in small.state_dict().items()}, out / "model.safetensors")
+    if _timm_has(small):
+        save_file(timm_weights(small), out / "model.safetensors")
         (out / "config.json").write_text(json.dumps(timm_config(small, facts, augmentation), indent=2) + "\n")
     else:
         save_model(small, out / "model.safetensors")
     program = _program(small)
     torch.export.save(program, out / "model.pt2")
     _onnx(program, out / "model.onnx")
-    (out / "README.md").write_text(_card(small, width, about))
+    slimmable = len(model.config.widths.family) > 1
+    (out / "README.md").write_text(_card(small, width if slimmable else None, about))
     return sorted(out.iterdir())
 
 
-def timm_config(model: ViT, facts: Facts, augmentation: augment.Config) -> dict[str, Any]:
+def _timm_has(model: Model) -> TypeGuard[ViT | Classifier]:
+    """Whether timm builds it by itself: not what this project registers there, such as transformers' CvT."""
+    return isinstance(model, ViT) or (
+        isinstance(model, Classifier) and type(model.net).__module__.partition(".")[0] == "timm"
+    )
+
+
+def timm_weights(model: ViT | Classifier) -> dict[str, Tensor]:
+    """The weights as timm names them."""
+    net = model.net if isinstance(model, Classifier) else model
+    weights = {name: tensor.contiguous() for name, tensor in net.state_dict().items()}
+    for path, module in net.named_modules():
+        if isinstance(module, BatchNorm):  # timm's counts the steps too, and loads nothing without the count
+            weights[f"{path}.num_batches_tracked"] = torch.tensor(0)
+    return weights
+
+
+def timm_config(model: ViT | Classifier, facts: Facts, augmentation: augment.Config) -> dict[str, Any]:
     """What `timm.create_model("local-dir:…")` reads beside model.safetensors."""
-    c = model.config
-    arguments: dict[str, Any] = {
-        "img_size": model.image_size,
-        "patch_size": c.patch_size,
-        "in_chans": model.channels,
-        "embed_dim": c.embedding,
-        "depth": c.depth,
-        "num_heads": c.heads,
-        "mlp_ratio": c.mlp_ratio,
-    }
-    if c.layer_scale:
-        arguments["init_values"] = c.layer_scale
-    size = [model.channels, model.image_size, model.image_size]
+    arguments: dict[str, Any] = {"in_chans": model.channels}
+    known: dict[str, Any]
+    if isinstance(model, Classifier):
+        net: Any = model.net
+        architecture, features, known = model.config.name.partition(".")[0], net.num_features, net.pretrained_cfg
+    else:
+        c = model.config
+        architecture, features = f"deit_tiny{'_distilled' if c.distilled else ''}_patch16_224", c.embedding
+        known = {
+            "first_conv": "patch_embed.proj",
+            "classifier": ["head", "head_dist"] if c.distilled else "head",
+            "fixed_input_size": True,
+        }
+        arguments |= {
+            "patch_size": c.patch_size,
+            "embed_dim": c.embedding,
+            "depth": c.depth,
+            "num_heads": c.heads,
+            "mlp_ratio": c.mlp_ratio,
+        }
+        if c.layer_scale:
+            arguments["init_values"] = c.layer_scale
+    if known["fixed_input_size"]:
+        arguments["img_size"] = model.image_size
     return {
-        "architecture": f"deit_tiny{'_distilled' if c.distilled else ''}_patch16_224",
+        "architecture": architecture,
         "num_classes": model.classes,
-        "num_features": c.embedding,
+        "num_features": features,
         "model_args": arguments,
         "pretrained_cfg": {
-            "input_size": size,
-            "fixed_input_size": True,
+            "input_size": [model.channels, model.image_size, model.image_size],
+            "fixed_input_size": known["fixed_input_size"],
             "mean": list(facts.mean),
             "std": list(facts.std),
             "interpolation": augmentation.filter,
             "crop_pct": augmentation.eval_crop or 1.0,
             "crop_mode": "center" if augmentation.eval_crop else "squash",
             "num_classes": model.classes,
-            "first_conv": "patch_embed.proj",
-            "classifier": ["head", "head_dist"] if c.distilled else "head",
+            "first_conv": known["first_conv"],
+            "classifier": known["classifier"],
         },
     }
 
@@ -194,13 +226,14 @@ def _onnx(program: torch.export.ExportedProgram, path: Path) -> None:
         )
 
 
-def _card(model: Model, width: Width, about: dict[str, str]) -> str:
+def _card(model: Model, width: Width | None, about: dict[str, str]) -> str:
+    """The model card. width: of a subnet of a slimmable network."""
     numbers, macs = (
         sum(p.numel() for p in model.parameters()),
         model.config.macs(model.image_size, model.channels, model.classes),
     )
     rows = {
-        "width": str(width),
+        **({} if width is None else {"width": str(width)}),
         "parameters": f"{numbers:,}",
         "multiply-adds of an image": f"{macs:,}",
         "images": f"{model.channels} x {model.image_size} x {model.image_size}",
@@ -208,18 +241,22 @@ def _card(model: Model, width: Width, about: dict[str, str]) -> str:
         **about,
     }
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
-    is_vit = isinstance(model, ViT)
-    tags = "[image-classification, timm]" if is_vit else "[image-classification]"
-    load = _TIMM_EXAMPLE if is_vit else _OWN_EXAMPLE
+    in_timm = _timm_has(model)
+    tags = "[image-classification, timm]" if in_timm else "[image-classification]"
+    load = _TIMM_EXAMPLE if in_timm else _OWN_EXAMPLE
     if isinstance(model, ViT) and model.config.norm_eps != 1e-6:
         load += _EPS.format(eps=model.config.norm_eps)
+    title, origin = f"# {_name(model)}", f"Trained by hsvit-ds {__version__}."
+    if width is not None:
+        title += f" at width {width}"
+        origin = f"A subnet of a slimmable network (Scala, arXiv 2412.04786) that hsvit-ds {__version__} trained."
     return f"""---
 tags: {tags}
-library_name: {"timm" if is_vit else "hsvit-ds"}
+library_name: {"timm" if in_timm else "hsvit-ds"}
 ---
-# A subnet of width {width}
+{title}
 
-Cut out of a slimmable network that hsvit-ds {__version__} trained for several widths at once (Scala, arXiv 2412.04786).
+{origin}
 
 | | |
 | --- | --- |
@@ -228,6 +265,15 @@ Cut out of a slimmable network that hsvit-ds {__version__} trained for several w
 {load}
 `model.pt2` (`torch.export.load`) and `model.onnx` take images of any batch, normalised as the table says.
 """
+
+
+def _name(model: Model) -> str:
+    if isinstance(model, Classifier):
+        return model.config.name
+    if isinstance(model, ViT):
+        return "ViT"
+    backbone = model.config.backbone.name
+    return f"HSViT on {backbone}" if backbone else "HSViT"
 
 
 _TIMM_EXAMPLE = """```python

@@ -248,6 +248,9 @@ class Trainer:
         )
         if self.reader.left_out:
             self.report.say(f"not readable, as the index says: {len(self.reader.left_out)} images, see {self.bad.path}")
+        backbone = getattr(self.recipe.model, "backbone", None)
+        if backbone is not None and backbone.name and not backbone.weights and not backbone.trained_stages:
+            self.report.say("warning: the backbone is frozen with random weights; set model.backbone.weights")
         if p.teacher_bytes:
             self.report.say(f"the teacher's weights take {p.teacher_bytes / 2**20:,.1f} MiB on every rank")
         if self.start.total:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from typer.testing import CliRunner
 
 from hsvit_ds.checkpoint import Position
@@ -27,6 +28,11 @@ SLIM_HSVIT = [
     "grid.submodule_ranks=1",
     "task.kind=scala",
 ]
+# Networks of one width.
+WHOLE = {
+    "timm": ["grid.submodule_ranks=1", 'model={kind="timm", name="test_resnet", drop_path=0.1}'],
+    "hybrid": ["grid.submodule_ranks=1"],
+}
 KINDS: dict[str, tuple[str, list[str]]] = {
     "ViT": ("scala", []),
     "fused ViT": ("scala", ["model.qkv=fused", "model.softmax_scale=full", "model.norm_eps=1e-5"]),
@@ -67,14 +73,9 @@ def test_every_format_has_the_slices_logits(run: SavedRun, tmp_path: Path) -> No
     (width,) = run.widths("0.5")
     images = torch.randn(5, 1, 32, 32)
     expected = run.at(width)(images, width=width)
-    program = torch.export.load(tmp_path / "model.pt2")
-    torch.testing.assert_close(program.module()(images), expected, rtol=1e-5, atol=1e-5)
-    assert "hsvit" not in str(program.graph)
-    from onnxruntime import InferenceSession
-
-    (onnx,) = InferenceSession(tmp_path / "model.onnx").run(None, {"images": images.numpy()})
-    torch.testing.assert_close(torch.from_numpy(onnx), expected, rtol=1e-5, atol=1e-5)
+    check_programs(tmp_path, images, expected)
     card = (tmp_path / "README.md").read_text()
+    assert "A subnet of a slimmable network" in card
     assert "| width | 0.50 |" in card
     assert "| test top-1, % | 43.21 |" in card
     if run.recipe.model.kind == "hsvit":
@@ -96,6 +97,48 @@ def test_every_format_has_the_slices_logits(run: SavedRun, tmp_path: Path) -> No
                 if isinstance(module, torch.nn.LayerNorm):
                     module.eps = eps
     torch.testing.assert_close(alone(images), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", WHOLE)
+def test_every_format_of_a_network_of_one_width_has_its_logits(kind: str, tmp_path: Path) -> None:
+    run = saved(tmp_path, "hybrid", WHOLE[kind], 3)
+    out = tmp_path / "export"
+    code, output = command("export", tmp_path, "--width", "1.0", "-o", out)
+    assert code == 0, output
+    images = torch.randn(5, 1, 32, 32)
+    with torch.no_grad():
+        expected = run.model(images)
+    check_programs(out, images, expected)
+    card = (out / "README.md").read_text()
+    assert "slimmable" not in card
+    assert "width" not in card
+    if kind == "timm":
+        import timm
+
+        alone = timm.create_model(f"local-dir:{out}", pretrained=True).eval()
+        assert type(alone) is type(timm.create_model("test_resnet"))
+        assert "timm.create_model" in card
+        about = timm.data.resolve_model_data_config(alone)
+        assert (about["input_size"], about["crop_mode"]) == ((1, 32, 32), "squash")
+        assert tuple(about["mean"]) == run.facts.mean
+    else:
+        from hsvit_ds.interop import load_model
+
+        alone = load_model(out / "model.safetensors")
+        assert "HSViT on test_resnet" in card
+    with torch.no_grad():
+        torch.testing.assert_close(alone(images), expected, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def check_programs(folder: Path, images: Tensor, expected: Tensor) -> None:
+    from onnxruntime import InferenceSession
+
+    program = torch.export.load(folder / "model.pt2")
+    torch.testing.assert_close(program.module()(images), expected, rtol=1e-5, atol=1e-5)
+    assert "hsvit" not in str(program.graph)
+    (onnx,) = InferenceSession(folder / "model.onnx").run(None, {"images": images.numpy()})
+    torch.testing.assert_close(torch.from_numpy(onnx), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_evaluation_scores_all_widths_in_one_pass_over_the_data(run: SavedRun, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from .ranks import work
+from .workers.common import trainer
 
 TOLERANCE = {"sgd": 1e-6, "adamw": 1e-5}
 SGD, ADAMW = ["optimizer.name=sgd"], ["optimizer.name=adamw", "optimizer.lr=0.001"]
@@ -84,3 +86,18 @@ def test_two_submodule_ranks_send_maps_and_gradients_once(ranks: list[dict[str, 
         sent, images = ranks[0][case]["feature_bytes"], 16 // (len(ranks) // ranks[0][case]["submodule_ranks"])
         expected = ways * 4 * images // 2 * 96 * 16 // 2
         assert sent == (expected if ranks[0][case]["submodule_ranks"] == 2 else 0)
+
+
+def test_a_frozen_backbone_is_stored_in_the_runs_precision(tmp_path: Path) -> None:
+    place = ["grid.submodule_ranks=1", FROZEN, "engine.precision=bf16"]
+    run = trainer(tmp_path, place, base="hybrid")
+    stored = {name: p.dtype for name, p in run.engine.module.named_parameters() if p.dim() > 1}
+    assert {dtype for name, dtype in stored.items() if name.startswith("backbone.")} == {torch.bfloat16}
+    assert {dtype for name, dtype in stored.items() if not name.startswith("backbone.")} == {torch.float32}
+    images = torch.randn(4, 1, 32, 32, generator=torch.Generator().manual_seed(0))
+    run.engine.module.eval()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        found = run.engine.module(images)
+        for parameter in run.engine.module.backbone.parameters():
+            parameter.data = parameter.data.float()
+        assert torch.equal(run.engine.module(images), found)  # autocast rounds to the same numbers

@@ -36,6 +36,9 @@ def test_every_recipe_resolves_builds_and_steps(path: Path, tmp_path: Path) -> N
         overrides.append(f"data.root={root}")
     if recipe.model.kind == "vit":
         overrides.append("model.depth=1")
+    if recipe.model.kind == "timm" or recipe.model.splits_images:  # at full size, two images take seconds
+        overrides += ["run.global_batch=2", "augment.mix_block=2"]
+        overrides.append("model.weights=" if recipe.model.kind == "timm" else "model.backbone.weights=")
     if getattr(recipe.model, "distilled", False):  # a teacher's weights are not at hand
         overrides += ["model.distilled=false", "task.teacher.name="]
     small = recipes.read(path, overrides)
@@ -95,7 +98,7 @@ def test_accumulation_is_derived() -> None:
         ("engine.deepspeed.gradient_clipping=5.0", "engine.deepspeed.gradient_clipping = 5.0 contradicts 1.0"),
         ("engine.deepspeed.zero_optimization.stage=3", "engine.deepspeed.zero_optimization.stage = 3 contradicts 1"),
         ("tracking.uri=http://me:secret@host/", "[tracking] uri holds a user name or password"),
-        ("model.kind=vitt", 'model.kind = "vitt": must be one of hsvit, vit'),
+        ("model.kind=vitt", 'model.kind = "vitt": must be one of hsvit, vit, timm'),
         ("task.sampling=paper", "task.kind is missing: one of supervised, scala"),
         ("task.kind=scala task.sampling=some", '[task] sampling = "some": must be one of paper'),
         ("task.kind=scala task.teacher.nam=x", 'unknown key "task.teacher.nam"; did you mean "task.teacher.name"?'),
@@ -146,6 +149,44 @@ def test_bad_input_of_scala_is_refused_in_one_line(override: str, message: str) 
     assert "\n" not in str(caught.value)
 
 
+HYBRID = ROOT / "recipes/digits/hybrid.toml"
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("model.backbone.nam=x", 'unknown key "model.backbone.nam"; did you mean "model.backbone.name"?'),
+        ("model.backbone.name=test_resnt", '[model] model.backbone.name = "test_resnt": timm '),
+        (
+            "model.backbone.name=test_vit model.backbone.output_stride=32",
+            'model.backbone.name = "test_vit" has no feature map',
+        ),
+        ("model.backbone.weights=a1", '[model] model.backbone.weights = "a1": neither a file ('),
+        ("model.backbone.trained_stages=9", "trained_stages = 9: test_resnet has 5 stages"),
+        ("model.backbone.output_stride=4", "[model.backbone] output_stride = 4: must be 8, 16 or 32"),
+        ("model.depth=-1", "[model] a backbone gives no depth: set depth, the attention layers (2 in the paper)"),
+        ("model.variant=C2A2", "[model] variant is of HSViT's own trunk; a backbone takes its place"),
+        ("model.groups=20", "[model] groups = 20 does not divide the 96 kernels of the last block"),
+        ("model.submodules=3", "[model] submodules = 3 does not divide groups = 4"),
+        (
+            "model.widths.smallest=0.5 model.widths.granularity=0.5 task.kind=scala",
+            "[model] widths.smallest = 0.5: a backbone is not sliced",
+        ),
+        ("run.global_batch=18 run.micro_batch=9", "grid.submodule_ranks = 2 does not divide the micro batch of 9"),
+        ("model.kind=timm", 'unknown key "model.'),
+        ("model={kind='timm',name='test_resnet'}", "more submodule ranks than submodules"),
+        ("model={kind='timm',name='test_resnt'} grid.submodule_ranks=1", '[model] model.name = "test_resnt": timm '),
+        ("model={kind='timm',name='test_resnet',drop_path=2.0}", "[model] drop_path = 2.0: must be in [0, 1)"),
+        ("model={kind='timm'}", "model.name is missing"),
+    ],
+)
+def test_bad_input_of_timms_models_is_refused_in_one_line(override: str, message: str) -> None:
+    with pytest.raises(RefusedError) as caught:
+        recipes.resolve(recipes.read(HYBRID, override.split()), 2)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize(("granularity", "count"), [(0.25, 4), (0.125, 7), (0.0625, 13), (0.03125, 25)])
 def test_one_key_sets_how_many_networks_are_trained(granularity: float, count: int) -> None:
     recipe, _ = recipes.resolve(recipes.read(SCALA, [f"model.widths.granularity={granularity}"]), 1)
@@ -168,5 +209,5 @@ def test_expert_keys_reach_deepspeed() -> None:
     from hsvit_ds.engine import deepspeed_config
 
     recipe = recipes.read(DIGITS, ["engine.deepspeed.zero_optimization.reduce_bucket_size=1000"])
-    config = deepspeed_config(recipe.engine, 1.0, bf16=False, micro_batch=8)
+    config = deepspeed_config(recipe.engine, 1.0, bf16=False, micro_batch=8, trained=100)
     assert config["zero_optimization"] == {"stage": 1, "reduce_bucket_size": 1000}

@@ -277,9 +277,12 @@ def _convert(model: nn.Module, randomness: Randomness) -> None:
     """Replace every BatchNorm and drop path inside a model."""
     from timm.layers import DropPath as TimmDropPath
 
-    for path, module in list(model.named_modules()):
+    converted: dict[nn.Module, nn.Module] = {}  # a module may stand in several places
+    for path, module in list(model.named_modules(remove_duplicate=False)):
         new: nn.Module
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+        if module in converted:
+            new = converted[module]
+        elif isinstance(module, nn.modules.batchnorm._BatchNorm):
             new = _norm(path, module)
         elif isinstance(module, TimmDropPath):
             new = DropPath(module.drop_prob or 0.0, module.scale_by_keep, randomness)
@@ -289,6 +292,7 @@ def _convert(model: nn.Module, randomness: Randomness) -> None:
             continue
         parent, _, leaf = path.rpartition(".")
         setattr(model.get_submodule(parent), leaf, new.train(module.training))
+        converted[module] = new
 
 
 def _norm(path: str, module: Any) -> BatchNorm:

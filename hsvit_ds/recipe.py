@@ -238,7 +238,7 @@ def resolve(recipe: Recipe, ranks: int) -> tuple[Recipe, Plan]:
     try:
         model = recipe.model.resolved(facts.image_size)
     except ValueError as error:
-        raise RefusedError(f"[model] {error}") from error
+        raise RefusedError(f"{'' if str(error).startswith('model.') else '[model] '}{error}") from error
     _check_task(recipe.task, model)
     replicas = grid.replicas(ranks, recipe.grid.submodule_ranks, model.submodules)
     micro, accumulation = _batches(recipe.run, replicas)

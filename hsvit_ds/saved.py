@@ -78,7 +78,9 @@ class SavedRun:
             self.reader.close()
 
     def choose(self, width: str, budget: str, untrained: bool) -> Width:
-        """The width of `width`, or the widest trained one within `budget`."""
+        """The width of `width`, or the widest trained one within `budget`; without both the only trained one."""
+        if not width and not budget and len(self.trained) == 1:
+            return self.trained[0]
         if bool(width) == bool(budget):
             raise RefusedError("give one of --width and --budget")
         if budget:

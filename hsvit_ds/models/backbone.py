@@ -93,8 +93,8 @@ class Backbone(nn.Module):
         count, trained = len(self.stages), self.config.trained_stages
         if trained > count:
             raise ValueError(
-                f"trained_stages = {trained}: {self.config.name} has {count} stages ({', '.join(self.stages)}); "
-                "set at most so many, or -1 for all"
+                f"model.backbone.trained_stages = {trained}: {self.config.name} has {count} stages "
+                f"({', '.join(self.stages)}); set at most so many, or -1 for all"
             )
         first = 0 if trained == -1 else count - trained
         numbers = timm_models.layer_numbers(self.net, stages=True)
@@ -141,8 +141,9 @@ def shape(config: Config, image_size: int, channels: int) -> Shape:
         model = Backbone(config, image_size=image_size, channels=channels)
     what = f'model.backbone.name = "{config.name}"'
     flops, answer = timm_models.count_flops(model.net, what, image_size, channels)
-    if answer.dim() != 4:
-        raise ValueError(f"{what} has no feature map: its answer to an image is {list(answer.shape[1:])}")
+    if not isinstance(answer, Tensor) or answer.dim() != 4:
+        found = list(answer.shape[1:]) if isinstance(answer, Tensor) else type(answer).__name__
+        raise ValueError(f"{what} has no feature map: its answer to an image is {found}")
     features = model.net.num_features
     channels_last = answer.shape[1] != features and answer.shape[3] == features
     k, height, width = (answer.movedim(-1, 1) if channels_last else answer).shape[1:]

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import difflib
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
@@ -40,7 +39,8 @@ class Config:
     """What training starts from: a timm tag ("a1_in1k", or "default"), a local file (.safetensors, .pth), or empty for
     random ones. A classifier of another number of classes starts anew."""
     drop_path: float = 0.0
-    """Probability of skipping a block for an image in training, as timm spreads it over the blocks."""
+    """Probability of skipping a block for an image in training, as timm spreads it over the blocks. What a timm model
+    drops by default is off."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.drop_path < 1:
@@ -196,9 +196,14 @@ def create(
 
     if name in ("cvt_13", "cvt_21"):
         _register_cvt(key, name)
-    if not timm.is_model(name):
+    if "." in name:
+        tag = name.partition(".")[2]
+        raise ValueError(f'{key} = "{name}": name the weights apart from the model: {_beside(key)} = "{tag}"')
+    if not name or not timm.is_model(name):
         begins = {model[: len(name)]: model for model in reversed(timm.list_models())}
-        near = ", ".join(begins[found] for found in difflib.get_close_matches(name, begins)) or "timm.list_models()"
+        near = (
+            ", ".join(begins[found] for found in difflib.get_close_matches(name or " ", begins)) or "timm.list_models()"
+        )
         raise ValueError(f'{key} = "{name}": timm {timm.__version__} has no such model; near it: {near}')
     known = timm.get_pretrained_cfg(name)
     if known is not None and known.fixed_input_size:
@@ -211,12 +216,13 @@ def create(
     try:
         # timm draws initial weights from PyTorch's global generator.
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(generator(seed, Site.INIT, -1).initial_seed())
+            torch.default_generator.manual_seed(generator(seed, Site.INIT, -1).initial_seed())
             model: nn.Module = timm.create_model(
                 full_name, pretrained=download, num_classes=classes, in_chans=channels, **options
             )
-    except TypeError as error:
-        raise ValueError(f'{key} = "{name}": timm does not build it with {options} ({first_line(error)})') from error
+    except (TypeError, AssertionError) as error:  # as timm's models say that they do not have an option
+        asked = ", ".join(f"{k} = {v}" for k, v in options.items() if v != "") or "such a size"
+        raise ValueError(f'{key} = "{name}": timm does not build it with {asked} ({first_line(error)})') from error
     except Exception as error:  # a hub's failures have many types
         if not download:
             raise
@@ -225,7 +231,7 @@ def create(
             f'{key} = "{name}": timm cannot get the weights "{weights}" here ({first_line(error)}); '
             f"download model.safetensors from {page} and set {_beside(key)} to the file"
         ) from error
-    _convert(model, randomness or Randomness())
+    _convert(model, randomness or Randomness(), drops="drop_path_rate" in options)
     if local and not torch.empty(0).is_meta:
         wanted = f"{_beside(key)} = {weights} does not fit {name} for {classes} classes and {channels} channels"
         _load(model, Path(weights), classes, same_classes, wanted)
@@ -273,8 +279,8 @@ def _load(model: Any, path: Path, classes: int, same_classes: bool, message: str
     load_exactly(model, found, message)
 
 
-def _convert(model: nn.Module, randomness: Randomness) -> None:
-    """Replace every BatchNorm and drop path inside a model."""
+def _convert(model: nn.Module, randomness: Randomness, drops: bool) -> None:
+    """Replace every BatchNorm and drop path inside a model; switch off what it drops by default."""
     from timm.layers import DropPath as TimmDropPath
 
     converted: dict[nn.Module, nn.Module] = {}  # a module may stand in several places
@@ -285,10 +291,10 @@ def _convert(model: nn.Module, randomness: Randomness) -> None:
         elif isinstance(module, nn.modules.batchnorm._BatchNorm):
             new = _norm(path, module)
         elif isinstance(module, TimmDropPath):
-            new = DropPath(module.drop_prob or 0.0, module.scale_by_keep, randomness)
-        elif isinstance(module, nn.Dropout) and module.p:
-            raise ValueError(f"{path} of {type(model).__name__} is a dropout of {module.p}, which is not supported")
+            new = DropPath((module.drop_prob or 0.0) if drops else 0.0, module.scale_by_keep, randomness)
         else:
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
             continue
         parent, _, leaf = path.rpartition(".")
         setattr(model.get_submodule(parent), leaf, new.train(module.training))
@@ -319,7 +325,11 @@ def layer_numbers(model: Any, stages: bool) -> dict[str, int]:
     """
     from timm.models import group_parameters
 
-    groups = group_parameters(model, model.group_matcher(coarse=stages), reverse=True)
+    try:
+        groups = group_parameters(model, model.group_matcher(coarse=stages), reverse=True)
+    except (AttributeError, AssertionError) as error:
+        what = "stages" if stages else "layers"
+        raise ValueError(f"timm does not tell the {what} of {type(model).__name__} ({first_line(error)})") from error
     parameters = dict(model.named_parameters())
     matrices = {number for name, number in groups.items() if parameters[name].dim() > 1}
     order = {number: place for place, number in enumerate(sorted(matrices))}
@@ -337,13 +347,13 @@ def _flops(config: Config, image_size: int, channels: int, classes: int) -> int:
     return count_flops(model, f'model.name = "{config.name}"', image_size, channels)[0]
 
 
-def count_flops(model: Callable[[Tensor], Tensor], what: str, image_size: int, channels: int) -> tuple[int, Tensor]:
+def count_flops(model: nn.Module, what: str, image_size: int, channels: int) -> tuple[int, Tensor]:
     """(FLOPs of one image, its answer) of a model on the meta device.
 
     Raises:
         ValueError: it has no answer to images of this size.
     """
-    model.eval()  # type: ignore[attr-defined]
+    model.eval().requires_grad_(False)  # the counter of FLOPs stumbles over parameters that are inputs
     try:
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
             answer = model(torch.empty(1, channels, image_size, image_size, device="meta"))

@@ -32,6 +32,8 @@ BASELINES = {
     "efficientformer_l3": (31.4, 3.9),
     "swiftformer_xs": (3.5, 0.6),
     "swiftformer_s": (6.1, 1.0),
+    "cvt_13": (20.0, 4.5),
+    "cvt_21": (31.6, 7.1),
 }
 # BatchNorm plain, fused with an activation, with another eps, absent, and of vectors.
 SIZES = {"test_resnet": 32, "test_efficientnet": 64, "tf_efficientnet_b0": 64, "test_convnext": 64, "levit_128s": 224}
@@ -259,3 +261,30 @@ def test_what_timm_does_not_have_is_refused(change: dict[str, Any], message: str
     with pytest.raises(ValueError, match=message) as caught:
         Config(**{"name": "test_resnet"} | change).resolved(16)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("resnet50.tv_in1k", 'model.name = "resnet50.tv_in1k": name the weights apart .*: model.weights = "tv_in1k"'),
+        ("", "timm .* has no such model; near it: timm.list_models()"),
+    ],
+)
+def test_a_name_that_is_none_is_refused(name: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Config(name=name).resolved(224)
+
+
+def test_cvt_drops_by_counted_randomness() -> None:
+    model = Config(name="cvt_13", drop_path=0.5).build(image_size=32, channels=3, classes=10).train()
+    images, draws = torch.randn(4, 3, 32, 32), [Draw.of(0, step, image=torch.arange(4)) for step in (0, 0, 1)]
+    first, again, other = (model(images, draw) for draw in draws)
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+def test_what_timm_drops_by_default_is_off() -> None:
+    """Its modules would draw from PyTorch's generator; two forwards in training are equal."""
+    model = Config(name="vit_relpos_small_patch16_224").build(image_size=224, channels=3, classes=10).train()
+    images = torch.randn(1, 3, 224, 224)
+    assert torch.equal(model(images), model(images))

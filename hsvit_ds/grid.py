@@ -60,11 +60,12 @@ class Channel:
     def all_to_all(self, x: Tensor) -> Tensor:
         """[size, ...]: part i goes to rank i; what the ranks sent here, in their order."""
         self.bytes += x.nbytes // self.size * (self.size - 1)
-        x = x.contiguous()
-        received = torch.empty_like(x)
-        # As bytes, since gloo does not know bfloat16 here.
-        dist.all_to_all_single(received.view(torch.uint8), x.view(torch.uint8), group=self.group)
-        return received
+        # Of GPUs gloo knows nothing here, nor of bfloat16: as bytes, by way of the host.
+        host = x.is_cuda and dist.get_backend(self.group) == "gloo"
+        sent = (x.cpu() if host else x).contiguous()
+        received = torch.empty_like(sent)
+        dist.all_to_all_single(received.view(torch.uint8), sent.view(torch.uint8), group=self.group)
+        return received.to(x.device)
 
     def all_gather(self, x: Tensor) -> Tensor:
         """[size, *x.shape]: every rank's `x`, in the order of ranks."""

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from .ranks import work
-from .workers.common import trainer
+from .workers.common import steps, trainer
 
 TOLERANCE = {"sgd": 1e-6, "adamw": 1e-5}
 SGD, ADAMW = ["optimizer.name=sgd"], ["optimizer.name=adamw", "optimizer.lr=0.001"]
@@ -80,12 +80,27 @@ def test_what_is_frozen_stays_bit_equal(case: str, ranks: list[dict[str, Any]]) 
         assert f"backbone.optimizer.safetensors/exp_avg/{key.rpartition('/')[2]}" not in writer["state"]
 
 
+def test_recomputing_activations_changes_nothing(one_process: dict[str, Any]) -> None:
+    for stage in (1, 3):
+        kept, recomputed = one_process[f"ZeRO-{stage}, sgd, all"], one_process[f"ZeRO-{stage}, recomputed"]
+        torch.testing.assert_close(recomputed["norms"], kept["norms"], rtol=1e-6, atol=0)
+        for key, tensor in kept["state"].items():
+            torch.testing.assert_close(recomputed["state"][key], tensor, rtol=1e-6, atol=1e-6)
+
+
 def test_two_submodule_ranks_send_maps_and_gradients_once(ranks: list[dict[str, Any]]) -> None:
     """Each gives the half of its images' maps that the other needs, 96 channels of 16 pixels, forward and backward."""
     for case, ways in (("ZeRO-1, sgd, all", 2), ("ZeRO-0, sgd, frozen", 1)):
         sent, images = ranks[0][case]["feature_bytes"], 16 // (len(ranks) // ranks[0][case]["submodule_ranks"])
         expected = ways * 4 * images // 2 * 96 * 16 // 2
         assert sent == (expected if ranks[0][case]["submodule_ranks"] == 2 else 0)
+
+
+def test_layers_step_with_rates_of_their_own(tmp_path: Path) -> None:
+    run = trainer(tmp_path, ["grid.submodule_ranks=1", "optimizer.layer_decay=0.5"], base="hybrid")
+    steps(run, 1)
+    rates = {group["lr"] / run._lr(0) for group in run.engine.optimizer.param_groups}
+    assert rates == {0.5**n for n in range(6)}  # five layers of test_resnet, then groups and head
 
 
 def test_a_frozen_backbone_is_stored_in_the_runs_precision(tmp_path: Path) -> None:

@@ -156,12 +156,12 @@ HYBRID = ROOT / "recipes/digits/hybrid.toml"
     ("override", "message"),
     [
         ("model.backbone.nam=x", 'unknown key "model.backbone.nam"; did you mean "model.backbone.name"?'),
-        ("model.backbone.name=test_resnt", '[model] model.backbone.name = "test_resnt": timm '),
+        ("model.backbone.name=test_resnt", 'model.backbone.name = "test_resnt": timm '),
         (
             "model.backbone.name=test_vit model.backbone.output_stride=32",
             'model.backbone.name = "test_vit" has no feature map',
         ),
-        ("model.backbone.weights=a1", '[model] model.backbone.weights = "a1": neither a file ('),
+        ("model.backbone.weights=a1", 'model.backbone.weights = "a1": neither a file ('),
         ("model.backbone.trained_stages=9", "trained_stages = 9: test_resnet has 5 stages"),
         ("model.backbone.output_stride=4", "[model.backbone] output_stride = 4: must be 8, 16 or 32"),
         ("model.depth=-1", "[model] a backbone gives no depth: set depth, the attention layers (2 in the paper)"),
@@ -175,7 +175,7 @@ HYBRID = ROOT / "recipes/digits/hybrid.toml"
         ("run.global_batch=18 run.micro_batch=9", "grid.submodule_ranks = 2 does not divide the micro batch of 9"),
         ("model.kind=timm", 'unknown key "model.'),
         ("model={kind='timm',name='test_resnet'}", "more submodule ranks than submodules"),
-        ("model={kind='timm',name='test_resnt'} grid.submodule_ranks=1", '[model] model.name = "test_resnt": timm '),
+        ("model={kind='timm',name='test_resnt'} grid.submodule_ranks=1", 'model.name = "test_resnt": timm '),
         ("model={kind='timm',name='test_resnet',drop_path=2.0}", "[model] drop_path = 2.0: must be in [0, 1)"),
         ("model={kind='timm'}", "model.name is missing"),
     ],

@@ -61,14 +61,16 @@ def needed(recipe: Recipe, plan: Plan) -> Memory:
     stage, each = recipe.engine.zero_stage, 4 * trained
     part = -(-each // plan.replicas)
     moments = {"adamw": 2, "sgd": 1}[recipe.optimizer.name]
-    parameters, optimizer, reduction = each + other, moments * each, 0
+    parameters, optimizer, reduction, gathered = each + other, moments * each, 0, 0
     if stage > 0:
         optimizer, reduction = (moments + 1) * part, 4 * min(trained, engine.LARGEST_BUCKET) + part
     if stage == 3:
-        parameters = part + -(-other // plan.replicas) + min(each + other, 4 * PREFETCHED)
+        gathered = min(each + other, 4 * PREFETCHED)
+        parameters = part + -(-other // plan.replicas) + gathered
     kept = activations(recipe, plan)
     average = (each if stage == 0 else part) if recipe.ema.decay else 0
-    together = kept + reduction if stage == 3 else max(kept, reduction)
+    # Stage 3 copies what it gathers in a forward, when there are no gradients yet.
+    together = kept + reduction + max(gathered, each) if stage == 3 else each + max(kept, reduction)
     return Memory(
         parameters=parameters,
         gradients=each,
@@ -77,7 +79,7 @@ def needed(recipe: Recipe, plan: Plan) -> Memory:
         activations=kept,
         average=average,
         teacher=plan.teacher_bytes,
-        in_all=parameters + each + optimizer + average + plan.teacher_bytes + together,
+        in_all=parameters + optimizer + average + plan.teacher_bytes + together,
     )
 
 

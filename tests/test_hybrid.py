@@ -82,7 +82,7 @@ def test_what_is_frozen_stays_bit_equal(case: str, ranks: list[dict[str, Any]]) 
 
 def test_recomputing_activations_changes_nothing(one_process: dict[str, Any]) -> None:
     for stage in (1, 3):
-        kept, recomputed = one_process[f"ZeRO-{stage}, sgd, all"], one_process[f"ZeRO-{stage}, recomputed"]
+        kept, recomputed = one_process[f"ZeRO-{stage}, sgd, all"], one_process[f"ZeRO-{stage}, sgd, recomputed"]
         torch.testing.assert_close(recomputed["norms"], kept["norms"], rtol=1e-6, atol=0)
         for key, tensor in kept["state"].items():
             torch.testing.assert_close(recomputed["state"][key], tensor, rtol=1e-6, atol=1e-6)

@@ -194,17 +194,7 @@ def create(
     """
     import timm  # here, as it takes 6 s
 
-    if name in ("cvt_13", "cvt_21"):
-        _register_cvt(key, name)
-    if "." in name:
-        tag = name.partition(".")[2]
-        raise ValueError(f'{key} = "{name}": name the weights apart from the model: {_beside(key)} = "{tag}"')
-    if not name or not timm.is_model(name):
-        begins = {model[: len(name)]: model for model in reversed(timm.list_models())}
-        near = (
-            ", ".join(begins[found] for found in difflib.get_close_matches(name or " ", begins)) or "timm.list_models()"
-        )
-        raise ValueError(f'{key} = "{name}": timm {timm.__version__} has no such model; near it: {near}')
+    _check_name(key, name)
     known = timm.get_pretrained_cfg(name)
     if known is not None and known.fixed_input_size:
         options["img_size"] = image_size
@@ -236,6 +226,23 @@ def create(
         wanted = f"{_beside(key)} = {weights} does not fit {name} for {classes} classes and {channels} channels"
         _load(model, Path(weights), classes, same_classes, wanted)
     return model
+
+
+def _check_name(key: str, name: str) -> None:
+    """Refuse what timm, with CvT registered, does not have."""
+    import timm
+
+    if name in ("cvt_13", "cvt_21"):
+        _register_cvt(key, name)
+    if "." in name:
+        tag = name.partition(".")[2]
+        raise ValueError(f'{key} = "{name}": name the weights apart from the model: {_beside(key)} = "{tag}"')
+    if not name or not timm.is_model(name):
+        begins = {model[: len(name)]: model for model in reversed(timm.list_models())}
+        near = (
+            ", ".join(begins[found] for found in difflib.get_close_matches(name or " ", begins)) or "timm.list_models()"
+        )
+        raise ValueError(f'{key} = "{name}": timm {timm.__version__} has no such model; near it: {near}')
 
 
 def _register_cvt(key: str, name: str) -> None:

@@ -6,7 +6,7 @@ UV := $(shell command -v uv 2>/dev/null || echo .uv/bin/uv)
 RECIPE ?= recipes/digits/hsvit.toml
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: env train test test-slow lint types lock clean
+.PHONY: env train test test-slow test-cluster lint types lock clean
 
 env: $(VENV)/.locked
 
@@ -29,6 +29,10 @@ test: env lint types
 
 test-slow: env
 	$(BIN)/python -m pytest -m slow
+
+# Hosts on this machine, in namespaces: needs root, sshd, pdsh and iproute2.
+test-cluster: env
+	$(BIN)/python -m pytest -m cluster tests/cluster
 
 lint: env
 	$(BIN)/ruff check .

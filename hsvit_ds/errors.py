@@ -6,6 +6,23 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from enum import IntEnum
+
+
+class Exit(IntEnum):
+    """How a training process, and `hsvit launch`, ends."""
+
+    FINISHED = 0
+    FAILED = 1
+    """The run cannot go on, or a defect, which shows its stack trace."""
+    REFUSED = 2
+    """Bad input, before the first step."""
+    STOPPED = 75
+    """SIGTERM or SIGUSR1: saved; `--resume` continues."""
+    LOST = 76
+    """Another rank, or the link to it, is gone."""
+    STUCK = 77
+    """No step within run.watchdog seconds; all stacks are in the run's errors/."""
 
 
 class RefusedError(Exception):

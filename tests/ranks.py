@@ -69,3 +69,17 @@ def work(worker: str, world: int, folder: Path, arguments: Any, **extra: str) ->
     (folder / "arguments.json").write_text(json.dumps(arguments))
     finish(start("tests.workers", [worker, str(folder)], world, **extra))
     return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(world)]
+
+
+def assert_same_run(found: list[Any], expected: Any, tolerance: float) -> None:
+    """What the ranks of `tests.workers.steps` made of a case is what one process did: gradient norms, and all state."""
+    import torch
+
+    for rank in found:
+        torch.testing.assert_close(rank["norms"], expected["norms"], rtol=1e-6, atol=0)
+    written = {key: tensor for rank in found for key, tensor in rank["state"].items()}
+    assert written.keys() == expected["state"].keys()
+    for key, tensor in expected["state"].items():
+        torch.testing.assert_close(
+            written[key], tensor, rtol=tolerance, atol=tolerance, msg=lambda m, k=key: f"{k}: {m}"
+        )

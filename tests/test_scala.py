@@ -15,7 +15,7 @@ from hsvit_ds.data import augment
 from hsvit_ds.models.slimmable import Linear
 from hsvit_ds.trainer import Trainer
 
-from .ranks import work
+from .ranks import assert_same_run, work
 from .workers.common import state, steps, trainer
 
 OPTIMIZERS = {"sgd": 1e-6, "adamw": 1e-5}
@@ -150,13 +150,7 @@ def test_a_slimmable_hsvit_on_a_grid_equals_one_process(tmp_path: Path) -> None:
 
     (expected,), found = on(1, 1), on(4, 2)
     for name in cases:
-        written = {key: tensor for rank in found for key, tensor in rank[name]["state"].items()}
-        assert written.keys() == expected[name]["state"].keys()
-        torch.testing.assert_close(found[0][name]["norms"], expected[name]["norms"], rtol=1e-6, atol=0)
-        for key, tensor in expected[name]["state"].items():
-            torch.testing.assert_close(
-                written[key], tensor, rtol=1e-6, atol=1e-6, msg=lambda m, k=f"{name} {key}": k + m
-            )
+        assert_same_run([rank[name] for rank in found], expected[name], 1e-6)
         assert gradient_reductions(found[0][name]) == 1, name
 
 

@@ -6,7 +6,7 @@ UV := $(shell command -v uv 2>/dev/null || echo .uv/bin/uv)
 RECIPE ?= recipes/digits/hsvit.toml
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: env train test test-slow test-cluster lint types lock clean
+.PHONY: env train test test-slow test-cluster kills lint types lock clean
 
 env: $(VENV)/.locked
 
@@ -33,6 +33,10 @@ test-slow: env
 # Hosts on this machine, in namespaces: needs root, sshd, pdsh and iproute2.
 test-cluster: env
 	$(BIN)/python -m pytest -m cluster tests/cluster
+
+# Fifty runs killed at random moments, and what became of them.
+kills: env
+	$(BIN)/python -m tests.cluster.kills 50
 
 lint: env
 	$(BIN)/ruff check .

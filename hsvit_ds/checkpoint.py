@@ -16,6 +16,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,19 @@ import torch.distributed as dist
 from safetensors.torch import save
 from torch import Tensor
 
-from .checkpoint_files import FORMAT, MANIFEST, digest, pointed, read_manifest, read_parts, shared_parts
+from .checkpoint_files import (
+    FORMAT,
+    MANIFEST,
+    MANIFEST_HASH,
+    STEPS,
+    digest,
+    files_of,
+    pointed,
+    read_bytes,
+    read_manifest,
+    read_parts,
+    shared_parts,
+)
 from .ema import EMA
 from .engine import Engine
 from .errors import RefusedError
@@ -56,6 +69,8 @@ class Position:
     epoch: int
     step: int
     total: int
+    lr_factor: float = 1.0
+    """Of the schedule's learning rate, below 1 after steps back (`run.step_back`)."""
 
 
 class Checkpoints:
@@ -83,7 +98,12 @@ class Checkpoints:
         self.grid.agree(self._clean)
 
     def _clean(self) -> None:
-        """Remove what an interrupted save left behind."""
+        """Remove what an interrupted save left behind; refuse to begin a run without all of its submodules."""
+        if self.grid.absent and pointed(self.folder, "latest") is None:
+            raise RefusedError(
+                f"grid.absent = {list(self.grid.absent)}: {self.folder} has no checkpoint with these submodules; start "
+                "the run whole first"
+            )
         self.folder.mkdir(parents=True, exist_ok=True)
         for partial in self.folder.glob("*.partial"):
             shutil.rmtree(partial)
@@ -168,11 +188,11 @@ class Checkpoints:
         outcome: dict[str, Any] = {"files": {}, "error": None}
         try:
             partial.mkdir(parents=True, exist_ok=True)
-            for file, tensors in files.items():
-                data = save(tensors)
+            own = ((file, save(tensors)) for file, tensors in files.items())
+            for file, data in chain(own, self._carried_over(files)):
                 _write_synced(partial / file, data)
                 outcome["files"][file] = {"sha256": digest(data), "bytes": len(data)}
-        except OSError as error:
+        except (OSError, RefusedError) as error:
             outcome["error"] = f"rank {self.grid.rank}: {error}"
         try:
             outcomes: list[Any] = [None] * self.grid.size
@@ -184,19 +204,42 @@ class Checkpoints:
             box = [failure]
             dist.broadcast_object_list(box, src=0, group=group)
             self._failure = box[0]
+            if self._failure is not None and self.grid.is_main:
+                shutil.rmtree(partial, ignore_errors=True)  # the disk may be full
         except RuntimeError as error:
             self._failure = f"rank {self.grid.rank} lost the others while saving: {error}"
+
+    def _carried_over(self, own: Files) -> Iterator[tuple[str, bytes]]:
+        """(file, content) of the absent submodules, from rank 0: those of the latest checkpoint as they are."""
+        if not self.grid.absent or not self.grid.is_main:
+            return
+        latest, here = pointed(self.folder, "latest"), self._here
+        assert latest is not None, "a folder without one is refused at the start"
+        assert here is not None
+        manifest = read_manifest(latest)
+        for file in files_of(self.grid.absent, manifest):
+            yield file, read_bytes(latest, file, manifest)
+        # Before the first step there are no moments, and what was absent ever since has none: they begin as zeros.
+        moments = own.get(f"submodule-{here.start:03d}.optimizer.safetensors", {})
+        for submodule in self.grid.absent:
+            file = f"submodule-{submodule:03d}.optimizer.safetensors"
+            if moments and file not in manifest["files"]:
+                yield file, save({key: torch.zeros_like(tensor) for key, tensor in moments.items()})
 
     def _publish(self, name: str, partial: Path, about: dict[str, Any]) -> str | None:
         """Make a complete folder visible, then forget old ones; why it failed, if it did."""
         try:
-            _write_synced(partial / MANIFEST, json.dumps(about, indent=1).encode())
+            data = json.dumps(about, indent=1).encode()
+            _write_synced(partial / MANIFEST, data)
+            _write_synced(partial / MANIFEST_HASH, digest(data).encode())
             _sync_folder(partial)
             final = self.folder / name
+            if final == pointed(self.folder, "latest"):  # which must be there at every moment
+                final = self.folder / f"{name}-2"
             if final.exists():  # of an interrupted run that had not yet made it its latest
                 shutil.rmtree(final)
             partial.rename(final)
-            self._point("latest", name)
+            self._point("latest", final.name)
             self._keep(final, about["top1"])
         except OSError as error:
             return str(error)
@@ -208,7 +251,7 @@ class Checkpoints:
         if top1 is not None and self.config.keep_best and (best is None or top1 > read_manifest(best)["top1"]):
             self._point("best", newest.name)
             best = newest
-        for old in sorted(self.folder.glob("step-????????"))[: -self.config.keep_last]:
+        for old in sorted(self.folder.glob(STEPS))[: -self.config.keep_last]:
             if old != best:
                 shutil.rmtree(old)
 
@@ -247,14 +290,22 @@ class Checkpoints:
         weights = self._read(folder, manifest, "")
         self._check_shapes(folder, weights)
         averages = self._read(folder, manifest, ".ema") if self.ema is not None else {}
+        if self.grid.is_main:  # who will carry them over
+            for file in files_of(self.grid.absent, manifest):
+                read_bytes(folder, file, manifest)
         return manifest, weights, self._read(folder, manifest, ".optimizer"), averages
 
     def _set_moments(self, saved: Named) -> None:
         shards = self.engine.shards
+        shards.optimizer.state.clear()  # which a checkpoint of before the first step would leave
         for key in sorted({name.split("/", 1)[0] for name in saved}):
             named = {n.split("/", 1)[1]: t for n, t in saved.items() if n.startswith(f"{key}/")}
             if all(tensor.dim() == 0 for tensor in named.values()):
-                flats = [named[fragments[0].name].to(self.grid.device) for fragments in shards.layout]
+                # One flat tensor has one step number, and that of submodules that were absent lags behind. The largest
+                # is right for all others, whose moments Adam's bias correction would inflate by a smaller one; what was
+                # lost in its first steps takes larger ones for a while after it is back.
+                largest = torch.stack(list(named.values())).amax().to(self.grid.device)
+                flats = [largest.clone() for _ in shards.layout]
             else:
                 flats = [torch.zeros_like(master) for master in shards.masters]
                 shards.scatter(flats, named)

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load
 from torch import Tensor
 
 from .errors import RefusedError
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "manifest.json"
+MANIFEST_HASH = "manifest.sha256"
+REMEDY = "restore the file, or delete this checkpoint and name an older one in the file `latest`"
+STEPS = "step-*[0-9]"
+"""Complete checkpoints: step-00000070, and step-00000070-2 where it was saved again."""
 
 
 def pointed(folder: Path, pointer: str) -> Path | None:
@@ -26,16 +30,20 @@ def pointed(folder: Path, pointer: str) -> Path | None:
     except FileNotFoundError:
         return None
     if not target.is_dir():
-        others = ", ".join(p.name for p in sorted(folder.glob("step-????????"))) or "none"
+        others = ", ".join(p.name for p in sorted(folder.glob(STEPS))) or "none"
         raise RefusedError(f"{folder / pointer} names {target.name}, which is missing; checkpoints there: {others}")
     return target
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
+    """What the checkpoint in a folder is, with the sizes and hashes of its files."""
     try:
-        manifest = json.loads((folder / MANIFEST).read_text())
+        data, hashed = (folder / MANIFEST).read_bytes(), (folder / MANIFEST_HASH).read_bytes()
+        if hashed != digest(data).encode():
+            raise RefusedError(f"{folder / MANIFEST}: changed since it was saved (sha256 differs); {REMEDY}")
+        manifest: dict[str, Any] = json.loads(data)
     except (OSError, ValueError) as error:
-        raise RefusedError(f"{folder / MANIFEST}: not readable ({error})") from error
+        raise RefusedError(f"{folder / MANIFEST}: not readable ({error}); {REMEDY}") from error
     if manifest.get("format") != FORMAT:
         raise RefusedError(f"{folder / MANIFEST}: format {manifest.get('format')!r}, this version reads {FORMAT}")
     return manifest
@@ -78,19 +86,32 @@ def read_parts(
     return {name: torch.cat(pieces) if pieces[0].dim() else pieces[0] for name, pieces in stacks.items()}
 
 
+def files_of(submodules: Iterable[int], manifest: Mapping[str, Any]) -> list[str]:
+    """The files of some submodules: weights, moments, averages."""
+    parts = {f"submodule-{submodule:03d}" for submodule in submodules}
+    return [file for file in manifest["files"] if file.partition(".")[0] in parts]
+
+
 def read_file(folder: Path, file: str, manifest: Mapping[str, Any]) -> dict[str, Tensor]:
     """The tensors of a checkpoint file whose size and hash are those of the manifest."""
+    try:
+        return load(read_bytes(folder, file, manifest))
+    except SafetensorError as error:
+        raise RefusedError(f"{folder / file}: not readable ({error}); {REMEDY}") from error
+
+
+def read_bytes(folder: Path, file: str, manifest: Mapping[str, Any]) -> bytes:
+    """The content of a checkpoint file whose size and hash are those of the manifest."""
     path, entry = folder / file, manifest["files"][file]
-    remedy = "restore the file, or delete this checkpoint and name an older one in the file `latest`"
     try:
         data = path.read_bytes()
-        if len(data) != entry["bytes"]:
-            raise RefusedError(f"{path}: {len(data)} bytes, not {entry['bytes']}; {remedy}")
-        if digest(data) != entry["sha256"]:
-            raise RefusedError(f"{path}: changed since it was saved (sha256 differs); {remedy}")
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise RefusedError(f"{path}: not readable ({error}); {remedy}") from error
+    except OSError as error:
+        raise RefusedError(f"{path}: not readable ({error}); {REMEDY}") from error
+    if len(data) != entry["bytes"]:
+        raise RefusedError(f"{path}: {len(data)} bytes, not {entry['bytes']}; {REMEDY}")
+    if digest(data) != entry["sha256"]:
+        raise RefusedError(f"{path}: changed since it was saved (sha256 differs); {REMEDY}")
+    return data
 
 
 def digest(data: bytes) -> str:

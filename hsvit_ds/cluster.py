@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import subprocess
+import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +18,10 @@ SSH_OPTIONS = (
     "-o BatchMode=yes -o ConnectTimeout=5 "  # never ask, never wait for a host that is gone
     "-o ServerAliveInterval=5 -o ServerAliveCountMax=2"  # without it ssh never notices a link that is down
 )
+
+
+NO_FOLDER, NO_PYTHON = 97, 98
+"""Exit codes of `rank_command` where the working folder, or this interpreter, is not there."""
 
 
 @dataclass(frozen=True)
@@ -28,11 +35,14 @@ class Host:
 
 @dataclass(frozen=True)
 class Answer:
-    """What a command on a host did. code: 255 where the host was not reached."""
+    """What a command on a host did. code: 255 where the host was not reached. sent: when, in seconds since 1970, and
+    took: seconds, by this machine's clock."""
 
     code: int
     out: str
     error: str
+    sent: float = 0
+    took: float = 0
 
 
 def read_hostfile(path: Path) -> list[Host]:
@@ -71,8 +81,22 @@ def write_hostfile(hosts: list[Host], path: Path) -> None:
     path.write_text("".join(f"{host.name} slots={host.slots}\n" for host in hosts))
 
 
+def rank_command(module: str) -> list[str]:
+    """What runs a module on a host as DeepSpeed's launcher runs the ranks: by the path of this interpreter, in this
+    working folder, with its PYTHONPATH."""
+    folder = os.getcwd()
+    path = f"{folder}:{os.environ['PYTHONPATH']}" if "PYTHONPATH" in os.environ else folder
+    python = shlex.quote(sys.executable)
+    script = (
+        f"cd {shlex.quote(folder)} || exit {NO_FOLDER}; test -x {python} || exit {NO_PYTHON}; "
+        f"PYTHONPATH={shlex.quote(path)} exec {python} -m {module}"
+    )
+    return ["sh", "-c", script]
+
+
 def ssh(host: str, command: list[str], given: str = "", timeout: float = 60) -> Answer:
     """Run `command` on a host, with `given` as its standard input."""
+    sent, started = time.time(), time.monotonic()
     try:
         done = subprocess.run(
             ["ssh", *SSH_OPTIONS.split(), host, shlex.join(command)],
@@ -83,10 +107,10 @@ def ssh(host: str, command: list[str], given: str = "", timeout: float = 60) -> 
             check=False,
         )
     except subprocess.TimeoutExpired:
-        return Answer(255, "", f"no answer within {timeout:g} s")
+        return Answer(255, "", f"no answer within {timeout:g} s", sent, timeout)
     except FileNotFoundError:
         raise RefusedError("ssh is not installed here; install an OpenSSH client") from None
-    return Answer(done.returncode, done.stdout, done.stderr)
+    return Answer(done.returncode, done.stdout, done.stderr, sent, time.monotonic() - started)
 
 
 def on_all(hosts: list[Host], command: list[str], given: str = "", timeout: float = 60) -> dict[str, Answer]:

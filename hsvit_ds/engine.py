@@ -51,6 +51,10 @@ class Config:
             raise ValueError(f"max_skipped_steps = {self.max_skipped_steps}: must not be negative")
 
 
+class NonFiniteError(RefusedError):
+    """Too many steps in a row had a non-finite gradient."""
+
+
 @dataclass(frozen=True)
 class BatchStatistics:
     """How BatchNorm's runs lie in a micro batch; derived by the recipe from `run.bn_batch`."""
@@ -319,11 +323,15 @@ class Engine:
         places = self.grid.gather(self._diagnose(passes))
         rank = next((rank for rank, place in enumerate(places) if place), None)
         where = "every loss and output is finite, so the backward pass overflowed"
-        raise RefusedError(
+        raise NonFiniteError(
             f"{self._skipped_in_a_row} steps in a row, up to step {step}, had a non-finite gradient "
             f"(engine.max_skipped_steps = {self.config.max_skipped_steps}); "
             f"{where if rank is None else f'rank {rank}: loss {float(loss):g}, {places[rank]}'}"
         )
+
+    def forget_skipped(self) -> None:
+        """Begin to count skipped steps in a row anew."""
+        self._skipped_in_a_row = 0
 
     def _diagnose(self, passes: Passes) -> str:
         """Where this rank's first non-finite number is, empty where there is none. Collective.

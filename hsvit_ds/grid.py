@@ -11,12 +11,13 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from . import rendezvous
 from .errors import RefusedError
 
 T = TypeVar("T")
@@ -25,7 +26,10 @@ T = TypeVar("T")
 @dataclass(frozen=True, kw_only=True)
 class Config:
     submodule_ranks: int = 1
-    """Ranks that share one model (S); divides model.submodules and the world size."""
+    """Ranks that share one model (S); divides the submodules present and the world size."""
+    absent: tuple[int, ...] = ()
+    """Submodules that no rank holds, in no replica: those of lost ranks; their weights stay in the checkpoints as they
+    were."""
     backend: str = "auto"
     """"gloo", "nccl", or "auto": nccl with a GPU for every rank of the host, gloo otherwise."""
     timeout: float = 600.0
@@ -34,6 +38,8 @@ class Config:
     def __post_init__(self) -> None:
         if self.submodule_ranks < 1:
             raise ValueError(f"submodule_ranks = {self.submodule_ranks}: must be at least 1")
+        if list(self.absent) != sorted(set(self.absent)) or min(self.absent, default=0) < 0:
+            raise ValueError(f"absent = {list(self.absent)}: must be different numbers from 0 on, the smallest first")
         if self.backend not in ("auto", "gloo", "nccl"):
             raise ValueError(f'backend = "{self.backend}": must be "auto", "gloo" or "nccl"')
         if self.timeout <= 0:
@@ -43,12 +49,19 @@ class Config:
 class Channel:
     """Collectives of one kind over one group, with the bytes this rank has put in counted."""
 
-    def __init__(self, group: dist.ProcessGroup, size: int) -> None:
-        self.group, self.size, self.bytes = group, size, 0
+    last: ClassVar[str] = "none"
+    """The collective of this process that began last, whatever its channel; for one that hangs."""
+
+    def __init__(self, name: str, group: dist.ProcessGroup, size: int) -> None:
+        self.name, self.group, self.size, self.bytes = name, group, size, 0
+
+    def _begin(self, what: str, x: Tensor, sent: int) -> None:
+        self.bytes += sent
+        Channel.last = f"{what} of {tuple(x.shape)} {x.dtype} ({self.name}, {self.size} ranks)"
 
     def all_reduce(self, x: Tensor) -> Tensor:
         """Sum `x` over the group, in place."""
-        self.bytes += x.nbytes
+        self._begin("all_reduce", x, x.nbytes)
         dist.all_reduce(x, group=self.group)
         return x
 
@@ -59,7 +72,7 @@ class Channel:
 
     def all_to_all(self, x: Tensor) -> Tensor:
         """[size, ...]: part i goes to rank i; what the ranks sent here, in their order."""
-        self.bytes += x.nbytes // self.size * (self.size - 1)
+        self._begin("all_to_all", x, x.nbytes // self.size * (self.size - 1))
         # Of GPUs gloo knows nothing here, nor of bfloat16: as bytes, by way of the host.
         host = x.is_cuda and dist.get_backend(self.group) == "gloo"
         sent = (x.cpu() if host else x).contiguous()
@@ -69,7 +82,7 @@ class Channel:
 
     def all_gather(self, x: Tensor) -> Tensor:
         """[size, *x.shape]: every rank's `x`, in the order of ranks."""
-        self.bytes += x.nbytes
+        self._begin("all_gather", x, x.nbytes)
         parts = [torch.empty_like(x) for _ in range(self.size)]
         dist.all_gather(parts, x.contiguous(), group=self.group)
         return torch.stack(parts)
@@ -109,49 +122,79 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def replicas(world: int, submodule_ranks: int, submodules: int) -> int:
-    """Whole models among `world` ranks; refuses what cannot be divided, with the arithmetic."""
-    if submodules % submodule_ranks:
-        what = "more submodule ranks than submodules" if submodule_ranks > submodules else ""
-        raise RefusedError(
-            f"grid.submodule_ranks = {submodule_ranks} does not divide model.submodules = {submodules}"
-            f"{': ' + what if what else ''}; use one of {_divisors(submodules)}"
-        )
+def replicas(world: int, submodule_ranks: int, submodules: int, absent: tuple[int, ...] = ()) -> int:
+    """Models among `world` ranks, whole but for `absent`; refuses what cannot be divided, with the arithmetic."""
+    shares(submodule_ranks, submodules, absent)
     if world % submodule_ranks:
         raise RefusedError(
             f"grid.submodule_ranks = {submodule_ranks} does not divide the {world} ranks started: "
             f"start a multiple of {submodule_ranks}, or set submodule_ranks to one of "
-            f"{[d for d in _divisors(submodules) if world % d == 0]}"
+            f"{[s for s in _possible(_present(submodules, absent)) if world % s == 0]}"
         )
     return world // submodule_ranks
 
 
-def _divisors(n: int) -> list[int]:
-    return [d for d in range(1, n + 1) if n % d == 0]
+def shares(submodule_ranks: int, submodules: int, absent: tuple[int, ...] = ()) -> list[range]:
+    """The submodules of each rank of a replica: as many on each, with consecutive numbers.
+
+    Raises:
+        RefusedError: they cannot be divided so.
+    """
+    present = _present(submodules, absent)
+    if found := _divided(present, submodule_ranks):
+        return found
+    if len(present) % submodule_ranks:
+        why = f"does not divide model.submodules = {submodules}"
+        why += f" without grid.absent = {list(absent)}" if absent else ""
+        why += ": more submodule ranks than submodules" if submodule_ranks > len(present) else ""
+    else:
+        why = f"would give a rank submodules whose numbers do not follow each other, of {present}"
+    raise RefusedError(f"grid.submodule_ranks = {submodule_ranks} {why}; use one of {_possible(present)}")
+
+
+def _present(submodules: int, absent: tuple[int, ...]) -> list[int]:
+    if absent and submodules == 1:
+        raise RefusedError(f"grid.absent = {list(absent)}: this model has one submodule, or none; leave it empty")
+    if absent and absent[-1] >= submodules:
+        raise RefusedError(f"grid.absent = {list(absent)}: the submodules have numbers from 0 to {submodules - 1}")
+    if len(absent) == submodules:
+        raise RefusedError(f"grid.absent = {list(absent)}: all {submodules} submodules; at least one must be present")
+    return [submodule for submodule in range(submodules) if submodule not in absent]
+
+
+def _divided(present: list[int], ranks: int) -> list[range]:
+    """Equal parts, one a rank; none where one of them would not have consecutive numbers."""
+    each = max(len(present) // ranks, 1)
+    parts = [range(first, first + each) for first in present[::each]]
+    return parts if len(parts) == ranks and [number for part in parts for number in part] == present else []
+
+
+def _possible(present: list[int]) -> list[int]:
+    """Numbers of submodule ranks that can share the submodules present."""
+    return [ranks for ranks in range(1, len(present) + 1) if _divided(present, ranks)]
 
 
 class Grid:
     """This rank's place, and the groups around it.
 
     Groups (with a timeout, which DeepSpeed's own lack): `world`, `replica` (one model), `data` (the same submodules in
-    every replica), and `files`, gloo, for the checkpoint writer's thread alone.
+    every replica), and over gloo `files`, for the checkpoint writer's thread alone, and `signals`, for `any_rank`.
     """
 
     def __init__(self, config: Config, submodules: int) -> None:
         self.size = world_size()
         self.rank = int(os.environ.get("RANK", "0"))
         self.local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-        self.submodule_ranks = config.submodule_ranks
-        self.replicas = replicas(self.size, config.submodule_ranks, submodules)
+        self.submodule_ranks, self.absent = config.submodule_ranks, config.absent
+        self.replicas = replicas(self.size, config.submodule_ranks, submodules, config.absent)
         self.replica, self.submodule_rank = divmod(self.rank, config.submodule_ranks)
-        share = submodules // config.submodule_ranks
-        self.submodules = range(self.submodule_rank * share, (self.submodule_rank + 1) * share)
+        self.submodules = shares(config.submodule_ranks, submodules, config.absent)[self.submodule_rank]
         self.timeout = timedelta(seconds=config.timeout)
         self.device = self._device()
         self.backend = config.backend
         if config.backend == "auto":
             self.backend = "nccl" if self.device.type == "cuda" else "gloo"
-        self._join()
+        rendezvous.join(self.backend, self.rank, self.size, self.timeout)
         s, r = self.submodule_ranks, self.replicas
         self.replica_ranks = [self.replica * s + i for i in range(s)]
         self.data_ranks = [i * s + self.submodule_rank for i in range(r)]
@@ -159,11 +202,12 @@ class Grid:
         self.replica_group = self._group([[i * s + j for j in range(s)] for i in range(r)])
         self.data_group = self._group([[i * s + j for i in range(r)] for j in range(s)])
         self.files_group = dist.new_group(timeout=self.timeout, backend="gloo")
-        self.exchanges = Channel(self.replica_group, s)
-        self.features = Channel(self.replica_group, s)
-        self.norms = Channel(self.data_group, r)
-        self.all_norms = Channel(self.world_group, self.size)
-        self.images = Channel(self.replica_group, s)
+        self.signals_group = dist.new_group(timeout=self.timeout, backend="gloo")
+        self.exchanges = Channel("CLS sums", self.replica_group, s)
+        self.features = Channel("maps", self.replica_group, s)
+        self.norms = Channel("batch statistics", self.data_group, r)
+        self.all_norms = Channel("batch statistics", self.world_group, self.size)
+        self.images = Channel("images", self.replica_group, s)
 
     def _device(self) -> torch.device:
         if not torch.cuda.is_available():
@@ -171,23 +215,6 @@ class Grid:
         index = self.local_rank % torch.cuda.device_count()  # two ranks may share a GPU over gloo
         torch.cuda.set_device(index)
         return torch.device("cuda", index)
-
-    def _join(self) -> None:
-        if dist.is_initialized():
-            return
-        if "MASTER_ADDR" in os.environ:
-            try:
-                dist.init_process_group(self.backend, timeout=self.timeout)
-            except dist.DistNetworkError as error:
-                where = f"{os.environ['MASTER_ADDR']}:{os.environ.get('MASTER_PORT')}"
-                raise RefusedError(
-                    f"the ranks cannot meet at {where} ({str(error).splitlines()[0]}); is the port in use? "
-                    "Give the launcher another --master_port"
-                ) from error
-        else:  # no launcher: one process, and no port that could be taken
-            os.environ["LOCAL_RANK"] = "0"  # DeepSpeed insists
-            store = dist.HashStore()
-            dist.init_process_group(self.backend, store=store, rank=0, world_size=1, timeout=self.timeout)
 
     def _group(self, lists: list[list[int]]) -> dist.ProcessGroup:
         """Every rank makes every group, in the same order, and keeps its own."""
@@ -231,8 +258,8 @@ class Grid:
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def exchange_features(self, x: Tensor) -> Tensor:
-        """[B / S, K, f], a backbone's maps of this rank's images, to [B, K / S, f], this rank's channels of all images
-        of the replica; gradients travel back."""
+        """[B / S, K, f], a backbone's maps of this rank's images, K the channels of the submodules present, to
+        [B, K / S, f], this rank's channels of all images of the replica; gradients travel back."""
         exchanged: Tensor = _ExchangeFeatures.apply(x, self.features)
         return exchanged
 
@@ -240,12 +267,32 @@ class Grid:
         """[B / S, ...] uint8 of each submodule rank, in the order of ranks, to [B, ...] on all of them."""
         return self.images.all_gather(images).flatten(0, 1)
 
+    def any_rank(self, mine: bool) -> Callable[[], bool]:
+        """Start asking whether `mine` is true on any rank; what is returned waits for the answer."""
+        if self.size == 1:
+            return lambda: mine
+        flag = torch.tensor([int(mine)])
+        work = dist.all_reduce(flag, dist.ReduceOp.MAX, group=self.signals_group, async_op=True)
+
+        def answer() -> bool:
+            work.wait()
+            return bool(flag)
+
+        return answer
+
+    @property
+    def last_collective(self) -> str:
+        """The collective of the grid that this rank began last; DeepSpeed's own are not known here."""
+        return Channel.last
+
     def barrier(self) -> None:
+        Channel.last = "barrier"
         dist.barrier(self.world_group)
 
     def broadcast(self, value: T) -> T:
         """Rank 0's picklable value, on every rank."""
         box = [value]
+        Channel.last = "broadcast of an object"
         dist.broadcast_object_list(box, src=0, group=self.world_group, device=self._object_device())
         return box[0]
 
@@ -265,6 +312,7 @@ class Grid:
     def gather(self, value: T) -> list[T]:
         """Every rank's picklable value, on every rank."""
         values: list[Any] = [None] * self.size
+        Channel.last = "gather of objects"
         dist.all_gather_object(values, value, group=self.world_group)
         return values
 
@@ -282,10 +330,12 @@ class Grid:
 
     def sum_over_replicas(self, x: Tensor) -> Tensor:
         """Sum over the replicas, in place; a replica's ranks hold the same value."""
+        Channel.last = f"all_reduce of {tuple(x.shape)} {x.dtype} (over the replicas)"
         dist.all_reduce(x, group=self.data_group)
         return x
 
     def sum_over_submodule_ranks(self, x: Tensor) -> Tensor:
+        Channel.last = f"all_reduce of {tuple(x.shape)} {x.dtype} (over the submodule ranks)"
         dist.all_reduce(x, group=self.replica_group)
         return x
 

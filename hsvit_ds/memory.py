@@ -17,6 +17,7 @@ from hsvit_kernels.random import Draw
 
 from . import engine, models
 from .data import reader
+from .grid import Config, shares
 from .recipe import Plan, Recipe
 
 PREFETCHED = 50_000_000
@@ -52,7 +53,7 @@ def needed(recipe: Recipe, plan: Plan) -> Memory:
             image_size=facts.image_size,
             channels=facts.channels,
             classes=facts.classes,
-            here=range(recipe.model.submodules // recipe.grid.submodule_ranks),
+            here=_here(recipe),
         )
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     frozen = [p for p in model.parameters() if not p.requires_grad]
@@ -83,6 +84,11 @@ def needed(recipe: Recipe, plan: Plan) -> Memory:
     )
 
 
+def _here(recipe: Recipe) -> range:
+    """The submodules of the first rank of a replica."""
+    return shares(recipe.grid.submodule_ranks, recipe.model.submodules, recipe.grid.absent)[0]
+
+
 class _Alive(TorchDispatchMode):
     """Notes every tensor that is made, and how many bytes of them existed at the same time at most."""
 
@@ -105,8 +111,8 @@ class _Alive(TorchDispatchMode):
 class _OneRank:
     """Stands for a grid of which only the first rank of a replica exists."""
 
-    def __init__(self, submodule_ranks: int) -> None:
-        self.submodule_ranks = submodule_ranks
+    def __init__(self, config: Config) -> None:
+        self.submodule_ranks, self.absent = config.submodule_ranks, config.absent
 
     def share_of(self, images: int) -> slice:
         return slice(images // self.submodule_ranks)
@@ -121,14 +127,14 @@ class _OneRank:
 def activations(recipe: Recipe, plan: Plan) -> int:
     """The most bytes that exist in a forward of one micro batch and did not before: nothing is computed, the tensors
     are fake. What is kept for the backward is part of them."""
-    facts, ranks = reader.facts(recipe.data), recipe.grid.submodule_ranks
+    facts = reader.facts(recipe.data)
     with FakeTensorMode(allow_non_fake_inputs=True):
         model: Any = models.without_weights(recipe.model).build(
             image_size=facts.image_size,
             channels=facts.channels,
             classes=facts.classes,
-            here=range(recipe.model.submodules // ranks),
-            grid=_OneRank(ranks),  # type: ignore[arg-type]
+            here=_here(recipe),
+            grid=_OneRank(recipe.grid),  # type: ignore[arg-type]
         )
         engine.prepare(model.train(), recipe.engine.checkpoint_activations, plan.bf16)
         images = torch.empty(plan.micro_batch, facts.channels, facts.image_size, facts.image_size)

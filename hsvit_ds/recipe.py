@@ -45,14 +45,34 @@ class Run:
     """Steps between logged metrics."""
     eval_every: int = 1
     """Epochs between evaluations on the validation split."""
+    watchdog: float = 1800.0
+    """Seconds that a step, a batch of an evaluation or a save may take before the rank writes its stacks down and ends;
+    0: for ever. Longer than the first step takes to compile."""
+    step_back: float = 0.0
+    """What the learning rate is multiplied with when the run goes back to its last checkpoint, after more than
+    engine.max_skipped_steps skipped steps in a row; 0: the run ends there."""
+    survive: str = "restart"
+    """What `hsvit launch` does when hosts are lost for good: "restart" goes on with whole models on what is left, or
+    waits for more; "degraded" goes on without the submodules that were lost."""
 
     def __post_init__(self) -> None:
         for name in ("epochs", "global_batch", "log_every", "eval_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} = {getattr(self, name)}: must be at least 1")
-        for name in ("micro_batch", "bn_batch"):
+        if not 0 <= self.step_back < 1:
+            raise ValueError(f"step_back = {self.step_back}: must be in [0, 1)")
+        if self.survive not in ("restart", "degraded"):
+            raise ValueError(f'survive = "{self.survive}": must be "restart" or "degraded"')
+        for name in ("micro_batch", "bn_batch", "watchdog"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} = {getattr(self, name)}: must not be negative")
+
+
+def run_folder(run: Run, resume: bool) -> Path:
+    """The newest `root`/`name`-NNN to resume, otherwise the next one."""
+    existing = sorted(Path(run.root).glob(f"{run.name}-[0-9][0-9][0-9]"))
+    number = int(existing[-1].name[-3:]) if existing else 0
+    return existing[-1] if resume and existing else Path(run.root) / f"{run.name}-{number + 1:03d}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -240,7 +260,9 @@ def resolve(recipe: Recipe, ranks: int) -> tuple[Recipe, Plan]:
     except ValueError as error:
         raise RefusedError(f"{'' if str(error).startswith('model.') else '[model] '}{error}") from error
     _check_task(recipe.task, model)
-    replicas = grid.replicas(ranks, recipe.grid.submodule_ranks, model.submodules)
+    replicas = grid.replicas(ranks, recipe.grid.submodule_ranks, model.submodules, recipe.grid.absent)
+    if recipe.run.survive == "degraded" and model.submodules == 1:
+        raise RefusedError('run.survive = "degraded": there are no submodules to go on without; set "restart"')
     micro, accumulation = _batches(recipe.run, replicas)
     reader.check_share(recipe.data, facts, recipe.grid.submodule_ranks, micro)
     _check_blocks(recipe, micro)

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import mean
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
@@ -127,6 +128,31 @@ def print_widths(rows: Sequence[WidthRow], title: str) -> None:
     Console(highlight=False, soft_wrap=True).print(table)
 
 
+@dataclass(frozen=True)
+class PresentRow:
+    """So many submodules that answered. top1: %, of each subset of this size that was scored."""
+
+    present: int
+    top1: tuple[float, ...]
+
+
+def present_rows(subsets: Sequence[Sequence[int]], top1: Sequence[float]) -> list[PresentRow]:
+    """A row for each size of the subsets, from the top-1 of each."""
+    by_size: dict[int, list[float]] = {}
+    for subset, score in zip(subsets, top1, strict=True):
+        by_size.setdefault(len(subset), []).append(score)
+    return [PresentRow(size, tuple(scores)) for size, scores in sorted(by_size.items())]
+
+
+def print_present(rows: Sequence[PresentRow], title: str) -> None:
+    """A table of the accuracy by how many submodules answered."""
+    table = Table("submodules present", "subsets", "lowest", "mean", "highest top-1, %", title=title)
+    for row in rows:
+        scores = (min(row.top1), mean(row.top1), max(row.top1))
+        table.add_row(str(row.present), str(len(row.top1)), *(f"{score:.2f}" for score in scores))
+    Console(highlight=False, soft_wrap=True).print(table)
+
+
 def print_memory(memory: Mapping[str, int], title: str) -> None:
     """A table of bytes by what they are for."""
     table = Table("of a rank", "MiB", title=title)
@@ -147,6 +173,24 @@ def draw_widths(path: Path, rows: Sequence[WidthRow], title: str) -> Path:
     axes.set(xlabel="GFLOPs an image (multiply-adds)", ylabel="top-1 accuracy, %", title=title)
     axes.margins(0.1)
     axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)
+    return path
+
+
+def draw_present(path: Path, rows: Sequence[PresentRow], title: str) -> Path:
+    """A PNG of accuracy against how many submodules answered: every subset's, their mean and their range."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    sizes = [row.present for row in rows]
+    axes.fill_between(sizes, [min(row.top1) for row in rows], [max(row.top1) for row in rows], alpha=0.2)
+    points = [(row.present, score) for row in rows for score in row.top1]
+    axes.plot(*zip(*points, strict=True), ".", color="gray", alpha=0.6, label="a subset")
+    axes.plot(sizes, [mean(row.top1) for row in rows], marker="o", label="mean")
+    axes.set(xlabel="submodules present", ylabel="top-1 accuracy, %", title=title, xticks=sizes)
+    axes.grid(alpha=0.3)
+    axes.legend(loc="lower right")
     figure.savefig(path, dpi=120)
     return path
 

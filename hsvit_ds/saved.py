@@ -2,27 +2,39 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
+from itertools import combinations, count
+from math import comb
 from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from hsvit_kernels.random import Site, sequence
 
 from . import recipe as recipes
 from .data.order import Share
 from .data.reader import Reader, facts
 from .data.sets import Facts
+from .data.stream import is_command
 from .errors import RefusedError
-from .evaluation import evaluate, needs_calibration, recalibrate_widths
+from .evaluation import Score, evaluate, evaluate_subsets, needs_calibration, recalibrate_widths
 from .export import Budget
 from .grid import Channel, Grid
 from .grid import Config as GridConfig
 from .interop import load_run
 from .models import Model
+from .models.hsvit import HSViT
 from .models.slimmable import Width
 from .recipe import Recipe
 from .tasks import scala
 from .tracking import read_metrics
 
 SPLITS = ("train", "val", "test")
+SUBSETS = 20
+"""Subsets of submodules of one size that a sweep scores at most."""
 
 
 @dataclass(frozen=True)
@@ -68,14 +80,63 @@ class SavedRun:
         return tuple(sorted(set(found), key=float))
 
     def evaluate(self, split: str, widths: tuple[Width, ...]) -> dict[str, float]:
-        """See `evaluation.evaluate`. Collective."""
-        if split not in SPLITS:
-            raise RefusedError(f"--split {split}: must be one of {', '.join(SPLITS)}")
-        model = self.model.to(self.grid.device)
+        """See `evaluation.evaluate`; without the submodules that were absent at the end. Collective."""
+        model = self._for(split)
+        forward: Callable[..., Tensor] = model
+        if self.recipe.grid.absent:
+            present = torch.tensor([m in self.submodules for m in range(self.recipe.model.submodules)])
+            forward = partial(model, present=present)
         try:
-            return evaluate(model, model, self.reader, split, widths, self._runs_differ)
+            return evaluate(forward, model, self.reader, split, widths, self._runs_differ)
         finally:
             self.reader.close()
+
+    def evaluate_subsets(self, split: str, subsets: list[tuple[int, ...]]) -> list[Score]:
+        """See `evaluation.evaluate_subsets`; at the largest width that was trained. Collective."""
+        model = self._for(split)
+        assert isinstance(model, HSViT)
+        try:
+            return evaluate_subsets(model, self.reader, split, subsets, self.trained[-1], self._runs_differ)
+        finally:
+            self.reader.close()
+
+    def _for(self, split: str) -> Model:
+        if split not in SPLITS:
+            raise RefusedError(f"--split {split}: must be one of {', '.join(SPLITS)}")
+        return self.model.to(self.grid.device)
+
+    @property
+    def submodules(self) -> list[int]:
+        """Those that the last steps trained; others were absent, and are as they were before."""
+        return [m for m in range(self.recipe.model.submodules) if m not in self.recipe.grid.absent]
+
+    def subsets(self, text: str) -> list[tuple[int, ...]]:
+        """The subsets of submodules in "0,2,3", or in "sweep": of every size all, or where those are many, some.
+
+        Raises:
+            RefusedError: no such submodules, or a model without.
+        """
+        m = self.recipe.model.submodules
+        if m == 1:
+            raise RefusedError(f"--present {text}: the model of {self.folder} has no submodules; leave it out")
+        if text == "sweep":
+            return [subset for size in range(1, len(self.submodules) + 1) for subset in self._subsets(size)]
+        numbers = text.split(",")
+        if not all(number.strip().isdecimal() and int(number) < m for number in numbers):
+            raise RefusedError(f"--present {text}: must be sweep, or numbers from 0 to {m - 1}, as in 0,{m - 1}")
+        return [tuple(sorted({int(number) for number in numbers}))]
+
+    def _subsets(self, size: int) -> list[tuple[int, ...]]:
+        """All subsets of so many submodules, or `SUBSETS` of them, always the same."""
+        if comb(len(self.submodules), size) <= SUBSETS:
+            return list(combinations(self.submodules, size))
+        found: set[tuple[int, ...]] = set()
+        draws = count()
+        while len(found) < SUBSETS:
+            luck = sequence(0, Site.SUBMODULE, size, next(draws), count=len(self.submodules)).tolist()
+            chosen = sorted(zip(luck, self.submodules, strict=True))[:size]
+            found.add(tuple(sorted(submodule for _, submodule in chosen)))
+        return sorted(found)
 
     def choose(self, width: str, budget: str, untrained: bool) -> Width:
         """The width of `width`, or the widest trained one within `budget`; without both the only trained one."""
@@ -91,7 +152,16 @@ class SavedRun:
         return found[0]
 
     def at(self, *widths: Width) -> Model:
-        """The model, with BatchNorm's statistics of the widths taken."""
+        """The model, with BatchNorm's statistics of the widths taken.
+
+        Raises:
+            RefusedError: some of its submodules were absent when it was trained last.
+        """
+        if self.recipe.grid.absent:
+            raise RefusedError(
+                f"{self.folder}: its last steps were without submodules {list(self.recipe.grid.absent)} (grid.absent), "
+                "which do not fit the others any more; resume it whole, then export it"
+            )
         model = self.model.to(self.grid.device)
         if needs_calibration(model, widths):
             recalibrate_widths(model, model, self.reader, widths, self._runs_differ)
@@ -115,16 +185,22 @@ class SavedRun:
         return self.grid.norms if self.grid.replicas > 1 else None
 
 
-def open_run(folder: Path, ema: bool = False, root: Path | None = None) -> SavedRun:
+def open_run(folder: Path, ema: bool = False, root: str = "") -> SavedRun:
     """Open a run. ema: with its averaged weights. root: of its data, where that is not the run's own.
 
     Raises:
-        RefusedError: no checkpoint there, or a damaged one.
+        RefusedError: no checkpoint there, or a damaged one; or its data comes from a command, which only a person may
+            give, as a run can be anybody's.
     """
     loaded = load_run(folder, ema)
     recipe = recipes.from_table(loaded.recipe, str(folder))
-    if root is not None:
-        recipe = replace(recipe, data=replace(recipe.data, root=str(root)))
+    if root:
+        recipe = replace(recipe, data=replace(recipe.data, root=root))
+    elif is_command(recipe.data.root):
+        raise RefusedError(
+            f"{folder}: its data comes from a command, which is not run because a checkpoint says so: "
+            f"{recipe.data.root!a}; if it is one to run, say so with --root"
+        )
     family = recipe.model.widths.family
     trained = family[-1:]
     if isinstance(recipe.task, scala.Config):

@@ -28,7 +28,8 @@ class Config:
     experiment: str = "hsvit-ds"
 
     def __post_init__(self) -> None:
-        if "@" in self.uri.partition("://")[2].partition("/")[0]:
+        # In a query databases take them too.
+        if "@" in self.uri.partition("://")[2].partition("/")[0] or "password=" in self.uri.lower():
             raise ValueError(
                 "uri holds a user name or password, which would be saved with the run: set MLFLOW_TRACKING_USERNAME "
                 "and MLFLOW_TRACKING_PASSWORD in the environment"
@@ -64,8 +65,11 @@ class Tracker:
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         now = time.time()
-        self._file.write(json.dumps({"step": step, "time": now, **metrics}) + "\n")
-        self._file.flush()
+        try:
+            self._file.write(json.dumps({"step": step, "time": now, **metrics}) + "\n")
+            self._file.flush()
+        except OSError as error:  # a full disk; the file keeps what it could not write for the next time
+            _warn(f"{self.path}: {error.strerror}; metrics are kept in memory until there is room")
         if self._thread is not None:
             self._queue.put(("metrics", (dict(metrics), step, int(now * 1000))))
 
@@ -78,15 +82,24 @@ class Tracker:
         path = self.folder / _RUN_ID
         return path.read_text().strip() if path.exists() else None
 
-    def close(self, status: str) -> None:
-        """End with "FINISHED" or "FAILED"; waits up to a minute for what is still queued."""
+    def go_back(self, step: int) -> None:
+        """Forget lines of steps after `step`, which will be logged again."""
         self._file.close()
+        _forget_after(self.path, step)
+        self._file = self.path.open("a")
+
+    def close(self, status: str, seconds: float = 60) -> None:
+        """End with "FINISHED", "KILLED" or "FAILED"; waits so long for what is still queued."""
+        try:
+            self._file.close()
+        except OSError as error:
+            _warn(f"{self.path}: the last metrics are lost: {error.strerror}")
         if self._thread is not None:
             self._queue.put(("status", status))
             self._queue.put(None)
-            self._thread.join(timeout=60)
+            self._thread.join(timeout=seconds)
             if self._thread.is_alive():
-                _warn("MLflow did not take the last metrics within 60 s")
+                _warn(f"MLflow did not take the last metrics within {seconds:g} s")
 
     def _send(self, uri: str, experiment: str, name: str, recipe: Mapping[str, Any]) -> None:
         """In the thread: everything that talks to MLflow. One failure ends it with one warning."""
@@ -146,7 +159,9 @@ class Untracked:
     def run_id(self) -> str | None:
         return None
 
-    def close(self, status: str) -> None: ...
+    def go_back(self, step: int) -> None: ...
+
+    def close(self, status: str, seconds: float = 60) -> None: ...
 
 
 def read_metrics(folder: Path) -> list[dict[str, float]]:

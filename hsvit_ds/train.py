@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from . import __version__
+from . import __version__, secrets
 from .errors import RefusedError, shown
 from .tracking import METRICS
 
@@ -15,6 +15,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("recipe", type=Path)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="over the recipe's keys")
     parser.add_argument("--resume", action="store_true", help="continue the newest run of this name")
+    parser.add_argument("--run", type=Path, help="this very folder: continued from its checkpoint if it has one")
     parser.add_argument("--debug", action="store_true", help="show stack traces of refusals")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # deepspeed's launcher
     return parser.parse_intermixed_args(argv)
@@ -33,18 +34,13 @@ def check_kernels() -> None:
         )
 
 
-def claim_folder(root: Path, name: str, resume: bool, recipe_text: str) -> Path:
-    """The run's folder: the newest `name`-NNN for `resume`, otherwise a new one; refused where it is not writable."""
-    existing = sorted(root.glob(f"{name}-[0-9][0-9][0-9]"))
-    number = int(existing[-1].name[-3:]) if existing else 0
-    continues = resume and existing
-    folder = existing[-1] if continues else root / f"{name}-{number + 1:03d}"
+def claim_folder(folder: Path, recipe_text: str) -> Path:
+    """Make a run's folder, or go on in it with the recipe that it was started with; refused where not writable."""
     try:
-        if continues:  # keeps the recipe it was started with
-            (folder / METRICS).open("a").close()
-        else:
-            folder.mkdir(parents=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        if not (folder / "recipe.toml").exists():
             (folder / "recipe.toml").write_text(recipe_text)
+        (folder / METRICS).open("a").close()
     except OSError as error:
         raise RefusedError(f"run folder {folder}: {error.strerror}; set run.root") from error
     return folder
@@ -53,6 +49,7 @@ def claim_folder(root: Path, name: str, resume: bool, recipe_text: str) -> Path:
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     with shown(2, args.debug):
+        secrets.load()
         check_kernels()
         from . import recipe as recipes
         from .data.reader import check_splits
@@ -63,17 +60,20 @@ def main(argv: list[str] | None = None) -> None:
         try:
             grid.together(lambda: check_splits(recipe.data))
             folder = grid.agree(
-                lambda: claim_folder(Path(recipe.run.root), recipe.run.name, args.resume, recipes.dumps(recipe))
+                lambda: claim_folder(args.run or recipes.run_folder(recipe.run, args.resume), recipes.dumps(recipe))
             )
         except RefusedError:
             grid.close()  # all ranks are refused, and gloo aborts where one exits before the others
             raise
         from .trainer import Trainer
 
-        trainer = Trainer(recipe, plan, grid, folder, args.resume)
-    with shown(1, args.debug):
-        trainer.fit()
+        trainer = Trainer(recipe, plan, grid, folder, args.resume or args.run is not None)
+        from .survival import last_words
+    with last_words(trainer.watch, args.debug):
+        ended = trainer.fit()
         grid.close()
+    if ended:
+        raise SystemExit(int(ended))
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -17,14 +17,16 @@ from .data.bad import BadSamples
 from .data.batch import Batch
 from .data.sets import Facts
 from .ema import EMA
-from .engine import BatchStatistics, Engine, StepResult
-from .errors import RefusedError
+from .engine import BatchStatistics, Engine, NonFiniteError, StepResult
+from .errors import Exit, RefusedError
 from .evaluation import evaluate
 from .grid import Grid
+from .memory import needed
 from .models import Model
 from .optimizer import Schedule, describe
 from .recipe import Plan, Recipe
 from .report import Reporter, draw_curves, draw_widths, duration, print_widths, width_rows
+from .survival import StoppedError, StopRequests, Watch, is_out_of_memory, told
 from .tasks import Task, scala
 from .tasks.features import Features
 from .tasks.supervised import Supervised
@@ -35,6 +37,8 @@ from .tracking import Tracker, Untracked
 _PEAK_TFLOPS = {"A100": 312, "H100": 989, "H200": 989, "B200": 2250, "L40S": 362}
 SHOWN_BAD = 10
 """Unreadable images that are printed at a time."""
+STEPS_BACK = 3
+"""Times that a run may go back to one checkpoint (run.step_back)."""
 
 
 @dataclass
@@ -93,12 +97,16 @@ class Trainer:
             lambda: self.tracker.run_id(),
         )
         restored = self.checkpoints.load() if resume else None
-        self.start = restored or Position(0, 0, 0)
+        self.at = self.start = restored or Position(0, 0, 0)
+        """Where the run stands, and where this process found it."""
+        self.saved = restored
+        self.stops, self.watch = StopRequests(grid), Watch(folder, grid, recipe.run.watchdog)
         if grid.is_main:
             last_step = self.start.total if resume else None
             self.tracker = Tracker(recipe.tracking, folder, folder.name, recipes.flat(recipe), last_step)
         self.report = Reporter(grid.is_main, plan.steps, self.start.total)
         self.interval = Interval([], [], 0.0)
+        self._steps_back = 0
 
     def _task(self, facts: Facts) -> Task:
         r, p = self.recipe, self.plan
@@ -118,29 +126,44 @@ class Trainer:
             taught = Teacher(r.task.teacher, facts, self.grid.device, dtype, r.run.global_batch, key)
         return scala.Scala(r.task, r.augment, facts, sampler, taught)
 
-    def fit(self) -> dict[str, float]:
-        """Train to the end; the last evaluation's metrics, the test split's included."""
-        run, began = self.recipe.run, time.perf_counter()
+    def fit(self) -> Exit:
+        """Train to the end, or until the run is asked to stop."""
+        began = time.perf_counter()
         self._announce()
-        try:
-            for epoch in range(self.start.epoch, run.epochs):
-                self._train_epoch(epoch, self.start.step if epoch == self.start.epoch else 0)
-                is_last = epoch + 1 == run.epochs
-                top1 = None
-                if is_last or (epoch + 1) % run.eval_every == 0:
-                    top1 = self._evaluate("val", (epoch + 1) * self.plan.steps_per_epoch)["val/top1"]
-                self._save(Position(epoch + 1, 0, (epoch + 1) * self.plan.steps_per_epoch), top1)
-            final = self._evaluate("test", self.plan.steps)
-            failure = self.checkpoints.wait()
-            if failure is not None:
-                raise RefusedError(f"the last checkpoint could not be saved: {failure}")
-        except BaseException:
-            self.report.close()
-            self.tracker.close("FAILED")
-            raise
-        finally:
-            self.reader.close()
-        self._finish(final, time.perf_counter() - began)
+        with self.stops.heard(), self.watch.kept():
+            try:
+                final = self._train()
+                self._finish(final, time.perf_counter() - began)
+                ended = Exit.FINISHED
+            except StoppedError:
+                self._stop()
+                ended = Exit.STOPPED
+            except BaseException as error:
+                self.report.close()
+                self.tracker.close("FAILED", seconds=10)
+                if is_out_of_memory(error):
+                    raise self._out_of_memory(error) from error
+                raise
+            finally:
+                self.reader.close()
+        return ended
+
+    def _train(self) -> dict[str, float]:
+        """From where the run stands to its end; the metrics of the test split."""
+        if self.recipe.run.survive == "degraded" and self.saved is None:
+            self._save()  # submodules that are lost before the first checkpoint come from this one
+        while True:
+            try:
+                for epoch in range(self.at.epoch, self.recipe.run.epochs):
+                    self._train_epoch(epoch, self.at.step)
+                    self._end_epoch(epoch)
+                break
+            except NonFiniteError as error:
+                self._step_back(error)
+        final = self._evaluate("test", self.plan.steps)
+        failure = self.checkpoints.wait()
+        if failure is not None:
+            raise RefusedError(f"the last checkpoint could not be saved: {failure}")
         return final
 
     def _train_epoch(self, epoch: int, first_step: int) -> None:
@@ -149,17 +172,72 @@ class Trainer:
         for step, batches in enumerate(self.reader.train(epoch, first_step), first_step):
             waited = time.perf_counter() - waited_since
             total = epoch * steps + step + 1
+            self.watch.doing(f"step {total}: forward and backward passes, reduction, update", total - 1)
             result = self._step(batches, total - 1)
             if result.applied and self.ema is not None:
                 self.ema.update()
+            if not result.applied:
+                loss = float(result.loss)
+                self.report.say(f"warning: step {total} was skipped: its gradient is not finite (loss {loss:g})")
+            self.at = replace(self.at, epoch=epoch, step=step + 1, total=total)
             self.interval.waited += waited
             self.interval.results.append(result)
             self.interval.seconds.append(time.perf_counter() - waited_since)
             if total % self.recipe.run.log_every == 0 or total == self.plan.steps:
                 self._log(total)
             if every and total % every == 0 and step + 1 < steps:
-                self._save(Position(epoch, step + 1, total))
+                self._save()
+            self.stops.check()
+            self.watch.doing(f"step {total + 1}: waiting for images", total)
             waited_since = time.perf_counter()
+
+    def _end_epoch(self, epoch: int) -> None:
+        """Evaluate and save; a run that is stopped in here comes back to its beginning."""
+        done, top1 = epoch + 1, None
+        if done == self.recipe.run.epochs or done % self.recipe.run.eval_every == 0:
+            top1 = self._evaluate("val", done * self.plan.steps_per_epoch)["val/top1"]
+        self.at = replace(self.at, epoch=done, step=0)
+        self._save(top1)
+
+    def _step_back(self, error: NonFiniteError) -> None:
+        """Go on from the last checkpoint with a lower learning rate, or give up."""
+        factor = self.recipe.run.step_back
+        self._warn_of(self.checkpoints.wait())
+        found = self.checkpoints.load() if factor else None
+        if found is None:
+            raise error
+        self._steps_back += 1
+        if self._steps_back > STEPS_BACK:
+            raise RefusedError(f"{error}; going back {STEPS_BACK} times to step {found.total} did not help") from error
+        self.at = replace(found, lr_factor=found.lr_factor * factor**self._steps_back)
+        self.engine.forget_skipped()
+        self.reader.close()
+        self.interval = Interval([], [], 0.0)
+        self.tracker.go_back(found.total)
+        self.report.say(
+            f"warning: {error}; back to step {found.total}, the learning rate times {self.at.lr_factor:g} from there"
+        )
+
+    def _stop(self) -> None:
+        """Save where the run stands, if that has not been done, and say so."""
+        self.watch.doing("saving before a stop")
+        if self.at != self.saved:
+            self._save()
+        self._warn_of(self.checkpoints.wait())
+        self.report.say(f"stopped as asked after step {self.at.total}; --resume continues")
+        self.report.close()
+        self.tracker.close("KILLED")
+
+    def _out_of_memory(self, error: BaseException) -> RefusedError:
+        micro, block = self.plan.micro_batch, self.recipe.augment.mix_block if self.recipe.augment.mixes else 1
+        smaller = [n for n in range(1, micro) if micro % n == 0 and n % block == 0]
+        plan = {name: size for name, size in vars(needed(self.recipe, self.plan)).items() if size}
+        planned = ", ".join(f"{name} {size / 2**20:,.1f}" for name, size in plan.items() if name != "in_all")
+        remedy = f"run.micro_batch={smaller[-1]} (now {micro})" if smaller else "a higher engine.zero_stage"
+        return RefusedError(
+            f"{self.watch.now}: out of memory ({told(error)}); planned for each rank, MiB: {planned}, "
+            f"{plan['in_all'] / 2**20:,.1f} in all; try {remedy}"
+        )
 
     def _step(self, batches: list[Batch], step: int) -> StepResult:
         return self.engine.step(
@@ -170,11 +248,16 @@ class Trainer:
         )
 
     def _lr(self, step: int) -> float:
-        return self.schedule.lr(step) * self.task.lr_factor(step)
+        return self.schedule.lr(step) * self.task.lr_factor(step) * self.at.lr_factor
 
     def _evaluate(self, split: str, step: int) -> dict[str, float]:
         engine, widths = self.engine, self.task.trained(step)
-        score = partial(evaluate, engine, engine.module, self.reader, split, widths, engine.runs_differ)
+
+        def next_batch() -> None:
+            self.stops.check()
+            self.watch.doing(f"evaluating {split} after step {step}")
+
+        score = partial(evaluate, engine, engine.module, self.reader, split, widths, engine.runs_differ, next_batch)
         found = {f"{split}/{k}": v for k, v in score().items()}
         if self.ema is not None:
             with self.ema.in_place():
@@ -190,8 +273,12 @@ class Trainer:
         self.report.say(f"epoch {step // self.plan.steps_per_epoch}  {line}" + (f"  by width: {slim}" if slim else ""))
         return found
 
-    def _save(self, position: Position, top1: float | None = None) -> None:
-        failure = self.checkpoints.save(position, top1)
+    def _save(self, top1: float | None = None) -> None:
+        self.watch.doing(f"saving after step {self.at.total}")
+        self._warn_of(self.checkpoints.save(self.at, top1))
+        self.saved, self._steps_back = self.at, 0
+
+    def _warn_of(self, failure: str | None) -> None:
         if failure is not None:
             self.report.say(f"warning: a checkpoint could not be saved, the run goes on: {failure}")
 
@@ -213,6 +300,8 @@ class Trainer:
             **self.engine.traffic(len(done.seconds)),
             "data/bad_samples": float(self._report_bad()),
         }
+        if (submodules := self.recipe.model.submodules) > 1:
+            metrics["train/submodules_present"] = float(submodules - len(self.grid.absent))
         if (peak := _peak_flops(self.grid.device)) is not None:
             work = sum(self._flops(s) for s in range(step - len(done.seconds), step))
             metrics["perf/mfu"] = work / seconds / self.plan.ranks / peak
@@ -253,6 +342,11 @@ class Trainer:
             self.report.say("warning: the backbone is frozen with random weights; set model.backbone.weights")
         if p.teacher_bytes:
             self.report.say(f"the teacher's weights take {p.teacher_bytes / 2**20:,.1f} MiB on every rank")
+        if g.absent:
+            self.report.say(
+                f"submodules {list(g.absent)} of {self.recipe.model.submodules} are absent: the others are trained, "
+                "theirs stay as they are in the checkpoints"
+            )
         if self.start.total:
             s = self.start
             self.report.say(f"resumed at step {s.total}: epoch {s.epoch}, step {s.step} of it")

@@ -2,34 +2,57 @@
 
 from __future__ import annotations
 
-import pickle
+import re
+import shlex
+import sys
+import warnings
+from argparse import Namespace
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from .errors import RefusedError
+from .errors import RefusedError, first_line
+
+_KEEP_TENSORS = (
+    "import sys, torch; f = torch.load(sys.argv[1], weights_only=False); "
+    'f = getattr(f, "state_dict", lambda: f)(); torch.save(f.get("model", f.get("state_dict", f)), sys.argv[2])'
+)
 
 
-def read_foreign(path: Path) -> Mapping[str, Any]:
-    """Read another program's weights without running code that the file may carry."""
+def read_foreign(path: Path, *, trust: bool = False, way_out: str = "") -> Mapping[str, Any]:
+    """Read another program's weights without running code that the file may carry.
+
+    Args:
+        trust: unpickle it, which runs its code. way_out: for somebody who knows where a refused file is from; by
+            default the command that keeps its tensors alone.
+
+    Raises:
+        RefusedError: no such file, none of weights, or one that would run code.
+    """
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
+        if trust:
+            print(f"hsvit: warning: {path}: unpickled by --trust, with any code in it", file=sys.stderr, flush=True)
+        # Namespace: the arguments in DeiT's checkpoints, which are values. Warnings: of what is refused anyway.
+        with torch.serialization.safe_globals([Namespace]), warnings.catch_warnings(action="ignore"):
+            loaded = torch.load(path, map_location="cpu", weights_only=not trust)
     except FileNotFoundError as error:
         raise RefusedError(f"{path}: no such file") from error
-    except (SafetensorError, RuntimeError, EOFError, OSError) as error:
-        raise RefusedError(f"{path}: not a readable weights file ({error})") from error
-    except pickle.UnpicklingError as error:
-        raise RefusedError(
-            f"{path}: holds more than tensors and is not unpickled, as that could run its code; "
-            "save its state_dict alone with torch.save"
-        ) from error
+    except Exception as error:  # damaged and hostile files raise nearly anything
+        if called := re.search(r"GLOBAL ([\w.]+)", str(error)):
+            clean = path.with_name(f"{path.stem}-tensors.pth")
+            command = shlex.join(["python", "-c", _KEEP_TENSORS, str(path), str(clean)])
+            raise RefusedError(
+                f"{path}: is not unpickled, as it calls {called[1]} and could run any code here; if you trust whoever "
+                f"made it, {way_out or f'keep its tensors alone ({command}) and take {clean}'}"
+            ) from error
+        reason = first_line(error).partition(" In PyTorch")[0]  # which goes on to recommend weights_only=False
+        raise RefusedError(f"{path}: not a readable weights file ({reason})") from error
     if not isinstance(loaded, Mapping):
         raise RefusedError(f"{path}: holds a {type(loaded).__name__}, not a state dict")
     return loaded

@@ -2,12 +2,24 @@
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+@pytest.fixture(scope="session")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Root of a small run that nothing happened to, on two submodule ranks."""
+    from .ranks import finish, start
+    from .test_checkpoint import train_arguments
+
+    root = tmp_path_factory.mktemp("uninterrupted")
+    finish(start("hsvit_ds.train", train_arguments(root), 2))
+    return root
 
 
 @pytest.fixture(autouse=True)

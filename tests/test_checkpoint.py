@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import shutil
 import time
 from pathlib import Path
@@ -15,7 +16,8 @@ from torch import Tensor
 
 import hsvit_ds.checkpoint
 from hsvit_ds.checkpoint import Position
-from hsvit_ds.checkpoint_files import pointed
+from hsvit_ds.checkpoint_files import pointed, read_file, read_manifest
+from hsvit_ds.errors import RefusedError
 from hsvit_ds.train import main
 from hsvit_ds.trainer import Trainer
 
@@ -105,15 +107,16 @@ def files(folder: Path) -> dict[str, Tensor]:
     }
 
 
+def assert_equal(found: Path, expected: Path) -> None:
+    """Two checkpoints hold the same tensors, bit for bit."""
+    here, there = files(found), files(expected)
+    assert here.keys() == there.keys()
+    for key, tensor in there.items():
+        assert torch.equal(here[key], tensor), key
+
+
 def latest(root: Path) -> Path | None:
     return pointed(root / "digits-hsvit-001" / "checkpoints", "latest")
-
-
-@pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("uninterrupted")
-    finish(start("hsvit_ds.train", train_arguments(root), 2))
-    return root
 
 
 def test_a_run_killed_in_mid_epoch_and_resumed_is_bit_equal(uninterrupted: Path, tmp_path: Path) -> None:
@@ -134,10 +137,7 @@ def test_a_run_killed_in_mid_epoch_and_resumed_is_bit_equal(uninterrupted: Path,
     whole, parts = latest(uninterrupted), latest(tmp_path)
     assert whole is not None
     assert parts is not None
-    expected, found_files = files(whole), files(parts)
-    assert expected.keys() == found_files.keys()
-    for key, tensor in expected.items():
-        assert torch.equal(found_files[key], tensor), key
+    assert_equal(parts, whole)
     lines = [
         [json.loads(line) for line in (root / "digits-hsvit-001/metrics.jsonl").read_text().splitlines()]
         for root in (uninterrupted, tmp_path)
@@ -179,7 +179,8 @@ def test_a_save_that_fails_leaves_the_one_before_and_says_why(tmp_path: Path, mo
     assert "No space left on device" in failure
     assert pointed(tmp_path / "checkpoints", "latest") == tmp_path / "checkpoints/step-00000001"
     monkeypatch.undo()
-    assert (tmp_path / "checkpoints/step-00000002.partial").exists()
+    assert not list((tmp_path / "checkpoints").glob("*.partial"))  # the room it took is given back
+    (tmp_path / "checkpoints/step-00000003.partial").mkdir()  # of a process that was killed
     again = small(tmp_path).checkpoints
     assert not list((tmp_path / "checkpoints").glob("*.partial"))
     assert again.load() == Position(0, 1, 1)
@@ -190,7 +191,7 @@ def test_a_manifest_tells_where_a_checkpoint_comes_from(tmp_path: Path) -> None:
     run.checkpoints.save(Position(0, 1, 1), 12.5)
     run.checkpoints.wait()
     manifest = json.loads((tmp_path / "checkpoints/step-00000001/manifest.json").read_text())
-    assert manifest["position"] == {"epoch": 0, "step": 1, "total": 1}
+    assert manifest["position"] == {"epoch": 0, "step": 1, "total": 1, "lr_factor": 1.0}
     assert manifest["top1"] == 12.5
     assert manifest["recipe"]["model"]["groups"] == 4
     assert {"python", "hsvit-ds", "torch", "deepspeed"} == manifest["versions"].keys()
@@ -220,6 +221,28 @@ def test_a_broken_checkpoint_is_refused_in_one_line(
     assert folder is not None
     damage(folder / "submodule-001.safetensors")
     refused(train_arguments(root, "--resume", "grid.submodule_ranks=1"), message, capsys)
+
+
+def test_a_flipped_byte_anywhere_in_a_checkpoint_is_detected(uninterrupted: Path, tmp_path: Path) -> None:
+    folder = latest(uninterrupted)
+    assert folder is not None
+    draw = random.Random(0)
+
+    def read_everything(copy: Path) -> None:
+        manifest = read_manifest(copy)
+        for file in manifest["files"]:
+            read_file(copy, file, manifest)
+
+    read_everything(folder)
+    for path in sorted(folder.iterdir()):
+        for offset in (0, draw.randrange(path.stat().st_size), path.stat().st_size - 1):
+            copy = tmp_path / "copy"
+            shutil.copytree(folder, copy, dirs_exist_ok=True)
+            data = bytearray(path.read_bytes())
+            data[offset] ^= 1 << draw.randrange(8)
+            (copy / path.name).write_bytes(data)
+            with pytest.raises(RefusedError, match=r"sha256 differs"):
+                read_everything(copy)
 
 
 def test_a_checkpoint_of_another_architecture_is_refused(

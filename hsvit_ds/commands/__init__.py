@@ -7,5 +7,5 @@ import typer
 
 Debug = Annotated[bool, typer.Option("--debug", help="Show stack traces of refusals.")]
 Run = Annotated[Path, typer.Argument(help="A run's folder.")]
-Root = Annotated[Path | None, typer.Option("--root", help="Of the run's data: its data.root by default.")]
+Root = Annotated[str, typer.Option("--root", help="Of the run's data: its data.root by default.")]
 Ema = Annotated[bool, typer.Option("--ema", help="Its averaged weights.")]

@@ -3,37 +3,68 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..errors import shown
+from ..errors import RefusedError, shown
 from ..train import check_kernels
 from . import Debug, Ema, Root, Run
+
+if TYPE_CHECKING:
+    from ..saved import SavedRun
 
 
 def evaluate_run(
     run: Run,
-    widths: Annotated[str, typer.Option(help="all that were trained, or 0.25,0.5")] = "all",
+    widths: Annotated[str, typer.Option(help="0.25,0.5; by default all that were trained.")] = "",
+    present: Annotated[
+        str, typer.Option(help="Submodules that answer alone, 0,2,3; or sweep: by how many of them answer.")
+    ] = "",
     split: Annotated[str, typer.Option(help="Of the run's data.")] = "test",
     untrained: Annotated[bool, typer.Option("--untrained", help="Also widths that were never trained.")] = False,
     ema: Ema = False,
-    root: Root = None,
+    root: Root = "",
     debug: Debug = False,
 ) -> None:
-    """Score a run at several widths in one pass over the data."""
+    """Score a run at several widths, or with some of its submodules, in one pass over the data."""
     with shown(2, debug):
         check_kernels()
         from .. import report, saved
 
+        if present and (widths or untrained):
+            raise RefusedError(f"--present {present} is of the largest width; leave --widths and --untrained out")
         opened = saved.open_run(run, ema, root)
-        chosen = opened.widths(widths, untrained)
-        found = opened.evaluate(split, chosen)
-        if opened.grid.is_main:
-            rows = report.width_rows(opened.model, chosen, found)
-            report.print_widths(rows, f"{run}, {split}")
-            typer.echo(report.draw_widths(run / f"widths-{split}.png", rows, f"{run.name}, {split}"))
+        if present:
+            _evaluate_present(opened, present, split)
+        else:
+            chosen = opened.widths(widths or "all", untrained)
+            found = opened.evaluate(split, chosen)
+            if opened.grid.is_main:
+                rows = report.width_rows(opened.model, chosen, found)
+                report.print_widths(rows, f"{run}, {split}")
+                typer.echo(report.draw_widths(run / f"widths-{split}.png", rows, f"{run.name}, {split}"))
         opened.grid.close()
+
+
+def _evaluate_present(run: SavedRun, present: str, split: str) -> None:
+    from .. import report
+
+    subsets = run.subsets(present)
+    scores = run.evaluate_subsets(split, subsets)
+    if not run.grid.is_main:
+        return
+    if present == "sweep":
+        rows = report.present_rows(subsets, [score.top1 for score in scores])
+        report.print_present(rows, f"{run.folder}, {split}")
+        typer.echo(report.draw_present(run.folder / f"present-{split}.png", rows, f"{run.folder.name}, {split}"))
+    else:
+        (subset,), (score,) = subsets, scores
+        names = ", ".join(str(number) for number in subset)
+        typer.echo(
+            f"{run.folder}, {split}, submodules {names} of {run.recipe.model.submodules}: top-1 {score.top1:.2f} %, "
+            f"top-5 {score.top5:.2f} %, loss {score.loss:.4f}"
+        )
 
 
 def export_run(
@@ -43,7 +74,7 @@ def export_run(
     out: Annotated[Path | None, typer.Option("-o", "--out", help="Folder; RUN/export-WIDTH by default.")] = None,
     untrained: Annotated[bool, typer.Option("--untrained", help="Also a width that was never trained.")] = False,
     ema: Ema = False,
-    root: Root = None,
+    root: Root = "",
     debug: Debug = False,
 ) -> None:
     """Write the subnet of a width as a network of its own: safetensors, timm config, torch.export, ONNX, model card."""

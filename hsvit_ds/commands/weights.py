@@ -23,6 +23,7 @@ def import_weights(
     ] = 1.0,
     granularity: Annotated[float, typer.Option(help="Scala: the step between widths.")] = 0.0625,
     side: Annotated[str, typer.Option(help="Scala: the smallest width's channels, leading or trailing.")] = "leading",
+    trust: Annotated[bool, typer.Option("--trust", help="Unpickle a file that could run code.")] = False,
     debug: Debug = False,
 ) -> None:
     """Turn published weights, told apart by their keys, into a model file of this project."""
@@ -36,7 +37,7 @@ def import_weights(
         except ValueError as error:
             raise RefusedError(f"--pool-strides {pool_strides}: must be numbers as in 2,1,2,1") from error
         model = interop.import_weights(
-            weights.read_foreign(file),
+            weights.read_foreign(file, trust=trust, way_out="add --trust"),
             image_size=image_size,
             pool_strides=strides,
             heads=heads,

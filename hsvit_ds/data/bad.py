@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 from ..errors import RefusedError
@@ -41,8 +42,11 @@ class BadSamples:
     def _add(self, new: list[str]) -> None:
         self.names.update(new)
         if new and self.reader.grid.is_main:
-            with self.path.open("a") as file:
-                file.writelines(f"{name}\n" for name in new)
+            try:
+                with self.path.open("a") as file:
+                    file.writelines(f"{name}\n" for name in new)
+            except OSError as error:  # on one rank, of a disk that is full: no reason to end the run
+                print(f"hsvit: warning: {self.path}: {error.strerror}: {'; '.join(new)}", file=sys.stderr, flush=True)
         total = self.reader.order.samples + len(self.reader.left_out)
         if len(self.names) > self.most * total:
             some = "; ".join(sorted(self.names)[:5])

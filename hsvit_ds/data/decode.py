@@ -12,6 +12,11 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError, features
 
 from ..errors import RefusedError, first_line
 
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+"""What Pillow may take a file for, whatever it is called: it would hand PostScript to Ghostscript, which runs it."""
+MOST_PIXELS = 2**28 // 3
+"""Of an image, 256 MiB as RGB: a file of a few bytes can claim any size, and would be given the memory."""
+
 
 class BadImageError(Exception):
     """A file that holds no image; the message says why."""
@@ -75,6 +80,7 @@ class Picture:
             except ValueError:  # Pillow may read it, and says better what is wrong
                 space = "unknown"
             if space in ("YCbCr", "RGB", "Gray"):
+                check_size(self.height, self.width)
                 return
         self._open()
 
@@ -107,20 +113,32 @@ class Picture:
             raise BadImageError(first_line(error)) from None
 
 
+def check_size(height: int, width: int) -> None:
+    """
+    Raises:
+        BadImageError: an image of this size would take too much memory.
+    """
+    if height * width > MOST_PIXELS:
+        raise BadImageError(f"{width} x {height} pixels are more than {MOST_PIXELS}")
+
+
 def open_upright(data: bytes) -> Image.Image:
     """Pillow's image, turned as its EXIF says; its pixels are decoded when they are needed.
 
     Raises:
-        BadImageError: Pillow knows no such file.
+        BadImageError: Pillow knows no such file, or it is too large.
     """
     if not data:
         raise BadImageError("0 bytes")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of odd metadata, once for each such image
-            image: Image.Image = Image.open(io.BytesIO(data))  # of an animation the first frame
+            image: Image.Image = Image.open(io.BytesIO(data), formats=FORMATS)  # of an animation the first frame
+            check_size(image.height, image.width)
             if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
                 image = ImageOps.exif_transpose(image)
+    except BadImageError:
+        raise
     except UnidentifiedImageError:
         raise BadImageError("not an image") from None
     except Exception as error:  # Pillow's plugins raise whatever a damaged header makes of them
@@ -144,5 +162,7 @@ def _rgb(image: Image.Image) -> np.ndarray:
     if image.mode.startswith("I") or image.mode == "F":  # convert("RGB") would cut everything above 255 off
         grey = np.asarray(image).astype(np.float64)
         top = 65535.0 if image.mode.startswith("I") else max(float(grey.max()), 1.0)
-        return np.repeat((grey.clip(0, top) * (255 / top)).round().astype(np.uint8)[:, :, None], 3, 2)
-    return np.asarray(image.convert("RGB"))
+        np.clip(grey, 0, top, out=grey)
+        grey *= 255 / top
+        return np.repeat(np.rint(grey, out=grey).astype(np.uint8)[:, :, None], 3, 2)
+    return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))

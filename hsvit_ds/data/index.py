@@ -19,7 +19,6 @@ from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import BinaryIO
-from zipfile import BadZipFile
 
 import numpy as np
 
@@ -28,6 +27,8 @@ from ..errors import RefusedError, first_line
 FORMAT = 1
 IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
 BLOCK = 512  # of a tar
+MOST_BYTES = 2**29
+"""Of an image file: it is read whole."""
 _SHARD = re.compile(r"(?P<name>.+)-(?P<split>[A-Za-z_]+)-\d+\.tar")
 # Who keeps no test labels, as ImageNet, tests on the validation split, and the other way round.
 _STAND_INS = {"val": ("val", "validation", "test"), "test": ("test", "val", "validation"), "train": ("train",)}
@@ -72,7 +73,7 @@ class Index:
             member = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape").name
         except (OSError, tarfile.TarError):
             member = f"sample {sample - int(self._starts[shard])}"
-        return f"{self.shards[shard]}: {member}"
+        return f"{self.shards[shard]}: {printable(member)}"
 
     @property
     def fingerprint(self) -> str:
@@ -99,20 +100,37 @@ def open_index(path: Path, folder: Path) -> Index:
     """The index in `path` of the shards in `folder`, compared with the files that are there.
 
     Raises:
-        RefusedError: no index, one of another version, or shards that are missing, new or changed since.
+        RefusedError: no index, one of another version or damaged, or shards that are missing, new or changed since.
     """
     remedy = f"make it anew: hsvit shards index {folder}"
     if not path.exists():
         raise RefusedError(f"{path}: there is no index; make it: hsvit shards index {folder}")
     try:
-        with np.load(path) as file:
-            if file["format"] != FORMAT:
-                raise RefusedError(f"{path}: format {file['format']}, this version reads {FORMAT}; {remedy}")
-            arrays = {f.name: file[f.name] for f in fields(Index) if f.name != "folder"}
-    except (OSError, EOFError, ValueError, KeyError, BadZipFile) as error:
+        index = _read(path, folder)
+    except Exception as error:  # NumPy makes nearly anything of a damaged file
         raise RefusedError(f"{path}: not an index ({first_line(error)}); {remedy}") from error
-    texts = {name: tuple(str(text) for text in arrays.pop(name)) for name in ("shards", "problems")}
-    return _compared(Index(folder, **texts, **arrays), path, remedy)  # type: ignore[arg-type]
+    return _compared(index, path, remedy)
+
+
+def _read(path: Path, folder: Path) -> Index:
+    """The index in `path`, whose parts fit each other; anybody may have written it."""
+    with np.load(path, allow_pickle=False) as file:
+        if file["format"] != FORMAT:
+            raise ValueError(f"format {file['format']}, this version reads {FORMAT}")
+        if any(part.compress_type for part in file.zip.infolist()):  # then it may take more memory than disk
+            raise ValueError("compressed")
+        arrays = {f.name: file[f.name] for f in fields(Index) if f.name != "folder"}
+    shards, problems = (tuple(str(text) for text in arrays.pop(name)) for name in ("shards", "problems"))
+    shapes = [(len(shards),)] * 4 + [(int(arrays["lengths"].sum()),)] * 3
+    if [x.shape for x in arrays.values()] != shapes or any(x.dtype.kind not in "iu" for x in arrays.values()):
+        raise ValueError("its arrays do not fit each other")
+    if any(arrays[name].min(initial=0) < 0 for name in ("lengths", "offsets", "sizes", "labels")):
+        raise ValueError("negative numbers")
+    if odd := [name for name in shards if "/" in name or not _SHARD.fullmatch(name)]:
+        raise ValueError(f"{printable(odd[0])} is no shard's name")
+    if arrays["sizes"].max(initial=0) > MOST_BYTES:
+        raise ValueError(f"an image of more than {MOST_BYTES} bytes")
+    return Index(folder, shards, problems=problems, **arrays)
 
 
 def _compared(index: Index, path: Path, remedy: str) -> Index:
@@ -203,10 +221,10 @@ def scan(path: Path) -> Scan:
     try:
         with path.open("rb") as file:
             status = os.fstat(file.fileno())
-            for key, members in grouped(walk(path, file, problems)):
+            for key, members in grouped(safe(path, walk(path, file, problems))):
                 sample = _sample(key, members, status.st_size)
                 if isinstance(sample, str):
-                    problems.append(f"{path.name}: {sample}")
+                    problems.append(printable(f"{path.name}: {sample}"))
                 else:
                     samples.append(sample)
                 digest.update(f"{key} {sample}\n".encode(errors="surrogateescape"))
@@ -218,12 +236,13 @@ def scan(path: Path) -> Scan:
 
 @dataclass(frozen=True)
 class Member:
-    """A file in a tar; `text` is read where it is small metadata, not an image."""
+    """A file in a tar. text: read where it is small metadata, not an image. unsafe: why it must not be read, or ""."""
 
     name: str
     offset: int
     size: int
     text: bytes
+    unsafe: str
 
 
 def walk(path: Path, file: BinaryIO, problems: list[str], end: int = sys.maxsize) -> Iterator[Member]:
@@ -235,12 +254,14 @@ def walk(path: Path, file: BinaryIO, problems: list[str], end: int = sys.maxsize
     try:
         with tarfile.open(fileobj=file, mode="r:") as tar:
             for member in tar:
-                if member.isfile():
+                if member.size < 0:  # tarfile would go back, for ever
+                    raise tarfile.ReadError(f"{member.name} has {member.size} bytes")
+                if (wrong := unsafe(member)) or member.isfile():
                     text = b""
                     if member.name.endswith((".cls", ".json")) and member.size <= 1 << 20:
                         text = os.pread(file.fileno(), member.size, member.offset_data)
-                    yield Member(member.name, member.offset_data, member.size, text)
-                    last = member.name
+                    yield Member(member.name, member.offset_data, member.size, text, wrong)
+                    last = printable(member.name)
                 tar.members = []  # type: ignore[attr-defined]  # it keeps them all
             # tarfile stops at any block that is no header.
             rest = os.pread(file.fileno(), max(min(1 << 20, end - tar.offset), 0), tar.offset)
@@ -248,8 +269,31 @@ def walk(path: Path, file: BinaryIO, problems: list[str], end: int = sys.maxsize
                 problems.append(f"{path.name}: cut off after {last} (no end mark)")
             elif any(rest):
                 problems.append(f"{path.name}: damaged after {last}")
-    except tarfile.TarError as error:
-        problems.append(f"{path.name}: cut off or damaged after {last} ({first_line(error)})")
+    except (tarfile.TarError, RecursionError) as error:
+        problems.append(printable(f"{path.name}: cut off or damaged after {last} ({first_line(error)})"))
+
+
+def unsafe(member: tarfile.TarInfo) -> str:
+    """Why a member must not be read, "" where it may be. Nothing is unpacked here; but where it is, such a member
+    reaches what lies outside the folder, and a sparse one can claim any size."""
+    if not member.isdir() and (not member.isreg() or member.issparse()):
+        return "a link, a device or a sparse file"
+    if member.name.startswith("/") or ".." in member.name.split("/"):
+        return "its name leads out of the folder that it is unpacked in"
+    return ""
+
+
+def safe(path: Path, members: Iterable[Member]) -> Iterator[Member]:
+    """The members of a tar; refused where one is unsafe."""
+    for member in members:
+        if member.unsafe:
+            raise RefusedError(f"{path}: {printable(member.name)}: {member.unsafe}; make the tar anew without it")
+        yield member
+
+
+def printable(text: str) -> str:
+    """Names in a tar may hold anything; what is shown and saved of them is one line that no terminal obeys."""
+    return text if text.isprintable() else ascii(text)
 
 
 def grouped(members: Iterable[Member]) -> Iterator[tuple[str, dict[str, Member]]]:
@@ -277,7 +321,10 @@ def label_of(members: dict[str, bytes]) -> int | None:
     if ".cls" in members:
         return int(members[".cls"])
     if ".json" in members:
-        label = json.loads(members[".json"]).get("label")
+        try:
+            label = json.loads(members[".json"]).get("label")
+        except RecursionError as error:
+            raise ValueError("nested too deeply") from error
         if label is not None and type(label) is not int:
             raise ValueError(label)
         return label
@@ -297,8 +344,8 @@ def _sample(key: str, members: dict[str, Member], bytes_: int) -> tuple[int, int
         return f"{image.name}: no label ({key}.cls, or label in {key}.json)"
     if not 0 <= label < 2**31:
         return f"{image.name}: label {label} is out of range"
-    if image.size == 0:
-        return f"{image.name}: 0 bytes"
+    if not 0 < image.size <= MOST_BYTES:
+        return f"{image.name}: {image.size} bytes"
     if image.offset + image.size > bytes_:
         return f"{image.name}: cut off"
     return image.offset // BLOCK, image.size, label

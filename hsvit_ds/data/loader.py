@@ -10,6 +10,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import queue
+import signal
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -161,6 +162,7 @@ def _checked(answer: Images) -> Images:
 
 def _watch_the_rank(_worker: int) -> None:
     """In a worker: end with the rank. PyTorch watches the parent process, which here is the fork server."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # launchers send it to workers too, whose rank is still to save
     parent = multiprocessing.parent_process()
     assert parent is not None
 

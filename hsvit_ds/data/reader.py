@@ -30,7 +30,7 @@ class Config:
     other name is a set of your own, with `classes`."""
     root: str = ""
     """Folder of its shards NAME-SPLIT-0000.tar, indexed by `hsvit shards index`; or a URL with `_info.json` (https:,
-    s3:, gs:, pipe:cat /x), whose shards are streamed, with the weaker promises of `stream.py`."""
+    gs:, pipe:cat /x), whose shards are streamed, with the weaker promises of `stream.py`."""
     index: str = ""
     """Folder of the index files, where they are not beside the shards."""
     classes: int = 0
@@ -72,6 +72,7 @@ class Config:
         for name in ("workers", "classes", "image_size"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} = {getattr(self, name)}: must not be negative")
+        stream.check_root(self.root)
         if self.timeout <= 0:
             raise ValueError(f"timeout = {self.timeout}: must be above 0 seconds")
         if not 0 <= self.max_bad_fraction <= 1:

@@ -8,13 +8,13 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import NamedTuple
 
 from ..errors import RefusedError
 from . import index
 from .decode import BadImageError
-from .index import IMAGES, Member
+from .index import IMAGES, MOST_BYTES, Member
 from .shard_sources import decoded
 from .shards import INFO, Done, disagreement, read_info
 
@@ -109,13 +109,18 @@ class Known:
 
 def check_shard(path: Path, classes: int) -> Checked:
     """Read a shard and decode its images, one at a time; how far Pillow decodes them is how much is checked."""
-    checked = Checked(path.name, len(index.scan(path).samples))
+    try:
+        samples = len(index.scan(path).samples)
+    except RefusedError:  # for a reason that is found below
+        samples = 0
+    checked = Checked(path.name, samples)
     problems, names, twice = list[str](), set[str](), set[str]()
 
     def watched(members: Iterable[Member]) -> Iterator[Member]:
         for member in members:
-            if member.name.startswith("/") or ".." in PurePosixPath(member.name).parts:
-                checked.find("unsafe name", member.name, "leads out of the folder that it is unpacked in")
+            if member.unsafe:
+                checked.find("unsafe member", member.name, member.unsafe)
+                continue
             (twice if member.name in names else names).add(member.name)
             yield member
 
@@ -150,6 +155,9 @@ def _check_images(file: int, key: str, members: dict[str, Member], label: int | 
     if not images:
         checked.find("no image", key, f"only {', '.join(sorted(members))}")
     for image in images:
+        if image.size > MOST_BYTES:
+            checked.find("broken image", image.name, f"{image.size} bytes are more than {MOST_BYTES}")
+            continue
         data = os.pread(file, image.size, image.offset)
         if not image.size:
             checked.find("empty image", image.name, "0 bytes")

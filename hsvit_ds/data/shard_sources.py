@@ -22,7 +22,7 @@ from PIL import Image
 
 from ..errors import RefusedError, first_line
 from .decode import BadImageError, open_upright
-from .index import IMAGES, Member, walk
+from .index import IMAGES, MOST_BYTES, Member, printable, safe, unsafe, walk
 
 TRAIN, VAL, DEVKIT = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar", "ILSVRC2012_devkit_t12.tar.gz"
 META, TRUTH = "data/meta.mat", "data/ILSVRC2012_validation_ground_truth.txt"
@@ -171,7 +171,7 @@ def _members(archive: Path, file: io.BufferedReader, start: int, end: int = sys.
     """The files of the tar between two bytes of a file; refused where it is damaged."""
     file.seek(start)
     problems: list[str] = []
-    members = list(walk(archive, file, problems, end))
+    members = list(safe(archive, walk(archive, file, problems, end)))
     if problems:
         raise RefusedError(f"{archive.parent / problems[0]}; fetch it again")
     return members
@@ -196,6 +196,8 @@ def _read_devkit(path: Path) -> tuple[dict[str, str], dict[str, str], list[str]]
     try:
         with tarfile.open(path, "r:gz") as tar:
             for member in tar:
+                if wrong := unsafe(member) or ("too large" if member.size > MOST_BYTES else ""):
+                    raise ValueError(f"{printable(member.name)}: {wrong}")
                 for name in (META, TRUTH):
                     if member.name.endswith(name) and (file := tar.extractfile(member)):
                         texts[name] = file.read()
@@ -217,8 +219,10 @@ def sample(item: Item, resize: int | None, quality: int) -> dict[str, bytes]:
     resize: an image with a longer shorter side, pixels, becomes a JPEG of this one; any other keeps its bytes.
 
     Raises:
-        BadImageError: 0 bytes or, where it has to be resized, no image.
+        BadImageError: 0 bytes, too many or, where it has to be resized, no image.
     """
+    if item.size > MOST_BYTES:
+        raise BadImageError(f"{item.size} bytes are more than {MOST_BYTES}")
     data = item.read()
     extension = PurePosixPath(item.name).suffix.lower().removeprefix(".").replace("jpeg", "jpg")
     facts: dict[str, Any] = {"label": item.label, "class": item.class_name, "filename": item.name}

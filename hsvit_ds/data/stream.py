@@ -1,4 +1,4 @@
-"""Shards behind URLs (`https:`, `s3:`, `gs:`, `pipe:`), read from front to back on webdataset's pipeline.
+"""Shards behind URLs (`https:`, `gs:`, `pipe:`), read from front to back on webdataset's pipeline.
 
 A tar that cannot be read in any order cannot be given the indexed reader's promises. These are the weaker ones:
 
@@ -17,6 +17,7 @@ import hashlib
 import json
 import os
 import random
+import re
 import sys
 import tarfile
 import time
@@ -40,7 +41,7 @@ from . import loader
 from .augment import VIEW
 from .batch import PADDING, UNREADABLE, Images
 from .decode import BadImageError
-from .index import IMAGES, label_of, stand_in
+from .index import IMAGES, MOST_BYTES, label_of, printable, stand_in, unsafe
 from .loader import Loader
 from .sources import empty
 from .transform import Transform, own_generators
@@ -48,13 +49,37 @@ from .transform import Transform, own_generators
 TRIES = 8
 """Times that a shard is asked for before the run is refused; a quarter of a second is waited after the first, and each
 time twice as long: half a minute in all."""
-TRANSIENT = (OSError, EOFError, ValueError, HTTPException, tarfile.TarError)
+TRANSIENT = (OSError, EOFError, ValueError, HTTPException, tarfile.TarError, RecursionError)
 """What a server, a subprocess or a file that breaks off becomes on its way through urllib, tarfile and webdataset."""
 _FINAL = (400, 401, 403, 404, 405, 410)  # of a URL that will not get better
+_SHARD = re.compile(r"\w[\w.-]*\.tar", re.ASCII)
+_LOGIN = re.compile(r"://[^/\s]*@")
 
 
 def is_url(root: str) -> bool:
-    return "://" in root or root.startswith("pipe:")
+    return "://" in root or is_command(root)
+
+
+def is_command(root: str) -> bool:
+    """Whether it is run by a shell."""
+    return root.startswith("pipe:")
+
+
+def check_root(root: str) -> None:
+    """
+    Raises:
+        ValueError: it holds what must not be saved with a run, shown and tracked.
+    """
+    if _LOGIN.search(root):
+        raise ValueError(
+            "root holds a user name or password, which would be saved with the run: put them into ~/.netrc and set "
+            '"pipe:curl -sSfn https://…"'
+        )
+    if is_url(root) and not is_command(root) and "?" in root:
+        raise ValueError(
+            "root holds a query (?…), which may be a key and would be saved with the run: put it into the environment "
+            """and set 'pipe:curl -sSf "https://…?$KEY"'"""
+        )
 
 
 @dataclass(frozen=True)
@@ -83,6 +108,11 @@ def open_split(root: str, split: str, timeout: float) -> Split:
         raise RefusedError(f"{root}/_info.json: split {name} has no {error}; `hsvit shards make` writes it") from None
     if not found.shards or len(found.shards) != len(found.lengths):
         raise RefusedError(f"{root}/_info.json: {name} has {len(found.shards)} files and {len(found.lengths)} lengths")
+    # They become parts of paths, of URLs and, behind pipe:, of a shell's command.
+    if odd := [shard for shard in found.shards if not _SHARD.fullmatch(str(shard))]:
+        raise RefusedError(
+            f"{root}/_info.json: {str(odd[0])!a} of {name} is not the plain name of a tar (letters, digits, _, . and -)"
+        )
     return found
 
 
@@ -161,7 +191,24 @@ def _open_http_ourselves(timeout: float) -> None:
     gopen_schemes.update(http=http, https=http)
 
 
+def _files(url: str, stream: Any) -> Iterator[dict[str, Any]]:
+    """The files of a tar, as webdataset groups them; instead of one that must not be read, a `BadImageError`.
+
+    A compressed tar is not one here: a small one could fill the memory.
+    """
+    with tarfile.open(fileobj=stream, mode="r|") as tar:
+        for member in tar:
+            wrong = unsafe(member) or (f"{member.size} bytes" if member.size > MOST_BYTES else "")
+            if wrong or member.isreg():
+                data = BadImageError(wrong) if wrong else tar.extractfile(member).read()  # type: ignore[union-attr]
+                yield {"fname": member.name, "data": data, "__url__": url}
+            tar.members = []  # type: ignore[attr-defined]  # it keeps them all
+
+
 def _image(sample: dict[str, Any]) -> bytes:
+    for part in sample.values():
+        if isinstance(part, BadImageError):
+            raise part
     for extension, data in sample.items():
         if f".{extension}".endswith(IMAGES):
             return bytes(data)
@@ -169,7 +216,7 @@ def _image(sample: dict[str, Any]) -> bytes:
 
 
 def _name(sample: dict[str, Any]) -> str:
-    return f"{sample['__url__']}: {sample['__key__']}"
+    return f"{sample['__url__']}: {printable(sample['__key__'])}"
 
 
 @dataclass(frozen=True)
@@ -278,11 +325,11 @@ class Streamed(IterableDataset[Images]):
 
     def _shard(self, url: str) -> Iterator[dict[str, Any]]:
         from webdataset.gopen import gopen
-        from webdataset.tariterators import group_by_keys, tar_file_expander
+        from webdataset.tariterators import group_by_keys
 
         _open_http_ourselves(self.timeout)
         with open(self._cache().get_file(url), "rb") if self.cache else gopen(url) as stream:
-            yield from group_by_keys(tar_file_expander([{"url": url, "stream": stream}]))
+            yield from group_by_keys(_files(url, stream))
 
     def _cache(self) -> Any:
         """webdataset's, in a folder of its own for each root, as it goes by file names only."""

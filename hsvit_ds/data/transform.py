@@ -19,7 +19,7 @@ from hsvit_kernels.random import Site, key
 
 from . import augment
 from .augment import VIEW
-from .decode import Box, Picture
+from .decode import Box, Picture, check_size
 
 _RATIO = (math.log(3 / 4), math.log(4 / 3))
 
@@ -77,6 +77,7 @@ class Transform:
         shorter = round(size / share)
         scale = shorter / min(height, width)
         resized = (round(height * scale), round(width * scale))
+        check_size(*resized)  # of 1 x 60,000 pixels four billion would become
         x = _resized(picture.pixels(Box(0, 0, height, width), shorter), resized, self.config.filter)
         top, left = (resized[0] - size) // 2, (resized[1] - size) // 2
         return x[:, top : top + size, left : left + size]

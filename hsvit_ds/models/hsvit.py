@@ -44,11 +44,7 @@ _C4A8_32 = (2, 1, 2, 1)
 VARIANTS = {
     "C2A2": Variant((64, 128), 2, {28: (2, 2), 32: (2, 2), 64: (4, 2), 128: (4, 4)}),
     "C3A4": Variant((64, 128, 256), 4, {28: (2, 1, 2), 32: (2, 1, 2), 64: (2, 2, 2), 128: (4, 2, 2)}),
-    "C4A8": Variant(
-        (64, 128, 256, 512),
-        8,
-        {28: _C4A8_32, 32: _C4A8_32, 64: (2, 2, 2, 1), 128: (2, 2, 2, 2)},
-    ),
+    "C4A8": Variant((64, 128, 256, 512), 8, {28: _C4A8_32, 32: _C4A8_32, 64: (2, 2, 2, 1), 128: (2, 2, 2, 2)}),
     "ImageNet-256": Variant((32, 64, 128, 256, 512), 8, {256: (2, 2, 2, 2, 2)}),
 }
 
@@ -192,14 +188,9 @@ class Config:
     def at(self, width: Width) -> Config:
         """The standalone network at a width."""
         kernels = tuple(width.of(k) for k in self.kernels)
-        backbone = replace(self.backbone, weights="")
+        backbone, widths = replace(self.backbone, weights=""), slimmable.Config()
         return replace(
-            self,
-            variant="",
-            kernels=kernels,
-            groups=width.of(self.groups),
-            backbone=backbone,
-            widths=slimmable.Config(),
+            self, variant="", kernels=kernels, groups=width.of(self.groups), backbone=backbone, widths=widths
         )
 
     def macs(self, image_size: int, channels: int, classes: int, width: Width = FULL) -> int:
@@ -294,6 +285,7 @@ class HSViT(nn.Module):
         self.config = config.resolved(image_size)
         self.image_size, self.channels, self.classes = image_size, channels, classes
         self.grid = grid
+        self.absent = () if grid is None else grid.absent
         here = range(config.submodules) if here is None else here
         self.backbone = None
         if config.backbone.name:
@@ -320,7 +312,7 @@ class HSViT(nn.Module):
         Args:
             images: [B, C, H, W], normalised.
             draw: the pass's randomness; needed in training where dropout or submodule_drop is on.
-            present: bool [M] or [B, M], which submodules (global index) answered; all of them by default.
+            present: bool [M] or [B, M], which of the grid's submodules (global index) answered; all by default.
             width: which subnet.
             maps: [B / S, K, f], what the backbone gives for this rank's own images, where that is known.
 
@@ -336,17 +328,27 @@ class HSViT(nn.Module):
             raise ValueError("training with dropout or submodule_drop needs draw=Draw.of(seed, step, …)")
         if present is None and self.training and c.submodule_drop and draw is not None:
             present = self._drop_submodules(draw)
+        return self.answer(self.sums(images, draw, width, maps), present, width)
+
+    def sums(self, images: Tensor, draw: Draw | None = None, width: Width = FULL, maps: Tensor | None = None) -> Tensor:
+        """[B, M here, D]: for each submodule the sum over its groups' CLS tokens. Arguments as of `forward`."""
         if self.backbone is not None:
             images = self._features(self.backbone, images, draw, maps)
-        sums = self.submodules(images, draw, width)  # [B, M here, D]
-        answers = width.of(c.groups if c.depth else c.kernels[-1])
+        return self.submodules(images, draw, width)
+
+    def answer(self, sums: Tensor, present: Tensor | None = None, width: Width = FULL) -> Tensor:
+        """Logits [B, Q] from the `sums` of this rank and the replica's others. Arguments as of `forward`."""
+        c, here = self.config, self.submodules.here
+        each = width.of(c.groups if c.depth else c.kernels[-1]) // c.submodules
         if present is None:
-            return self.head(self._exchange(sums.sum(1)) / answers)
-        here = self.submodules.here
-        present = present.to(sums.device).expand(sums.shape[0], c.submodules)
+            return self.head(self._exchange(sums.sum(1)) / (each * (c.submodules - len(self.absent))))
+        present = self._without_absent(present.to(sums.device).expand(sums.shape[0], c.submodules), False)
         sums = sums * present[:, here.start : here.stop, None]
-        count = present.sum(1, keepdim=True) * (answers // c.submodules)
-        return self.head(self._exchange(sums.sum(1)) / count)
+        return self.head(self._exchange(sums.sum(1)) / (present.sum(1, keepdim=True) * each))
+
+    def _without_absent(self, x: Tensor, value: float) -> Tensor:
+        """[B, M] with `value` at the absent submodules."""
+        return x.index_fill(1, torch.tensor(self.absent, device=x.device), value) if self.absent else x
 
     @property
     def splits_images(self) -> bool:
@@ -365,12 +367,15 @@ class HSViT(nn.Module):
         own = self.grid.share_of(len(images))
         own_draw = None if draw is None else draw.slice(own.start, own.stop)
         maps = backbone(images[own], own_draw).flatten(2) if maps is None else maps
+        if self.absent:  # nobody takes their channels
+            m = self.config.submodules
+            maps = maps.unflatten(1, (m, -1))[:, [i for i in range(m) if i not in self.absent]].flatten(1, 2)
         return self.grid.exchange_features(maps)
 
     def _drop_submodules(self, draw: Draw) -> Tensor:
-        """bool [B, M]: each submodule present with probability 1 - submodule_drop; the luckiest one always is."""
+        """bool [B, M]: each that the grid has is present with probability 1 - submodule_drop; the luckiest always."""
         index = torch.arange(self.config.submodules, dtype=torch.int32, device=draw.key.device)
-        luck = draw.uniform(Site.SUBMODULE, index)
+        luck = self._without_absent(draw.uniform(Site.SUBMODULE, index), -1)
         return (luck >= self.config.submodule_drop) | (luck == luck.amax(1, keepdim=True))
 
     @torch.no_grad()

@@ -96,6 +96,11 @@ def _timm(config: Config, facts: Facts) -> nn.Module:
 
 def _run(config: Config, facts: Facts) -> nn.Module:
     run = load_run(Path(config.name))
+    if absent := run.recipe["grid"]["absent"]:
+        raise RefusedError(
+            f"task.teacher.name = {config.name} was last saved without its submodules {list(absent)}; train it on with "
+            "all of them first"
+        )
     _fit(config, facts, classes=run.model.classes, image_size=run.model.image_size)
     return run.model
 

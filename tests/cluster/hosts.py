@@ -18,7 +18,16 @@ from typing import Any
 
 from ..ranks import ROOT, environment
 
-TOOLS = {"sshd": "openssh-server", "ssh": "openssh-client", "pdsh": "pdsh", "ip": "iproute2", "nsenter": "util-linux"}
+FRAMES = ["tx", "off", "tso", "off", "gso", "off", "gro", "off"]
+DIGITS = "recipes/digits/hsvit.toml"
+TOOLS = {
+    "sshd": "openssh-server",
+    "ssh": "openssh-client",
+    "pdsh": "pdsh",
+    "ip": "iproute2",
+    "ethtool": "ethtool",
+    "nsenter": "util-linux",
+}
 
 
 def missing() -> str:
@@ -50,6 +59,7 @@ class Host:
         self.address, self.port = f"10.77.0.{number}", f"port{number}"
         self.mac = f"02:00:00:00:00:{number:02x}"  # the same after a restart: the others remember it
         self._holder: subprocess.Popen[bytes] | None = None
+        self._wire: subprocess.Popen[bytes] | None = None
         self.pid = 0
         self.start()
 
@@ -77,8 +87,11 @@ class Host:
         _run([*inside, "address", "add", f"{self.address}/24", "dev", "eth0"])
         _run([*inside, "link", "set", "eth0", "up"])
         if self.serves:
-            probe = ["ssh", "-o", "ConnectTimeout=1", self.name, "true"]
-            until(lambda: self.cluster.run(probe).returncode == 0, f"ssh to {self.name}", 20)
+            until(self.answers, f"ssh to {self.name}", 20)
+
+    def answers(self) -> bool:
+        """Whether the control host reaches it by ssh."""
+        return self.cluster.run(["ssh", "-o", "ConnectTimeout=1", self.name, "true"]).returncode == 0
 
     def _first_process(self) -> int:
         assert self._holder is not None
@@ -92,12 +105,14 @@ class Host:
     def switch_off(self) -> None:
         """As when the power fails: nothing is said to the other hosts."""
         if self._holder is not None:
+            self.shorten()
             self.unplug()
             self._holder.kill()
             self._holder.wait()
             self._holder = None
-            port = ["nsenter", f"--net=/proc/{self.cluster.switch.pid}/ns/net", "ip", "link", "show", self.port]
-            until(lambda: subprocess.run(port, capture_output=True).returncode, f"{self.name}'s link goes", 20)
+            # Connections that nobody ends may keep the namespace, and with it the card, for a while.
+            switch = ["nsenter", f"--net=/proc/{self.cluster.switch.pid}/ns/net"]
+            subprocess.run([*switch, "ip", "link", "delete", self.port], capture_output=True, check=False)
 
     def unplug(self) -> None:
         """The link is down; the host goes on."""
@@ -105,6 +120,29 @@ class Host:
 
     def plug(self) -> None:
         self.cluster.in_switch(["ip", "link", "set", self.port, "up"])
+
+    def lengthen(self, delay: float, loss: float) -> None:
+        """Its cable takes `delay` seconds a way and loses a share `loss` of the frames; until `shorten`."""
+        far, near = f"far{self.port[4:]}", f"near{self.port[4:]}"
+        self.cluster.in_switch(["ip", "link", "add", far, "type", "veth", "peer", "name", near])
+        for card in (far, near):
+            self.cluster.in_switch(["ip", "link", "set", card, "up"])
+        # The wire carries frames of a cable's size, with their checksums: not what virtual cards hand each other.
+        for place in (self.pid, *(h.pid for h in self.cluster.everyone if h is not self)):
+            _run(["nsenter", f"--net=/proc/{place}/ns/net", "ethtool", "-K", "eth0", *FRAMES])
+        self.cluster.in_switch(["ip", "link", "set", self.port, "nomaster"])
+        self.cluster.in_switch(["ip", "link", "set", far, "master", "switch"])
+        switch = ["nsenter", f"--net=/proc/{self.cluster.switch.pid}/ns/net"]
+        wire = [sys.executable, str(Path(__file__).with_name("wire.py")), near, self.port, str(delay), str(loss)]
+        self._wire = subprocess.Popen([*switch, *wire])
+
+    def shorten(self) -> None:
+        if self._wire is not None:
+            self._wire.kill()
+            self._wire.wait()
+            self._wire = None
+            self.cluster.in_switch(["ip", "link", "delete", f"far{self.port[4:]}"])
+            self.cluster.in_switch(["ip", "link", "set", self.port, "master", "switch"])
 
     def command(self, command: list[str], folder: Path = ROOT) -> list[str]:
         """What runs `command` in this host."""
@@ -158,6 +196,10 @@ class Cluster:
             "  LogLevel ERROR\n"
         )
 
+    @property
+    def everyone(self) -> list[Host]:
+        return [self.control, *(host for host in self.hosts.values() if host.is_on)]
+
     def in_switch(self, command: list[str]) -> None:
         _run(["nsenter", f"--net=/proc/{self.switch.pid}/ns/net", *command])
 
@@ -208,8 +250,9 @@ class Cluster:
                 os.kill(pid, signal.SIGKILL)
             if not host.is_on:
                 host.start()
+            host.shorten()
             host.plug()
-            until(lambda host=host: not host.processes("hsvit_ds"), f"{name} is idle", 20)
+            until(lambda host=host: not host.processes("hsvit_ds") and host.answers(), f"{name} is idle", 20)
 
     def close(self) -> None:
         for process in self._started:
@@ -219,6 +262,33 @@ class Cluster:
             host.switch_off()
         self.switch.kill()
         self.switch.wait()
+
+
+def deepspeed(cluster: Cluster, folder: Path, slots: dict[str, int], command: list[str]) -> subprocess.Popen[str]:
+    """Start `deepspeed --hostfile` with a command on the control host."""
+    return cluster.start(["deepspeed", "--hostfile", settle(folder, slots), *command], folder)
+
+
+def launch(
+    cluster: Cluster, folder: Path, slots: dict[str, int], overrides: list[str], *options: str, recipe: str = DIGITS
+) -> subprocess.Popen[str]:
+    """Start `hsvit launch` on the control host; its runs lie in `folder`/runs."""
+    command = ["hsvit", "launch", str(ROOT / recipe), "--hostfile", settle(folder, slots), *options]
+    return cluster.start([*command, *overrides, f"run.root={folder}/runs"], folder)
+
+
+def settle(folder: Path, slots: dict[str, int]) -> str:
+    """Write the hostfile, and what ranks need to know of the network, into a folder; the hostfile's path."""
+    (folder / "hostfile").write_text("".join(f"{name} slots={count}\n" for name, count in slots.items()))
+    (folder / ".deepspeed_env").write_text("OMP_NUM_THREADS=1\nGLOO_SOCKET_IFNAME=eth0\nDS_ACCELERATOR=cpu\n")
+    return str(folder / "hostfile")
+
+
+def finish(process: subprocess.Popen[str], code: int = 0, seconds: float = 400) -> str:
+    """Wait for a started command; its output."""
+    process.wait(timeout=seconds)
+    assert process.returncode == code, f"exit code {process.returncode}\n{output(process)[-8000:]}"
+    return output(process)
 
 
 def output(process: subprocess.Popen[str]) -> str:

@@ -178,7 +178,7 @@ if len(sys.argv) > 2:
     numbers = np.random.default_rng(0).integers(0, 2**31, n)
     names = tuple(f"imagenet1k-train-{i:04d}.tar" for i in range(shards))
     Index(folder, names, lengths, zeros, zeros, zeros.astype(np.uint64), numbers.astype(np.uint32),
-          numbers.astype(np.uint32), (numbers % 1000).astype(np.int32), ()).save(path)
+          (numbers % 2**20).astype(np.uint32), (numbers % 1000).astype(np.int32), ()).save(path)
     for name in names:
         (folder / name).touch()
     sys.exit()

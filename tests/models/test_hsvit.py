@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -216,6 +217,43 @@ def test_submodule_drop_trains_random_subsets_and_never_none() -> None:
     assert abs(present.double().mean() - expected) < 4 * 0.5 / present.numel() ** 0.5
     x, draw = images(4096 // 1024), Draw.of(0, image=torch.arange(4))
     torch.testing.assert_close(model.train()(x, draw), model(x, draw, present=present[:4]))
+
+
+def degraded(whole: HSViT, absent: tuple[int, ...], here: range) -> HSViT:
+    """The submodules `here` of a whole model, on a grid without `absent`."""
+    grid: Any = SimpleNamespace(absent=absent, submodule_ranks=1, exchange=lambda sums: sums)
+    model, m = tiny(whole.config, here=here, grid=grid), whole.config.submodules
+    for name, tensor in whole.state_dict().items():
+        own = torch.cat(tensor.chunk(m)[here.start : here.stop]) if name.startswith("submodules.") else tensor
+        model.state_dict()[name].copy_(own)
+    return model
+
+
+@pytest.mark.parametrize(("absent", "here"), [((0,), range(1, 4)), ((2, 3), range(2))])
+def test_the_mean_runs_over_the_submodules_that_the_grid_has(absent: tuple[int, ...], here: range) -> None:
+    whole = tiny(replace(TINY, submodules=4, dropout=0.2))
+    model = degraded(whole, absent, here)
+    x, draw = images(), Draw.of(0, image=torch.arange(4))
+    rest = torch.tensor([m not in absent for m in range(4)])
+    torch.testing.assert_close(model(x, draw), whole(x, draw, present=rest))
+    torch.testing.assert_close(model(x, draw, present=torch.ones(4, dtype=torch.bool)), model(x, draw))
+    answered = torch.tensor([True, True, False, False])  # one of them is absent, or none
+    torch.testing.assert_close(model(x, draw, present=answered), whole(x, draw, present=answered & rest))
+
+
+def test_submodule_drop_leaves_one_of_those_that_the_grid_has() -> None:
+    whole = tiny(replace(TINY, submodules=4, submodule_drop=0.5))
+    model = degraded(whole, (1,), range(2, 4))
+    draw = Draw.of(0, image=torch.arange(4096))
+    present, before = model._drop_submodules(draw), whole._drop_submodules(draw)
+    assert not present[:, 1].any()
+    assert present.any(1).all()
+    assert (present & ~before).any()  # the absent one was the luckiest and only one
+    assert not (before & ~present)[:, [0, 2, 3]].any()
+    expected = 0.5 + 0.5**3 / 3
+    assert abs(present[:, [0, 2, 3]].double().mean() - expected) < 4 * 0.5 / (3 * 4096) ** 0.5
+    few = Draw.of(0, image=torch.arange(4))
+    torch.testing.assert_close(model.train()(images(), few), model(images(), few, present=present[:4]))
 
 
 def test_training_with_dropout_and_without_a_draw_is_refused() -> None:

@@ -75,14 +75,14 @@ SMALL_HYBRID = [
 ]
 BASES = {"hsvit": SMALL, "scala": SMALL_SCALA, "hybrid": SMALL_HYBRID}
 
-_grids: dict[tuple[int, int], Grid] = {}
+_grids: dict[tuple[Any, ...], Grid] = {}
 
 
 def trainer(folder: Path, overrides: list[str], resume: bool = False, base: str = "hsvit") -> Trainer:
     """A trainer of a digits recipe, made small, on all ranks of this worker."""
     recipe = recipes.read(ROOT / f"recipes/digits/{base}.toml", [*BASES[base], *overrides])
     recipe, plan = recipes.resolve(recipe, world_size())
-    place = (recipe.grid.submodule_ranks, recipe.model.submodules)
+    place = (recipe.grid.submodule_ranks, recipe.grid.absent, recipe.model.submodules)
     if place not in _grids:
         _grids[place] = Grid(recipe.grid, recipe.model.submodules)
     folder.mkdir(parents=True, exist_ok=True)

@@ -184,7 +184,7 @@ def _valid(path: Path, fate: str, result: Examination) -> list[str]:
     return lines
 
 
-def _variables() -> tuple[dict[str, str], list[str]]:
+def variables() -> tuple[dict[str, str], list[str]]:
     """(secrets, other NAME=VALUE lines) that the launcher would give to the ranks on their command lines."""
     paths = (Path.home() / ENVIRONMENT, Path(ENVIRONMENT))
     hidden, others = in_lines(line for path in paths if path.exists() for line in path.read_text().splitlines())
@@ -194,17 +194,17 @@ def _variables() -> tuple[dict[str, str], list[str]]:
 def _all_reduce(result: Examination, hosts: list[Host]) -> Cell:
     """What `hsvit_ds.bandwidth` measures over all ranks, started by the launcher that starts the run."""
     with tempfile.TemporaryDirectory() as folder:
-        hostfile, variables, log = (Path(folder) / name for name in ("hostfile", "variables", "log"))
+        hostfile, environ, log = (Path(folder) / name for name in ("hostfile", "variables", "log"))
         write_hostfile(hosts, hostfile)
-        secrets, others = _variables()
-        variables.write_text("".join(f"{line}\n" for line in others))
+        secrets, others = variables()
+        environ.write_text("".join(f"{line}\n" for line in others))
         environment = {name: value for name, value in os.environ.items() if name not in secrets}
         command = [sys.executable, "-m", "deepspeed.launcher.runner", "--hostfile", str(hostfile), "--force_multi"]
         command += ["--master_addr", result.master, "--master_port", str(result.port), "--no_ssh_check"]
         with log.open("w") as out:
             launcher = subprocess.Popen(
                 [*command, "--module", "hsvit_ds.bandwidth"],
-                env=deepspeed_environment(environment, variables),
+                env=deepspeed_environment(environment, environ),
                 stdout=out,
                 stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL,

@@ -22,7 +22,7 @@ from .cluster import Host, write_hostfile
 from .errors import Exit, RefusedError
 from .layout import fitted, whole
 from .recipe import Recipe
-from .secrets import VARIABLE, Secrets, in_environment, in_lines, masked
+from .secrets import VARIABLE, Secrets, masked
 from .survival import ERRORS
 
 FAILURES = 3
@@ -97,8 +97,7 @@ class Launch:
         """Those of the first attempt; as many as take ranks whenever there are enough."""
         self.degraded = recipe.run.survive == "degraded"
         self.layout = whole(self.first, recipe)
-        hidden, _ = in_lines(_given_variables())
-        self.secrets = Secrets(in_environment(os.environ) | hidden)
+        self.secrets = Secrets(doctor.variables()[0])
         self.stops = Stops()
         self.attempts, self.restarts = 0, 0
         self.saved = steps_saved(folder)
@@ -184,7 +183,7 @@ class Launch:
             self.folder / "launch" / f"{name}-{self.attempts:03d}" for name in ("hostfile", "variables")
         )
         write_hostfile(list(self.layout.hosts), hostfile)
-        _, lines = in_lines(_given_variables())
+        _, lines = doctor.variables()
         lines += [f"{VARIABLE}={self.secrets.path}"] if self.secrets.values else []
         variables.write_text("".join(f"{line}\n" for line in lines))
         return hostfile, variables
@@ -241,12 +240,6 @@ class Launch:
         until = time.monotonic() + seconds
         while time.monotonic() < until and not self.stops.count:
             time.sleep(_LOOK)
-
-
-def _given_variables() -> list[str]:
-    """The lines that DeepSpeed's launcher would read if it were not told another file."""
-    paths = (Path.home() / doctor.ENVIRONMENT, Path(doctor.ENVIRONMENT))
-    return [line for path in paths if path.exists() for line in path.read_text().splitlines()]
 
 
 def steps_saved(folder: Path) -> int:

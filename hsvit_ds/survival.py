@@ -40,7 +40,7 @@ class StopRequests:
     """
 
     def __init__(self, grid: Grid) -> None:
-        self.grid, self.asked = grid, False
+        self.grid, self.asked, self.agreed = grid, False, False
         self._answer: Callable[[], bool] | None = None
 
     @contextmanager
@@ -50,8 +50,8 @@ class StopRequests:
         try:
             yield
         finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+            for number, handler in before.items():  # who has saved is not to be killed by a late request
+                signal.signal(number, signal.SIG_IGN if self.agreed else handler)
 
     def _hear(self, number: int, _frame: FrameType | None) -> None:
         self.asked = True
@@ -62,10 +62,10 @@ class StopRequests:
         Raises:
             StoppedError: on all ranks at the same call.
         """
-        agreed = self._answer is not None and self._answer()
-        self._answer = None if agreed else self.grid.any_rank(self.asked)
-        if agreed:
+        self.agreed = self._answer is not None and self._answer()
+        if self.agreed:
             raise StoppedError
+        self._answer = self.grid.any_rank(self.asked)
 
 
 class Watch:

@@ -121,8 +121,9 @@ class Host:
     def plug(self) -> None:
         self.cluster.in_switch(["ip", "link", "set", self.port, "up"])
 
-    def lengthen(self, delay: float, loss: float) -> None:
-        """Its cable takes `delay` seconds a way and loses a share `loss` of the frames; until `shorten`."""
+    def lengthen(self, delay: float, loss: float, rate: float = 1e9) -> None:
+        """Its cable takes `delay` seconds a way, loses a share `loss` of the frames and carries `rate` bytes a second;
+        until `shorten`."""
         far, near = f"far{self.port[4:]}", f"near{self.port[4:]}"
         self.cluster.in_switch(["ip", "link", "add", far, "type", "veth", "peer", "name", near])
         for card in (far, near):
@@ -133,7 +134,15 @@ class Host:
         self.cluster.in_switch(["ip", "link", "set", self.port, "nomaster"])
         self.cluster.in_switch(["ip", "link", "set", far, "master", "switch"])
         switch = ["nsenter", f"--net=/proc/{self.cluster.switch.pid}/ns/net"]
-        wire = [sys.executable, str(Path(__file__).with_name("wire.py")), near, self.port, str(delay), str(loss)]
+        wire = [
+            sys.executable,
+            str(Path(__file__).with_name("wire.py")),
+            near,
+            self.port,
+            str(delay),
+            str(loss),
+            str(rate),
+        ]
         self._wire = subprocess.Popen([*switch, *wire])
 
     def shorten(self) -> None:

@@ -75,7 +75,7 @@ def test_a_stopped_launcher_saves_and_leaves_no_process(launcher: str, cluster: 
         assert "stopped as asked after step" in output(process)
 
 
-def test_a_long_and_lossy_link_changes_nothing_but_time(cluster: Cluster, tmp_path: Path) -> None:
+def test_a_long_lossy_and_slow_link_changes_nothing_but_time(cluster: Cluster, tmp_path: Path) -> None:
     slots = {"node-1": 1, "node-2": 1}
     data = data_set(tmp_path / "data", train=16 * 12, val=16)
     keys = [*RUN, "data.name=tiny", "data.classes=10", "data.image_size=32", f"data.root={data}", "data.workers=0"]
@@ -86,7 +86,7 @@ def test_a_long_and_lossy_link_changes_nothing_but_time(cluster: Cluster, tmp_pa
         process = launch(cluster, folder, slots, [*keys, "run.log_every=1"])
         if name == "long":
             until(lambda process=process: "step 1/" in output(process), "the first step", 240)
-            cluster.hosts["node-2"].lengthen(0.2, 0.01)
+            cluster.hosts["node-2"].lengthen(0.2, 0.01, rate=1e6)
         finish(process)
         ends.append(latest(folder / "runs"))
     short, long = ends

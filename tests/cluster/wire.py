@@ -1,7 +1,7 @@
-"""`python wire.py A B DELAY LOSS`: a long and lossy cable between two network cards, without the kernel's help.
+"""`python wire.py A B DELAY LOSS RATE`: a long, lossy and slow cable between two network cards.
 
-Every frame that arrives at one leaves the other DELAY seconds later, but for the share LOSS of them (netem would do the
-same, where a kernel has it).
+Every frame that arrives at one leaves the other DELAY seconds later, but for the share LOSS of them, and at most RATE
+bytes a second in each direction (netem would do the same, where a kernel has it).
 """
 
 from __future__ import annotations
@@ -18,11 +18,12 @@ OUTGOING = 4  # a packet socket also hears what its own machine sends
 
 
 def main() -> None:
-    delay, loss = float(sys.argv[3]), float(sys.argv[4])
+    delay, loss, rate = map(float, sys.argv[3:])
     ends = [socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(EVERY_PROTOCOL)) for _ in range(2)]
     for end, card in zip(ends, sys.argv[1:3], strict=True):
         end.bind((card, 0))
     other = {ends[0]: ends[1], ends[1]: ends[0]}
+    free = dict.fromkeys(ends, 0.0)  # when each can take the next frame
     draw, under_way, number = random.Random(0), [], 0
     while True:
         wait = under_way[0][0] - time.monotonic() if under_way else None
@@ -30,7 +31,8 @@ def main() -> None:
             frame, origin = end.recvfrom(65536)
             if origin[2] != OUTGOING and draw.random() >= loss:
                 number += 1
-                heapq.heappush(under_way, (time.monotonic() + delay, number, frame, other[end]))
+                free[end] = max(free[end], time.monotonic()) + len(frame) / rate
+                heapq.heappush(under_way, (free[end] + delay, number, frame, other[end]))
         while under_way and under_way[0][0] <= time.monotonic():
             _, _, frame, end = heapq.heappop(under_way)
             end.send(frame)

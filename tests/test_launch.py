@@ -220,7 +220,11 @@ def test_words_of_an_earlier_attempt_are_not_taken_for_this_one(runs: Runs, capf
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
-def test_a_signal_asks_the_ranks_to_save_and_stop(runs: Runs, number: signal.Signals) -> None:
+def test_a_signal_asks_the_ranks_to_save_and_stop(
+    runs: Runs, number: signal.Signals, request: pytest.FixtureRequest
+) -> None:
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     runs.during_attempt(lambda: os.kill(os.getpid(), number))
     assert runs.launch([{"rank": STOPS}, {"code": 0}]) == Exit.STOPPED
     assert len(runs.hosts) == 1

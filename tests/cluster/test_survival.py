@@ -8,8 +8,10 @@ from typing import Any
 
 import pytest
 
-from .ranks import finish, start
-from .test_checkpoint import assert_equal, latest, train_arguments
+from ..ranks import finish, start
+from ..test_checkpoint import assert_equal, latest, train_arguments
+
+pytestmark = pytest.mark.cluster
 
 
 def interrupted(

@@ -32,7 +32,14 @@ def lines(folder: Path) -> list[dict[str, Any]]:
 
 def test_two_hosts_then_one_then_two_are_one_run(cluster: Cluster, tmp_path: Path) -> None:
     """Two replicas on two hosts, one on what is left, and two again."""
-    keys = [*KEYS, "grid.submodule_ranks=1", "optimizer.name=sgd", "run.epochs=4", "run.eval_every=4"]
+    keys = [
+        *KEYS,
+        "grid.submodule_ranks=1",
+        "optimizer.name=sgd",
+        "optimizer.lr=0.001",
+        "run.epochs=4",
+        "run.eval_every=4",
+    ]
     process = launch(cluster, tmp_path, {"node-1": 1, "node-2": 1}, keys, "--shrink")
     until(lambda: "step 30/" in output(process), "step 30", 240)
     cluster.hosts["node-2"].switch_off()

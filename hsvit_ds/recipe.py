@@ -261,8 +261,7 @@ def resolve(recipe: Recipe, ranks: int) -> tuple[Recipe, Plan]:
         raise RefusedError(f"{'' if str(error).startswith('model.') else '[model] '}{error}") from error
     _check_task(recipe.task, model)
     replicas = grid.replicas(ranks, recipe.grid.submodule_ranks, model.submodules, recipe.grid.absent)
-    if recipe.run.survive == "degraded" and model.submodules == 1:
-        raise RefusedError('run.survive = "degraded": there are no submodules to go on without; set "restart"')
+    _check_survival(recipe.run, model)
     micro, accumulation = _batches(recipe.run, replicas)
     reader.check_share(recipe.data, facts, recipe.grid.submodule_ranks, micro)
     _check_blocks(recipe, micro)
@@ -276,9 +275,8 @@ def resolve(recipe: Recipe, ranks: int) -> tuple[Recipe, Plan]:
         raise RefusedError(
             f"run.global_batch = {recipe.run.global_batch} is more than the {run_order.samples} training images"
         )
-    precision = recipe.engine.precision
-    if precision == "auto":
-        precision = "bf16" if torch.cuda.is_available() else "fp32"
+    automatic = "bf16" if torch.cuda.is_available() else "fp32"
+    precision = automatic if recipe.engine.precision == "auto" else recipe.engine.precision
     with torch.device("meta"):
         shape = model.build(image_size=facts.image_size, channels=facts.channels, classes=facts.classes)
     # The ranks of a replica split its images where a backbone is, so a batch statistic spans them.
@@ -312,6 +310,11 @@ def resolve(recipe: Recipe, ranks: int) -> tuple[Recipe, Plan]:
         flops=model.flops(facts.image_size, facts.channels, facts.classes),
         teacher_bytes=_teacher_bytes(recipe.task, facts, 2 if precision == "bf16" else 4),
     )
+
+
+def _check_survival(run: Run, model: models.Config) -> None:
+    if run.survive == "degraded" and model.submodules == 1:
+        raise RefusedError('run.survive = "degraded": there are no submodules to go on without; set "restart"')
 
 
 def _check_task(task: supervised.Config | scala.Config, model: models.Config) -> None:

@@ -55,7 +55,8 @@ class Tracker:
         self.folder, self.path = folder, folder / METRICS
         if resume_step is not None:
             _forget_after(self.path, resume_step)
-        self._file = self.path.open("a")
+        self._file = self.path.open("ab", buffering=0)
+        self._unwritten = b""
         self._queue: queue.Queue[tuple[str, Any] | None] = queue.Queue()
         self._thread: threading.Thread | None = None
         if config.mlflow:
@@ -66,12 +67,17 @@ class Tracker:
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         now = time.time()
         try:
-            self._file.write(json.dumps({"step": step, "time": now, **metrics}) + "\n")
-            self._file.flush()
-        except OSError as error:  # a full disk; the file keeps what it could not write for the next time
+            self._write(json.dumps({"step": step, "time": now, **metrics}) + "\n")
+        except OSError as error:  # a full disk
             _warn(f"{self.path}: {error.strerror}; metrics are kept in memory until there is room")
         if self._thread is not None:
             self._queue.put(("metrics", (dict(metrics), step, int(now * 1000))))
+
+    def _write(self, text: str) -> None:
+        """Append to the file what it has not taken so far, too: a buffered file loses lines on a full disk."""
+        self._unwritten += text.encode()
+        while self._unwritten:
+            self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
 
     def artifact(self, path: Path) -> None:
         if self._thread is not None:
@@ -86,14 +92,15 @@ class Tracker:
         """Forget lines of steps after `step`, which will be logged again."""
         self._file.close()
         _forget_after(self.path, step)
-        self._file = self.path.open("a")
+        self._file = self.path.open("ab", buffering=0)
 
     def close(self, status: str, seconds: float = 60) -> None:
         """End with "FINISHED", "KILLED" or "FAILED"; waits so long for what is still queued."""
         try:
-            self._file.close()
+            self._write("")
         except OSError as error:
             _warn(f"{self.path}: the last metrics are lost: {error.strerror}")
+        self._file.close()
         if self._thread is not None:
             self._queue.put(("status", status))
             self._queue.put(None)

@@ -38,12 +38,18 @@ class Kernels(logging.Handler):
         super().close()
 
 
+class _Voice(Console):
+    def on_broken_pipe(self) -> None:
+        """Who listened is gone, as a launcher that was stopped; rich would end the rank, which still has to save."""
+        self.quiet = True
+
+
 class Reporter:
     """Rank 0's voice: one moving line on a terminal, a line an interval elsewhere; silent on other ranks."""
 
     def __init__(self, speaks: bool, steps: int, done: int) -> None:
         self.speaks, self.steps, self.first, self.started = speaks, steps, done, time.perf_counter()
-        self.console = Console(highlight=False, soft_wrap=True)
+        self.console = _Voice(highlight=False, soft_wrap=True)
         self._kernels = Kernels(self.say)
         self._progress: Progress | None = None
         if speaks and sys.stdout.isatty():

@@ -13,7 +13,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import NoReturn
@@ -112,7 +112,7 @@ class Watch:
             with stacks.open("w") as file:
                 faulthandler.dump_traceback(file, all_threads=True)
         except OSError as error:
-            print(f"hsvit: error: {stacks}: {error}", file=sys.stderr)
+            _print(f"hsvit: error: {stacks}: {error}")
             faulthandler.dump_traceback(sys.stderr, all_threads=True)
         self.say(Exit.STUCK, f"{what}; stacks: {stacks}")
         os._exit(Exit.STUCK)
@@ -135,7 +135,12 @@ class Watch:
             path.write_text(json.dumps(word) + "\n")
         except OSError as error:
             why += f" (not written to {path}: {error})"
-        print(f"hsvit: error: rank {self.grid.rank} on {word['host']}: {why}", file=sys.stderr, flush=True)
+        _print(f"hsvit: error: rank {self.grid.rank} on {word['host']}: {why}")
+
+
+def _print(text: str) -> None:
+    with suppress(OSError):  # who listened may be gone
+        print(text, file=sys.stderr, flush=True)
 
 
 @contextmanager
@@ -150,12 +155,13 @@ def last_words(watch: Watch, debug: bool) -> Iterator[None]:
         code = Exit.LOST if is_lost(error) else Exit.FAILED
         trace = "".join(traceback.format_exception(error))
         if debug or not (code == Exit.LOST or isinstance(error, RefusedError)):
-            print(trace, file=sys.stderr)
+            _print(trace)
         what = "" if isinstance(error, RefusedError) else f"{watch.now}: "
         watch.say(code, f"{what}{'lost other ranks: ' if code == Exit.LOST else ''}{told(error)}", trace)
         if watch.grid.size == 1:
             raise SystemExit(int(code)) from None
-        sys.stdout.flush()
+        with suppress(OSError):
+            sys.stdout.flush()
         os._exit(code)  # without destructors: gloo aborts in them when other ranks are gone
 
 

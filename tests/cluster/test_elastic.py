@@ -63,7 +63,8 @@ def test_two_hosts_then_one_then_two_are_one_run(cluster: Cluster, tmp_path: Pat
     for key, tensor in there.items():
         if ".optimizer." in key:  # momentum sums up rounding over the whole run
             continue
-        torch.testing.assert_close(here[key], tensor, rtol=1e-5, atol=1e-5, msg=lambda m, k=key: f"{k}: {m}")
+        allowed = 1e-4 if "running_" in key else 1e-5  # statistics of activations, which rounding reaches sooner
+        torch.testing.assert_close(here[key], tensor, rtol=allowed, atol=allowed, msg=lambda m, k=key: f"{k}: {m}")
 
 
 def test_a_submodule_that_is_lost_does_not_stop_the_run_and_comes_back_as_it_was(

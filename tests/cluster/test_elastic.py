@@ -32,11 +32,13 @@ def lines(folder: Path) -> list[dict[str, Any]]:
 
 def test_two_hosts_then_one_then_two_are_one_run(cluster: Cluster, tmp_path: Path) -> None:
     """Two replicas on two hosts, one on what is left, and two again."""
+    # Rounding decides now and then which way a rectifier goes; what that changes grows with the rate.
+    # Two undisturbed ranks are 1.5e-5 from one at 0.001, and 4.4e-6 at 0.0003.
     keys = [
         *KEYS,
         "grid.submodule_ranks=1",
         "optimizer.name=sgd",
-        "optimizer.lr=0.001",
+        "optimizer.lr=0.0003",
         "run.epochs=4",
         "run.eval_every=4",
     ]

@@ -6,7 +6,6 @@ import json
 import math
 import os
 import signal
-import time
 from pathlib import Path
 from typing import Any
 
@@ -77,9 +76,8 @@ def test_a_submodule_that_is_lost_does_not_stop_the_run_and_comes_back_as_it_was
     process = launch(cluster, tmp_path, dict.fromkeys(cluster.hosts, 1), keys)
     until(lambda: "step 30/" in output(process), "step 30", 300)
     cluster.hosts["node-3"].switch_off()
-    began, seen = time.monotonic(), lines(tmp_path)[-1]["step"]
-    until(lambda: lines(tmp_path)[-1].get("train/submodules_present") == 3, "three train on", 150)
-    print(f"three train on after {time.monotonic() - began:.0f} s")
+    seen = lines(tmp_path)[-1]["step"]
+    until(lambda: lines(tmp_path)[-1].get("train/submodules_present") == 3, "three train on", 60)
     until(lambda: lines(tmp_path)[-1]["step"] > seen + 30, "thirty steps more", 120)
     cluster.hosts["node-3"].start()
     for pid in cluster.hosts["node-1"].processes("hsvit_ds.train --local_rank="):

@@ -18,8 +18,6 @@ SSH_OPTIONS = (
     "-o BatchMode=yes -o ConnectTimeout=5 "  # never ask, never wait for a host that is gone
     "-o ServerAliveInterval=5 -o ServerAliveCountMax=2"  # without it ssh never notices a link that is down
 )
-
-
 NO_FOLDER, NO_PYTHON = 97, 98
 """Exit codes of `rank_command` where the working folder, or this interpreter, is not there."""
 

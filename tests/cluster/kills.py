@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -185,7 +186,8 @@ def main() -> None:
                     equal += 1
                     row = f"{kind} | {k.moment} | {k.attempts} | {k.steps_lost} | bit-equal"
                 except AssertionError as error:
-                    row = f"{kind} | seed {seed} | | | {str(error).splitlines()[-1]}"
+                    told = str(error).splitlines() or [str(traceback.extract_tb(error.__traceback__)[-1].line)]
+                    row = f"{kind} | seed {seed} | | | {told[-1]}"
                 print(f"| {number + 1} | {row} |", flush=True)
                 cluster.restore()
         finally:

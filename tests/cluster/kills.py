@@ -21,7 +21,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from hsvit_ds.checkpoint_files import STEPS, read_manifest, read_weights
+from hsvit_ds.checkpoint_files import STEPS, read_bytes, read_manifest, read_weights
+from hsvit_ds.errors import RefusedError
 
 from ..tars import data_set
 from ..test_checkpoint import assert_equal, latest
@@ -82,7 +83,8 @@ class Run:
 
 
 def kill(cluster: Cluster, folder: Path, data: Path, kind: str, seed: int, whole: Path) -> Killed:
-    """One run and one kill; AssertionError where the end is not that of the run in `whole`."""
+    """One run and one kill; AssertionError where the end is not that of the run in `whole`, RefusedError where a
+    checkpoint is not as it was saved."""
     draw = random.Random(seed)
     host = cluster.hosts[draw.choice(list(SLOTS))]
     run = Run(cluster, folder, data)
@@ -141,11 +143,12 @@ def _children(pid: int) -> list[int]:
 
 
 def assert_sound(checkpoints: Path) -> None:
-    """Every checkpoint that is there can be loaded."""
+    """Every checkpoint that is there can be loaded, and every file of it is as it was saved."""
     for folder in checkpoints.glob(STEPS):
         manifest = read_manifest(folder)
         assert read_weights(folder, manifest, ema=True)
-        assert all((folder / file).stat().st_size == entry["bytes"] for file, entry in manifest["files"].items())
+        for file in manifest["files"]:
+            read_bytes(folder, file, manifest)
 
 
 KINDS = ("rank", "host", "save", "evaluation", "first step", "worker")
@@ -185,7 +188,7 @@ def main() -> None:
                     k = kill(cluster, own, data, kind, seed, whole)
                     equal += 1
                     row = f"{kind} | {k.moment} | {k.attempts} | {k.steps_lost} | bit-equal"
-                except AssertionError as error:
+                except (AssertionError, RefusedError) as error:
                     told = str(error).splitlines() or [str(traceback.extract_tb(error.__traceback__)[-1].line)]
                     row = f"{kind} | seed {seed} | | | {told[-1]}"
                 print(f"| {number + 1} | {row} |", flush=True)

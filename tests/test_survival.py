@@ -8,10 +8,8 @@ from typing import Any
 
 import pytest
 
-from ..ranks import finish, start
-from ..test_checkpoint import assert_equal, latest, train_arguments
-
-pytestmark = pytest.mark.cluster
+from .ranks import finish, start
+from .test_checkpoint import assert_equal, latest, train_arguments
 
 
 def interrupted(

@@ -53,6 +53,79 @@ def weight_products(
     tl.store(sums + place * D + column, total, mask=inside)
 
 
+@triton.jit
+def layer_weights(
+    program, products, sums, norm_weight, norm_bias, qkv_weight,
+    dnorm_weight, dnorm_bias, dqkv_weight, dqkv_bias, dout_weight, dout_bias, splits, layers,
+    D: tl.constexpr, DP: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """The gradients of COLUMNS columns of a layer's weights.
+
+    With y = gamma * normal + beta and P = dqkv^T normal, b = dqkv^T 1: dW = P * gamma + b beta^T, and LayerNorm's own
+    gradients need no pass over the rows either, dgamma = sum_o W * P, dbeta = W^T b. The key bias cancels in the
+    softmax: its gradient, and b of the keys, is an exact zero.
+    """
+    BLOCKS: tl.constexpr = DP // COLUMNS
+    layer = (program // BLOCKS).to(tl.int64)
+    column = (program % BLOCKS) * COLUMNS + tl.arange(0, COLUMNS)
+    row = tl.arange(0, DP)
+    inside = (row < D)[:, None] & (column < D)[None, :]
+    at = row[:, None] * D + column[None, :]
+    gamma = tl.load(norm_weight + layer * D + column, mask=column < D, other=0.0).to(tl.float32)
+    beta = tl.load(norm_bias + layer * D + column, mask=column < D, other=0.0).to(tl.float32)
+    dgamma = tl.zeros((COLUMNS,), tl.float32)
+    dbeta = tl.zeros((COLUMNS,), tl.float32)
+    for part in tl.static_range(4):
+        product = tl.zeros((DP, COLUMNS), tl.float32)
+        total = tl.zeros((DP,), tl.float32)
+        for split in range(splits):
+            place = (split * layers + layer) * 4 + part
+            product += tl.load(products + place * D * D + at, mask=inside, other=0.0)
+            total += tl.load(sums + place * D + row, mask=row < D, other=0.0)
+        if part == 3:
+            tl.store(dout_weight + layer * D * D + at, product, mask=inside)
+            tl.store(dout_bias + layer * D + row, total, mask=(row < D) & (program % BLOCKS == 0))
+        else:
+            if part == 1:
+                total = tl.zeros((DP,), tl.float32)
+            weight = tl.load(qkv_weight + (layer * 3 + part) * D * D + at, mask=inside, other=0.0).to(tl.float32)
+            dgamma += tl.sum(weight * product, 0)
+            dbeta += tl.sum(weight * total[:, None], 0)
+            gradient = product * gamma[None, :] + total[:, None] * beta[None, :]
+            tl.store(dqkv_weight + (layer * 3 + part) * D * D + at, gradient, mask=inside)
+            to = dqkv_bias + (layer * 3 + part) * D + row
+            tl.store(to, total, mask=(row < D) & (program % BLOCKS == 0))
+    tl.store(dnorm_weight + layer * D + column, dgamma, mask=column < D)
+    tl.store(dnorm_bias + layer * D + column, dbeta, mask=column < D)
+
+
+@triton.jit
+def first_tokens(
+    program, dtokens, dcls_rows, dcls, dpositions, groups, batch, N: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr
+):
+    """The gradients of BLOCK numbers of a group's positions, and of its CLS among them: sums over the images."""
+    IMAGES: tl.constexpr = 16
+    T: tl.constexpr = N + 1
+    BLOCKS: tl.constexpr = (T * D + BLOCK - 1) // BLOCK
+    group = program // BLOCKS
+    element = (program % BLOCKS) * BLOCK + tl.arange(0, BLOCK)
+    is_cls = element < D
+    exists = element < T * D
+    total = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, batch, IMAGES):
+        image = start + tl.arange(0, IMAGES)
+        place = (image.to(tl.int64) * groups + group)[:, None]
+        mask = (image < batch)[:, None] & exists[None, :]
+        from_cls = mask & is_cls[None, :]
+        from_tokens = mask & (element >= D)[None, :]
+        part = tl.load(dcls_rows + place * D + element[None, :], mask=from_cls, other=0.0).to(tl.float32)
+        at = place * (N * D) + (element - D)[None, :]
+        part += tl.load(dtokens + at, mask=from_tokens, other=0.0).to(tl.float32)
+        total += tl.sum(part, 0)
+    tl.store(dpositions + group * T * D + element, total, mask=exists)
+    tl.store(dcls + group * D + element, total, mask=exists & is_cls)
+
+
 @triton.jit(do_not_specialize=["splits", "layers", "groups", "batch"])
 def weight_gradients(
     products, sums, dtokens, dcls_rows, norm_weight, norm_bias, qkv_weight,
@@ -62,63 +135,14 @@ def weight_gradients(
 ):  # fmt: skip
     """Sums in a fixed order: `layers` * DP / COLUMNS programs for the layers' weights, the others for positions, CLS.
 
-    With y = gamma * normal + beta and P = dqkv^T normal, b = dqkv^T 1: dW = P * gamma + b beta^T, and LayerNorm's own
-    gradients need no pass over the rows either, dgamma = sum_o W * P, dbeta = W^T b. The key bias cancels in the
-    softmax: its gradient, and b of the keys, is an exact zero.
+    What a branch defines stays in a function of its own: Triton merges equal names of both, whatever their shapes.
     """
-    BLOCKS: tl.constexpr = DP // COLUMNS
     program = tl.program_id(0)
-    if program < layers * BLOCKS:
-        layer = (program // BLOCKS).to(tl.int64)
-        column = (program % BLOCKS) * COLUMNS + tl.arange(0, COLUMNS)
-        row = tl.arange(0, DP)
-        inside = (row < D)[:, None] & (column < D)[None, :]
-        at = row[:, None] * D + column[None, :]
-        gamma = tl.load(norm_weight + layer * D + column, mask=column < D, other=0.0).to(tl.float32)
-        beta = tl.load(norm_bias + layer * D + column, mask=column < D, other=0.0).to(tl.float32)
-        dgamma = tl.zeros((COLUMNS,), tl.float32)
-        dbeta = tl.zeros((COLUMNS,), tl.float32)
-        for part in tl.static_range(4):
-            product = tl.zeros((DP, COLUMNS), tl.float32)
-            total = tl.zeros((DP,), tl.float32)
-            for split in range(splits):
-                place = (split * layers + layer) * 4 + part
-                product += tl.load(products + place * D * D + at, mask=inside, other=0.0)
-                total += tl.load(sums + place * D + row, mask=row < D, other=0.0)
-            if part == 3:
-                tl.store(dout_weight + layer * D * D + at, product, mask=inside)
-                tl.store(dout_bias + layer * D + row, total, mask=(row < D) & (program % BLOCKS == 0))
-            else:
-                if part == 1:
-                    total = tl.zeros((DP,), tl.float32)
-                weight = tl.load(qkv_weight + (layer * 3 + part) * D * D + at, mask=inside, other=0.0).to(tl.float32)
-                dgamma += tl.sum(weight * product, 0)
-                dbeta += tl.sum(weight * total[:, None], 0)
-                gradient = product * gamma[None, :] + total[:, None] * beta[None, :]
-                tl.store(dqkv_weight + (layer * 3 + part) * D * D + at, gradient, mask=inside)
-                to = dqkv_bias + (layer * 3 + part) * D + row
-                tl.store(to, total, mask=(row < D) & (program % BLOCKS == 0))
-        tl.store(dnorm_weight + layer * D + column, dgamma, mask=column < D)
-        tl.store(dnorm_bias + layer * D + column, dbeta, mask=column < D)
+    of_layers = layers * (DP // COLUMNS)
+    if program < of_layers:
+        layer_weights(
+            program, products, sums, norm_weight, norm_bias, qkv_weight,
+            dnorm_weight, dnorm_bias, dqkv_weight, dqkv_bias, dout_weight, dout_bias, splits, layers, D, DP, COLUMNS,
+        )  # fmt: skip
     else:
-        T: tl.constexpr = N + 1
-        BLOCKS_T: tl.constexpr = (T * D + BLOCK - 1) // BLOCK
-        IMAGES: tl.constexpr = 16
-        program -= layers * BLOCKS
-        group = program // BLOCKS_T
-        element = (program % BLOCKS_T) * BLOCK + tl.arange(0, BLOCK)
-        is_cls = element < D
-        exists = element < T * D
-        total = tl.zeros((BLOCK,), tl.float32)
-        for start in range(0, batch, IMAGES):
-            image = start + tl.arange(0, IMAGES)
-            place = (image.to(tl.int64) * groups + group)[:, None]
-            mask = (image < batch)[:, None] & exists[None, :]
-            from_cls = mask & is_cls[None, :]
-            from_tokens = mask & (element >= D)[None, :]
-            part = tl.load(dcls_rows + place * D + element[None, :], mask=from_cls, other=0.0).to(tl.float32)
-            at = place * (N * D) + (element - D)[None, :]
-            part += tl.load(dtokens + at, mask=from_tokens, other=0.0).to(tl.float32)
-            total += tl.sum(part, 0)
-        tl.store(dpositions + group * T * D + element, total, mask=exists)
-        tl.store(dcls + group * D + element, total, mask=exists & is_cls)
+        first_tokens(program - of_layers, dtokens, dcls_rows, dcls, dpositions, groups, batch, N, D, BLOCK)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,6 +44,12 @@ def forced() -> str:
     if choice not in CHOICES:
         raise ValueError(f'HSVIT_KERNELS = "{choice}": must be one of {", ".join(CHOICES)}')
     return choice
+
+
+def launch(kernel: Any, grid: tuple[int, ...], near: Tensor, *args: Any, **constants: Any) -> None:
+    """Launch a kernel on the device of `near`: Triton takes the current one, whatever the tensors are on."""
+    with torch.cuda.device_of(near):
+        kernel[grid](*args, **constants)
 
 
 def use_triton(operation: str, x: Tensor, why_not: str, wins: bool) -> bool:

@@ -13,7 +13,7 @@ from . import attention_kernels as kernels
 from . import attention_weight_kernels as weight_kernels
 from . import reference
 from .configurations import configuration
-from .dispatch import use_triton
+from .dispatch import launch, use_triton
 from .random import Draw, threshold
 
 PROGRAMS = 528  # of the weights' products, four on each multiprocessor of an H200; fewer, and their rows are split
@@ -211,7 +211,8 @@ def _forward(
     out, saved = _results(tokens, positions, qkv_weight, all_tokens, save)
     groups, depth = qkv_weight.shape[:2]
     shape = _shape(tokens, qkv_weight, heads)
-    kernels.forward[(len(tokens), groups)](
+    launch(
+        kernels.forward, (len(tokens), groups), tokens,
         tokens, *tokens.stride(), cls.contiguous(), positions.contiguous(),
         norm_weight.contiguous(), norm_bias.contiguous(), qkv_weight.to(tokens.dtype).contiguous(),
         qkv_bias.contiguous(), out_weight.to(tokens.dtype).contiguous(), out_bias.contiguous(),
@@ -281,7 +282,8 @@ def _backward(
     dqkv = tokens.new_empty((groups, depth, batch, length, 3 * width))
     o_rows, dx_rows = torch.empty_like(saved), torch.empty_like(saved)
     precision = _precision(tokens)
-    gradient_kernels.backward[(batch, groups)](
+    launch(
+        gradient_kernels.backward, (batch, groups), tokens,
         dout.contiguous(), saved, norm_weight.contiguous(), norm_bias.contiguous(), weight, qkv_bias.contiguous(), out,
         key, image, dtokens, dcls_rows, dqkv, o_rows, dx_rows,
         first_group, drop, 256 / (256 - drop), eps, batch, depth,
@@ -293,7 +295,8 @@ def _backward(
     share = -(-rows // splits)
     products = tokens.new_empty((splits, layers, 4, width, width), dtype=torch.float32)
     sums = tokens.new_empty((splits, layers, 4, width), dtype=torch.float32)
-    weight_kernels.weight_products[(4, splits, layers)](
+    launch(
+        weight_kernels.weight_products, (4, splits, layers), tokens,
         saved, dqkv, o_rows, dx_rows, products, sums, rows, share, eps,
         D=width, DP=shape["DP"], PRECISION=precision, **options,
     )  # fmt: skip
@@ -303,7 +306,8 @@ def _backward(
     dcls, dpositions, *dweights = gradients
     columns, block = 16, 128
     programs = layers * (shape["DP"] // columns) + groups * -(-length * width // block)
-    weight_kernels.weight_gradients[(programs,)](
+    launch(
+        weight_kernels.weight_gradients, (programs,), tokens,
         products, sums, dtokens, dcls_rows, norm_weight.contiguous(), norm_bias.contiguous(), weight,
         *dweights, dcls, dpositions, splits, layers, groups, batch,
         N=shape["N"], D=width, DP=shape["DP"], COLUMNS=columns, BLOCK=block,

@@ -23,7 +23,7 @@ def tile(program, rows, columns):
     return first + within % height, within // height
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "n", "k"])
 def forward(
     x, weight, bias, residual, y, z, M, n, k,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BIAS: tl.constexpr, GELU: tl.constexpr,
@@ -47,7 +47,7 @@ def forward(
     y.store([m, column], total.to(y.dtype))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "n", "k"])
 def input_gradient(
     dz, weight, dx, M, n, k, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr
 ):
@@ -60,7 +60,7 @@ def input_gradient(
     dx.store([m, column], total.to(dx.dtype))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "n", "k", "share"])
 def weight_gradient(
     dz, x, out, bias_out, M, n, k, share,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BIAS: tl.constexpr, ADD: tl.constexpr,
@@ -68,7 +68,7 @@ def weight_gradient(
 ):  # fmt: skip
     """dz [M, n]^T x [M, k] and the column sums of dz, over `share` rows a split; tiles are [BN, BK].
 
-    ADD: added to out [n, k] and bias_out [n], the slices of the main gradients. Else stored to out [splits * n, k]
+    ADD: added to out [1, n, k] and bias_out [n], the slices of the main gradients. Else stored to out [splits, n, k]
     and bias_out [splits, n], for `add_splits`.
     """
     split = tl.program_id(1)
@@ -81,21 +81,18 @@ def weight_gradient(
         total = tl.dot(part.T, x.load([m, column]), total, input_precision=PRECISION)
         if BIAS:
             sums += tl.sum(part.to(tl.float32), 0)
-    lane = row + tl.arange(0, BN)
-    mask = (lane < n) & (column == 0)
     if ADD:
-        out.store([row, column], out.load([row, column]) + total)
-        if BIAS:
-            tl.store(bias_out + lane, tl.load(bias_out + lane, mask=mask, other=0.0) + sums, mask=mask)
-    else:
-        at = (column + tl.arange(0, BK))[None, :]
-        to = out + (split * n + lane).to(tl.int64)[:, None] * k + at
-        tl.store(to, total, mask=(lane < n)[:, None] & (at < k))
-        if BIAS:
-            tl.store(bias_out + split * n + lane, sums, mask=mask)
+        total += out.load([0, row, column]).reshape(BN, BK)
+    out.store([split, row, column], total.reshape(1, BN, BK))
+    if BIAS:
+        lane = row + tl.arange(0, BN)
+        mask = (lane < n) & (column == 0)
+        if ADD:
+            sums += tl.load(bias_out + lane, mask=mask, other=0.0)
+        tl.store(bias_out + split * n + lane, sums, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["stride", "n", "k", "splits"])
 def add_splits(out, bias_out, partial, bias_partial, stride, n, k, splits, BN: tl.constexpr, BIAS: tl.constexpr):
     """out [n, k] (rows `stride` apart) += the sum over splits of partial, in their order; bias_out [n] likewise."""
     row = tl.program_id(0).to(tl.int64)

@@ -13,7 +13,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from . import linear_kernels as kernels
 from . import reference
 from .configurations import configuration
-from .dispatch import forced, use_triton
+from .dispatch import forced, launch, use_triton
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 PROGRAMS = 256  # fewer tiles of a weight gradient than this, and its rows are split among more
@@ -284,7 +284,9 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     """The layer on a slice, and what GELU saw, empty unless saved. x [M, k], weight [n, k], any row stride."""
     x = x.contiguous()
-    options = _options("linear_forward", weight, x, x.new_empty(1, len(weight)))
+    residual = None if residual is None else residual.contiguous()
+    ends = [x.new_empty(1, len(weight))] if residual is None else [residual]  # y is laid out as residual is
+    options = _options("linear_forward", weight, x, *ends)
     if options is None:
         return reference.sliced_linear(x, weight, bias, residual, gelu, save)
     (m, k), n = x.shape, len(weight)
@@ -292,9 +294,10 @@ def _forward(
     z = torch.empty_like(y) if gelu and save else x.new_empty(0)
     bm, bn, bk = options["BM"], options["BN"], options["BK"]
     y_ = _describe(y, bm, bn)
-    kernels.forward[(triton.cdiv(m, bm) * triton.cdiv(n, bn),)](
+    launch(
+        kernels.forward, (triton.cdiv(m, bm) * triton.cdiv(n, bn),), x,
         _describe(x, bm, bk), _describe(weight, bn, bk), bias,
-        y_ if residual is None else _describe(residual.contiguous(), bm, bn), y_,
+        y_ if residual is None else _describe(residual, bm, bn), y_,
         _describe(z, bm, bn) if z.numel() else y_, m, n, k,
         BIAS=bias is not None, GELU=gelu, RESIDUAL=residual is not None, SAVE=z.numel() > 0,
         PRECISION=_precision(x), **options,
@@ -341,7 +344,8 @@ def _backward_input(dz: Tensor, weight: Tensor) -> Tensor:
         return dz @ weight
     bm, bn, bk = options["BM"], options["BN"], options["BK"]
     (m, n), k = dz.shape, weight.shape[1]
-    kernels.input_gradient[(triton.cdiv(m, bm) * triton.cdiv(k, bn),)](
+    launch(
+        kernels.input_gradient, (triton.cdiv(m, bm) * triton.cdiv(k, bn),), dz,
         _describe(dz, bm, bk), _describe(weight, bk, bn), _describe(dx, bm, bn), m, n, k,
         PRECISION=_precision(dz), **options,
     )  # fmt: skip
@@ -372,17 +376,19 @@ def _add_product(main: Tensor, bias_main: Tensor | None, dz: Tensor, x: Tensor) 
     share = triton.cdiv(triton.cdiv(m, splits), bm) * bm  # whole tiles: a split would read its neighbour's rows else
     splits = triton.cdiv(m, share)
     add, has_bias = splits == 1, bias_main is not None
-    partial = x.new_empty(splits * n, k, dtype=torch.float32) if not add else main
+    out = main.unsqueeze(0) if add else x.new_empty(splits, n, k, dtype=torch.float32)
     sums = x.new_empty(splits, n, dtype=torch.float32) if has_bias and not add else bias_main
-    kernels.weight_gradient[(tiles, splits)](
-        _describe(dz, bm, bn), _describe(x, bm, bk), _describe(main, bn, bk) if add else partial, sums, m, n, k, share,
+    launch(
+        kernels.weight_gradient, (tiles, splits), x,
+        _describe(dz, bm, bn), _describe(x, bm, bk), _describe(out, 1, bn, bk), sums, m, n, k, share,
         BIAS=has_bias, ADD=add, PRECISION=_precision(x), **options,
     )  # fmt: skip
     if not add:
         block = min(1024, triton.next_power_of_2(k))
-        kernels.add_splits[(n, triton.cdiv(k, block))](
-            main, bias_main, partial, sums, main.stride(0), n, k, splits, BN=block, BIAS=has_bias
-        )
+        launch(
+            kernels.add_splits, (n, triton.cdiv(k, block)), x,
+            main, bias_main, out, sums, main.stride(0), n, k, splits, BN=block, BIAS=has_bias,
+        )  # fmt: skip
 
 
 _accumulate = torch.library.custom_op(

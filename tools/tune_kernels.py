@@ -28,7 +28,7 @@ Step = Callable[[], Any]
 def candidates(kernel: str, wide: bool) -> Iterator[Options]:
     """Launches worth timing."""
     if kernel == "attention_products":
-        for warps, stages, block in itertools.product((4, 8), (2, 3), (32, 64, 128)):
+        for warps, stages, block in itertools.product((4, 8), (2, 3, 4), (32, 64, 128)):
             yield {"num_warps": warps, "num_stages": stages, "BLOCK": block}
     elif kernel.startswith("attention"):
         blocks = (16, 32) if kernel == "attention_backward" else (0,)

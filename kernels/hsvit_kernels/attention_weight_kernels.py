@@ -27,24 +27,21 @@ def weight_products(
     column = tl.arange(0, DP)
     inside = column < D
     row = tl.arange(0, BLOCK)
-    saved += layer * rows * D
-    dqkv += layer * rows * 3 * D
-    o_rows += layer * rows * D
-    dx_rows += layer * rows * D
+    # Pointers are chosen, not branches: loads inside one would not be pipelined.
+    of_out = part == 3
+    left_rows = tl.where(of_out, dx_rows + layer * rows * D, dqkv + (layer * rows * 3 * D + part * D))
+    left_stride = tl.where(of_out, D, 3 * D)
+    right_rows = tl.where(of_out, o_rows, saved) + layer * rows * D
     product = tl.zeros((DP, DP), tl.float32)
     total = tl.zeros((DP,), tl.float32)
     stop = tl.minimum((split + 1) * share, rows)
     for start in range(split * share, stop, BLOCK):
         at = (start + row)[:, None]
         mask = (at < stop) & inside[None, :]
-        if part == 3:
-            left = tl.load(dx_rows + at * D + column[None, :], mask=mask, other=0.0)
-            right = tl.load(o_rows + at * D + column[None, :], mask=mask, other=0.0)
-        else:
-            left = tl.load(dqkv + at * (3 * D) + part * D + column[None, :], mask=mask, other=0.0)
-            x = tl.load(saved + at * D + column[None, :], mask=mask, other=0.0)
-            normal, _ = normalise(x.to(tl.float32), column, eps, D, DP)
-            right = normal.to(x.dtype)
+        left = tl.load(left_rows + at * left_stride + column[None, :], mask=mask, other=0.0)
+        right = tl.load(right_rows + at * D + column[None, :], mask=mask, other=0.0)
+        normal, _ = normalise(right.to(tl.float32), column, eps, D, DP)
+        right = tl.where(of_out, right, normal.to(right.dtype))
         product = tl.dot(tl.trans(left), right, product, input_precision=PRECISION)
         total += tl.sum(left.to(tl.float32), 0)
     place = (split * tl.num_programs(2) + layer) * 4 + part

@@ -25,6 +25,7 @@ import torch.distributed as dist
 from safetensors.torch import save
 from torch import Tensor
 
+from . import __version__
 from .checkpoint_files import (
     FORMAT,
     MANIFEST,
@@ -125,7 +126,8 @@ class Checkpoints:
             "mlflow_run": self.mlflow_run(),
             "versions": {
                 "python": platform.python_version(),
-                **{name: version(name) for name in ("hsvit-ds", "torch", "deepspeed")},
+                "hsvit-ds": __version__,  # a checkout on PYTHONPATH has no metadata
+                **{name: version(name) for name in ("torch", "deepspeed")},
             },
         }
         name = f"step-{position.total:08d}"

@@ -8,17 +8,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from hsvit_kernels.random import Draw
-
-from . import engine, models
+from . import engine
 from .data import reader
-from .grid import Config, shares
 from .recipe import Plan, Recipe
+from .rehearsal import first_share, rehearsal
 
 PREFETCHED = 50_000_000
 """Numbers that DeepSpeed's stage 3 gathers ahead of the module that is being computed (stage3_prefetch_bucket_size)."""
@@ -53,7 +50,7 @@ def needed(recipe: Recipe, plan: Plan) -> Memory:
             image_size=facts.image_size,
             channels=facts.channels,
             classes=facts.classes,
-            here=_here(recipe),
+            here=first_share(recipe),
         )
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     frozen = [p for p in model.parameters() if not p.requires_grad]
@@ -84,11 +81,6 @@ def needed(recipe: Recipe, plan: Plan) -> Memory:
     )
 
 
-def _here(recipe: Recipe) -> range:
-    """The submodules of the first rank of a replica."""
-    return shares(recipe.grid.submodule_ranks, recipe.model.submodules, recipe.grid.absent)[0]
-
-
 class _Alive(TorchDispatchMode):
     """Notes every tensor that is made, and how many bytes of them existed at the same time at most."""
 
@@ -108,39 +100,11 @@ class _Alive(TorchDispatchMode):
         return result
 
 
-class _OneRank:
-    """Stands for a grid of which only the first rank of a replica exists."""
-
-    def __init__(self, config: Config) -> None:
-        self.submodule_ranks, self.absent = config.submodule_ranks, config.absent
-
-    def share_of(self, images: int) -> slice:
-        return slice(images // self.submodule_ranks)
-
-    def exchange_features(self, maps: Tensor) -> Tensor:
-        return maps[:, : maps.shape[1] // self.submodule_ranks].repeat(self.submodule_ranks, 1, 1)
-
-    def exchange(self, sums: Tensor) -> Tensor:
-        return sums
-
-
 def activations(recipe: Recipe, plan: Plan) -> int:
-    """The most bytes that exist in a forward of one micro batch and did not before: nothing is computed, the tensors
-    are fake. What is kept for the backward is part of them."""
-    facts = reader.facts(recipe.data)
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        model: Any = models.without_weights(recipe.model).build(
-            image_size=facts.image_size,
-            channels=facts.channels,
-            classes=facts.classes,
-            here=_here(recipe),
-            grid=_OneRank(recipe.grid),  # type: ignore[arg-type]
-        )
-        engine.prepare(model.train(), recipe.engine.checkpoint_activations, plan.bf16)
-        images = torch.empty(plan.micro_batch, facts.channels, facts.image_size, facts.image_size)
-        draw = Draw.of(0, image=torch.arange(plan.micro_batch))
-        with _Alive() as alive, torch.autocast("cpu", torch.bfloat16, enabled=plan.bf16):
-            output = model(images, draw=draw)
-            logits = output if isinstance(output, Tensor) else torch.stack(output).sum(0)  # of a distilled model
-            F.cross_entropy(logits.float(), torch.zeros(len(images), dtype=torch.int64))
+    """The most bytes that exist in a forward of one micro batch and did not before; what is kept for the backward is
+    part of them."""
+    with rehearsal(recipe, plan) as (model, images, draw), _Alive() as alive:
+        output = model(images, draw=draw)
+        logits = output if isinstance(output, Tensor) else torch.stack(output).sum(0)  # of a distilled model
+        F.cross_entropy(logits.float(), torch.zeros(len(images), dtype=torch.int64))
     return alive.most

@@ -81,6 +81,13 @@ class Reporter:
         else:
             self.say(f"step {done}/{self.steps}  {state}")
 
+    def table(self, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+        if self.speaks:
+            table = Table(*columns)
+            for row in rows:
+                table.add_row(*row)
+            self.console.print(table)
+
     def close(self) -> None:
         self._kernels.close()
         if self._progress is not None:

@@ -10,6 +10,9 @@ from pathlib import Path
 
 import torch
 
+from hsvit_kernels.dispatch import forced
+
+from . import kernels
 from . import recipe as recipes
 from .checkpoint import Checkpoints, Position
 from .data import reader as readers
@@ -150,6 +153,7 @@ class Trainer:
 
     def _train(self) -> dict[str, float]:
         """From where the run stands to its end; the metrics of the test split."""
+        self._choose_kernels()
         if self.recipe.run.survive == "degraded" and self.saved is None:
             self._save()  # submodules that are lost before the first checkpoint come from this one
         while True:
@@ -165,6 +169,23 @@ class Trainer:
         if failure is not None:
             raise RefusedError(f"the last checkpoint could not be saved: {failure}")
         return final
+
+    def _choose_kernels(self) -> None:
+        """Where `auto` has a choice, let every rank use the same kernels: those that are right and faster here."""
+        if self.grid.device.type != "cuda" or forced() != "auto":
+            return
+        self.watch.doing("trying kernels")
+        teacher = getattr(self.task, "teach", None)
+        wanted = kernels.cases(
+            self.recipe, self.plan, self.task.trained(self.plan.steps), None if teacher is None else teacher.module
+        )
+        if wanted:
+            decision = kernels.decide(self.grid, wanted, self.folder / kernels.FILE)
+            self.report.table(
+                ("kernels of this run", "computed by", "kernel, ms", "PyTorch, ms"), kernels.rows(decision)
+            )
+            for note in decision.notes:
+                self.report.say(note)
 
     def _train_epoch(self, epoch: int, first_step: int) -> None:
         steps, every = self.plan.steps_per_epoch, self.recipe.checkpoint.every_steps

@@ -4,9 +4,25 @@ Needs torch and triton only. Every operation is an ordinary function with autogr
 """
 
 from . import random, reference
+from .cases import Case, listing
 from .dispatch import CHOICES, force
+from .findings import Findings, Verdict
+from .first_use import prepare
 from .grouped_attention import grouped_attention
 from .sliced_linear import StepState, sliced_linear
 
 __version__ = "0.1.0"
-__all__ = ["CHOICES", "StepState", "force", "grouped_attention", "random", "reference", "sliced_linear"]
+__all__ = [
+    "CHOICES",
+    "Case",
+    "Findings",
+    "StepState",
+    "Verdict",
+    "force",
+    "grouped_attention",
+    "listing",
+    "prepare",
+    "random",
+    "reference",
+    "sliced_linear",
+]

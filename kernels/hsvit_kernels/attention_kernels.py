@@ -61,6 +61,22 @@ def kept(p, words, call, query, place, head, threshold):
     return tl.where((word << (24 - byte * 8).to(tl.uint32)) >= threshold, p, 0.0)
 
 
+@triton.jit(do_not_specialize=["group", "layer", "threshold", "T"])
+def dropout_mask(
+    key, images, out, group, layer, threshold, T, HEADS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):
+    """Grid (images * HEADS, tiles of rows, tiles of columns). out: int8 [images, HEADS, T, T], 1 where `kept` keeps."""
+    image, head = tl.program_id(0) // HEADS, tl.program_id(0) % HEADS
+    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)[:, None]
+    column = tl.program_id(2) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    words = hash_key(key, images, image)
+    call = group * 2048 + layer * ((HEADS + 1) // 2) + head // 2
+    ones = tl.full((ROWS, COLUMNS), 1.0, tl.float32)
+    limit = threshold.to(tl.uint32) << 24
+    found = kept(ones, words, call, (row + 255) % 256, (column + 255) % 256, head, limit)
+    tl.store(out + (tl.program_id(0) * T + row) * T + column, found.to(tl.int8), mask=(row < T) & (column < T))
+
+
 @triton.jit
 def load(pointers, mask, FULL: tl.constexpr):
     if FULL:

@@ -1,20 +1,23 @@
 """How kernels are launched: a table from shape class to tile, warps and stages, which tools/tune_kernels.py writes.
 
-The table is for 16 bits. In fp32 without tensor cores the kernels spill and PyTorch is expected to be faster: they run
-there only when forced, to be checked, with one launch each.
+The table is a prior: on a GPU the first use times a few of its entries and keeps the fastest (`first_use.py`). It is
+for 16 bits. In fp32 without tensor cores the kernels spill, with one launch each, and PyTorch is expected to be faster.
 """
 
 from __future__ import annotations
 
-import functools
 import json
 from pathlib import Path
 from typing import Any
 
 import torch
 
-TABLE = Path(__file__).with_name("configurations.json")
-PRECISE: dict[str, dict[str, Any]] = {
+Options = dict[str, Any]
+Place = tuple[str, tuple[int, ...]]
+"""A kernel and a shape class: where the table has an entry."""
+
+FILE = Path(__file__).with_name("configurations.json")
+PRECISE: dict[str, Options] = {
     "attention_forward": {"num_warps": 8, "num_stages": 1, "HOIST": False},
     "attention_backward": {"num_warps": 8, "num_stages": 1, "HOIST": False, "BLOCK": 16},
     "attention_products": {"num_warps": 8, "num_stages": 2, "BLOCK": 32},
@@ -24,22 +27,34 @@ PRECISE: dict[str, dict[str, Any]] = {
 }
 
 
-@functools.cache
-def table() -> dict[tuple[str, tuple[int, ...]], dict[str, dict[str, Any]]]:
-    """(kernel, shape class) to the options by compute capability, "any" for those that are not listed.
+def _read() -> dict[Place, dict[str, Options]]:
+    return {(row["kernel"], tuple(row["shape"])): row["options"] for row in json.loads(FILE.read_text())}
 
-    wins: whether the kernel was measured to be faster than PyTorch there; `auto` goes by it.
+
+TABLE = _read()  # at import: torch.compile cannot trace the reading of a file
+"""The options of a place by compute capability, "any" for those that are not listed."""
+chosen: dict[tuple[str, Place], Options] = {}
+"""What the first use on a device model (`dispatch.models`) chose instead."""
+
+
+def configuration(place: Place, dtype: torch.dtype, model: str, capability: str) -> Options:
+    """The launch options of a place; a copy.
+
+    model: of the device, as in `chosen`. capability: such as "90"; "any" without a GPU.
     """
-    rows = json.loads(TABLE.read_text())
-    return {(row["kernel"], tuple(row["shape"])): row["options"] for row in rows}
-
-
-def configuration(kernel: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
-    """The launch options of `kernel` for a shape class on a device, and `wins`; a copy."""
     if dtype == torch.float32:
-        return {"wins": False} | PRECISE[kernel]
-    options = table()[kernel, shape]
-    capability = "any"
-    if device.type == "cuda":
-        capability = "".join(map(str, torch.cuda.get_device_capability(device)))
+        return dict(PRECISE[place[0]])
+    if (found := chosen.get((model, place))) is not None:
+        return dict(found)
+    options = TABLE[place]
     return dict(options.get(capability, options["any"]))
+
+
+def candidates(place: Place, capability: str) -> list[Options]:
+    """What the first use times: the table's entries for a place, at most three, the device's own first."""
+    options = TABLE[place]
+    found: list[Options] = []
+    for entry in (options.get(capability), options["any"], *options.values()):
+        if entry is not None and entry not in found:
+            found.append(entry)
+    return [dict(entry) for entry in found[:3]]

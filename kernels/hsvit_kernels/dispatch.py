@@ -2,23 +2,37 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 from triton import knobs
 
+from . import configurations
+from .cases import Case
+from .configurations import Options, Place
+
 INTERPRETED = knobs.runtime.interpret  # read when the kernels are defined, so it cannot change later
 CHOICES = ("auto", "triton", "reference")
 _log = logging.getLogger("hsvit_kernels")
 _forced = "auto"
+_within: str | None = None
 _told: set[tuple[str, str]] = set()
+
+models: dict[torch.device, str] = {}
+"""The model of each device on which kernels have been tried (`first_use.prepare`)."""
+verdicts: dict[tuple[str, Case], bool] = {}
+"""By device model: whether `auto` uses the kernel for a case."""
 
 
 def force(choice: str, device: torch.device | None = None) -> None:
-    """Use "triton" or "reference" for every operation that has both, or "auto": whichever was measured to be faster.
+    """Use "triton" or "reference" for every operation that has both, or "auto": Triton where the first use on this
+    device model found it right and faster.
 
     The environment variable HSVIT_KERNELS goes before.
 
@@ -33,6 +47,17 @@ def force(choice: str, device: torch.device | None = None) -> None:
         _check(forced(), device)
 
 
+@contextmanager
+def forcing(choice: str) -> Iterator[None]:
+    """`force`, and before the environment, while kernels are tried."""
+    global _within
+    before, _within = _within, choice
+    try:
+        yield
+    finally:
+        _within = before
+
+
 def _check(choice: str, device: torch.device) -> None:
     if choice == "triton" and device.type != "cuda" and not INTERPRETED:
         raise ValueError(f"kernels = triton, but the tensors are on {device}; Triton needs CUDA or TRITON_INTERPRET=1")
@@ -40,42 +65,69 @@ def _check(choice: str, device: torch.device) -> None:
 
 def forced() -> str:
     """The choice in force."""
-    choice = os.environ.get("HSVIT_KERNELS", _forced)
+    choice = _within or os.environ.get("HSVIT_KERNELS", _forced)
     if choice not in CHOICES:
         raise ValueError(f'HSVIT_KERNELS = "{choice}": must be one of {", ".join(CHOICES)}')
     return choice
 
 
-def launch(kernel: Any, grid: tuple[int, ...], near: Tensor, *args: Any, **constants: Any) -> None:
-    """Launch a kernel on the device of `near`: Triton takes the current one, whatever the tensors are on."""
-    with torch.cuda.device_of(near):
-        kernel[grid](*args, **constants)
-
-
-def use_triton(operation: str, x: Tensor, why_not: str, wins: bool) -> bool:
+def use_triton(case: Case, device: torch.device, why_not: str) -> bool:
     """Decide for one call, and log each new reason once.
 
     Args:
-        x: an input, for its device and dtype. why_not: why the kernel cannot compute this, empty where it can.
-        wins: whether the kernel was measured to be faster here than the reference.
+        why_not: why the kernel cannot compute this, empty where it can.
 
     Raises:
         ValueError: Triton is forced where it cannot run.
     """
     choice = forced()
-    _check(choice, x.device)
-    if choice == "auto" and not x.is_cuda:
-        why_not = f"{x.device.type}, {x.dtype}"
+    _check(choice, device)
     if why_not:
         decision = False
     elif choice == "auto":
-        decision = x.is_cuda and torch.version.cuda is not None and wins
-        why_not = "" if decision else f"{x.device.type}, {x.dtype}"
+        verdict = verdicts.get((models.get(device, ""), case))
+        decision = verdict is True
+        if verdict is None:
+            why_not = f"not tried on this {device.type}"
+        elif not verdict:
+            why_not = "as the first use decided"
     else:
         decision = choice == "triton"
         why_not = "" if decision else "forced"
-    note = (operation, f"reference ({why_not})" if not decision else "triton")
-    if not torch.compiler.is_compiling() and note not in _told:
-        _told.add(note)
-        _log.info("%s: %s", *note)
+    if not torch.compiler.is_compiling():
+        _tell(case.operation, "triton" if decision else f"reference ({why_not})")
     return decision
+
+
+def _tell(operation: str, decision: str) -> None:
+    if (operation, decision) not in _told:
+        _told.add((operation, decision))
+        _log.info("%s: %s", operation, decision)
+
+
+def low_dtype(x: Tensor) -> torch.dtype:
+    """What products with `x` are computed in: autocast's dtype where that is on, its own otherwise."""
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+        return torch.get_autocast_dtype(x.device.type)
+    return x.dtype
+
+
+def options(place: Place, x: Tensor) -> Options:
+    """How to launch a kernel near `x`."""
+    return configurations.configuration(place, x.dtype, models.get(x.device, ""), capability(x.device))
+
+
+@functools.cache
+def capability(device: torch.device) -> str:
+    """Of a GPU, such as "90"; "any" elsewhere."""
+    return "".join(map(str, torch.cuda.get_device_capability(device))) if device.type == "cuda" else "any"
+
+
+compiling = False
+"""Whether `launch` only has kernels compiled."""
+
+
+def launch(kernel: Any, grid: tuple[int, ...], near: Tensor, *args: Any, **constants: Any) -> None:
+    """Launch a kernel on the device of `near`: Triton takes the current one, whatever the tensors are on."""
+    with torch.cuda.device_of(near):
+        kernel.run(*args, grid=grid, warmup=compiling, **constants)

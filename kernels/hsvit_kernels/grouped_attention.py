@@ -12,8 +12,9 @@ from . import attention_gradient_kernels as gradient_kernels
 from . import attention_kernels as kernels
 from . import attention_weight_kernels as weight_kernels
 from . import reference
-from .configurations import configuration
-from .dispatch import launch, use_triton
+from .cases import Case, is_listing, note, stand_in
+from .configurations import Place
+from .dispatch import forced, launch, low_dtype, options, use_triton
 from .random import Draw, threshold
 
 PROGRAMS = 528  # of the weights' products, four on each multiprocessor of an H200; fewer, and their rows are split
@@ -81,9 +82,15 @@ def grouped_attention(
     _check(tensors, heads)
     if draw is None or not threshold(dropout):
         dropout, draw = 0.0, None
-    why_not = _why_not(tensors, all_tokens)
-    wins = not why_not and _options("attention_forward", tokens, _shape(tokens, qkv_weight, heads))["wins"]
-    if not use_triton("grouped_attention", tokens, why_not, wins):
+    low = low_dtype(tokens)
+    save = torch.is_grad_enabled() and any(t.requires_grad for t in tensors.values())
+    case = _case(tensors, low, heads, draw is not None, save, all_tokens)
+    why_not = _why_not(tensors, low, all_tokens, save)
+    if is_listing():
+        if not why_not:
+            note(case, len(tokens), len(cls))
+        return stand_in(tokens, _out_shape(tokens, positions, all_tokens), low, save)
+    if not use_triton(case, tokens.device, why_not):
         return reference.grouped_attention(
             **tensors,
             heads=heads,
@@ -93,13 +100,31 @@ def grouped_attention(
             eps=eps,
             all_tokens=all_tokens,
         )
-    if torch.is_autocast_enabled(tokens.device.type):
-        tokens = tokens.to(torch.get_autocast_dtype(tokens.device.type))
+    tokens = tokens.to(low)
     rest = [tensor for name, tensor in tensors.items() if name != "tokens"]
-    save = torch.is_grad_enabled() and any(t.requires_grad for t in (tokens, *rest))
     key, image = (None, None) if draw is None else (draw.key, draw.image)
     out: Tensor = _forward(tokens, *rest, key, image, heads, threshold(dropout), first_group, eps, all_tokens, save)[0]
     return out
+
+
+def dropout_mask(
+    draw: Draw, probability: float, *, layer: int, heads: int, group: int, tokens: int, tile: tuple[int, int] = (32, 32)
+) -> Tensor:
+    """Which attention weights of a layer and global group survive: bool [B, heads, T, T], CLS first.
+
+    What the kernels draw, in tiles of a size that must not matter; of the reference where that is forced.
+    """
+    device = draw.key.device
+    if forced() == "reference":
+        keep = reference.Keep(draw, probability, layer, heads, range(group, group + 1), tokens, tokens)
+        return keep.mask(slice(0, len(draw.image)))[:, 0]
+    out = torch.zeros(len(draw.image), heads, tokens, tokens, dtype=torch.int8, device=device)
+    grid = (len(draw.image) * heads, triton.cdiv(tokens, tile[0]), triton.cdiv(tokens, tile[1]))
+    launch(
+        kernels.dropout_mask, grid, out, draw.key, draw.image, out, group, layer, threshold(probability), tokens,
+        HEADS=heads, ROWS=tile[0], COLUMNS=tile[1],
+    )  # fmt: skip
+    return out.bool()
 
 
 def _check(tensors: dict[str, Tensor], heads: int) -> None:
@@ -137,26 +162,34 @@ def _check(tensors: dict[str, Tensor], heads: int) -> None:
             raise ValueError(f"{name} is on {tensor.device}: must be on {tokens.device}, as tokens is")
 
 
-def _why_not(tensors: dict[str, Tensor], all_tokens: bool) -> str:
-    """Why the kernels cannot compute this, empty where they can."""
+def _case(
+    tensors: dict[str, Tensor], low: torch.dtype, heads: int, dropout: bool, training: bool, all_tokens: bool
+) -> Case:
+    weight = tensors["qkv_weight"]
+    groups, depth, _, width = weight.shape
+    sizes = (tensors["tokens"].shape[1] // groups + 1, width, heads, depth, int(dropout), int(training))
+    return Case("grouped_attention", low, weight.dtype, (*sizes, int(all_tokens)))
+
+
+def _why_not(tensors: dict[str, Tensor], low: torch.dtype, all_tokens: bool, training: bool) -> str:
+    """Why the kernels cannot compute this in dtype `low`, empty where they can."""
     tokens, weight = tensors["tokens"], tensors["qkv_weight"]
     groups, depth, _, width = weight.shape
     length = tokens.shape[1] // groups + 1
     if not tokens.numel() or not depth:
         return "nothing to compute"
-    if tokens.dtype not in DTYPES:
-        return f"dtype {tokens.dtype}"
+    if low not in DTYPES:
+        return f"dtype {low}"
     if not (width <= 64 and length <= 65) and not (width <= 128 and length <= 33):
         return f"D = {width} with T = {length}: fused are D <= 64 with T <= 65 and D <= 128 with T <= 33"
-    if all_tokens and torch.is_grad_enabled() and any(t.requires_grad for t in tensors.values()):
+    if all_tokens and training:
         return "gradients with all_tokens"
     return ""
 
 
-def _shape(tokens: Tensor, weight: Tensor, heads: int) -> dict[str, int]:
+def _shape(features: int, width: int, heads: int) -> dict[str, int]:
     """The compile-time constants that follow from the shapes; attention_kernels.py explains them."""
-    groups, _, _, width = weight.shape
-    features, head = tokens.shape[1] // groups, width // heads
+    head = width // heads
     a_slab = 4 if head <= 4 else 2 if head <= 8 else 1
     return {
         "N": features,
@@ -169,18 +202,18 @@ def _shape(tokens: Tensor, weight: Tensor, heads: int) -> dict[str, int]:
     }
 
 
-def _options(kernel: str, tokens: Tensor, shape: dict[str, int]) -> dict[str, Any]:
-    """What the table says of a kernel for the class of a shape."""
+def _place(kernel: str, shape: dict[str, int]) -> Place:
+    """Where the table has a kernel's entry for a shape."""
     padded = max(64, shape["DP"])
     full = shape["D"] == shape["DP"] and shape["HPS"] * shape["D"] == shape["HEADS"] * shape["SW"]
-    place = (padded,) if kernel == "attention_products" else (shape["NP"], padded, int(full))
-    return configuration(kernel, place, tokens.dtype, tokens.device)
+    return kernel, ((padded,) if kernel == "attention_products" else (shape["NP"], padded, int(full)))
 
 
-def _launch(kernel: str, tokens: Tensor, shape: dict[str, int]) -> dict[str, Any]:
-    options = _options(kernel, tokens, shape)
-    options.pop("wins")
-    return options
+def places(case: Case) -> list[Place]:
+    """The entries of the table that a case is launched with."""
+    shape = _shape(case.size("T") - 1, case.size("D"), case.size("heads"))
+    kernels = ("forward", "backward", "products") if case.size("training") else ("forward",)
+    return [_place(f"attention_{kernel}", shape) for kernel in kernels]
 
 
 def _precision(tokens: Tensor) -> str:
@@ -210,7 +243,7 @@ def _forward(
     """The result and the layers' inputs [G, A, B, T, D], the latter empty without `save`. drop: in 1/256."""
     out, saved = _results(tokens, positions, qkv_weight, all_tokens, save)
     groups, depth = qkv_weight.shape[:2]
-    shape = _shape(tokens, qkv_weight, heads)
+    shape = _shape(tokens.shape[1] // groups, tokens.shape[2], heads)
     launch(
         kernels.forward, (len(tokens), groups), tokens,
         tokens, *tokens.stride(), cls.contiguous(), positions.contiguous(),
@@ -218,7 +251,7 @@ def _forward(
         qkv_bias.contiguous(), out_weight.to(tokens.dtype).contiguous(), out_bias.contiguous(),
         key, image, out, saved, first_group, drop, 256 / (256 - drop), eps, len(tokens), depth,
         **shape, DROPOUT=drop > 0, SAVE=save, ALL=all_tokens, PRECISION=_precision(tokens),
-        **_launch("attention_forward", tokens, shape),
+        **options(_place("attention_forward", shape), tokens),
     )  # fmt: skip
     return out, saved
 
@@ -231,9 +264,14 @@ def _forward_fake(tokens: Tensor, cls: Tensor, positions: Tensor, *rest: Any) ->
 def _results(
     tokens: Tensor, positions: Tensor, qkv_weight: Tensor, all_tokens: bool, save: bool
 ) -> tuple[Tensor, Tensor]:
-    batch, (groups, length, width), depth = tokens.shape[0], positions.shape, qkv_weight.shape[1]
-    out = tokens.new_empty((batch, groups, length, width) if all_tokens else (batch, groups, width))
-    return out, tokens.new_empty((groups, depth, batch, length, width) if save else (0,))
+    (groups, length, width), depth = positions.shape, qkv_weight.shape[1]
+    out = tokens.new_empty(_out_shape(tokens, positions, all_tokens))
+    return out, tokens.new_empty((groups, depth, len(tokens), length, width) if save else (0,))
+
+
+def _out_shape(tokens: Tensor, positions: Tensor, all_tokens: bool) -> tuple[int, ...]:
+    groups, length, width = positions.shape
+    return (len(tokens), groups, length, width) if all_tokens else (len(tokens), groups, width)
 
 
 def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -275,7 +313,7 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of the first nine inputs of the forward, in their dtypes."""
     groups, depth, batch, length, width = saved.shape
-    shape = _shape(tokens, qkv_weight, heads)
+    shape = _shape(tokens.shape[1] // groups, tokens.shape[2], heads)
     weight, out = (w.to(tokens.dtype).contiguous() for w in (qkv_weight, out_weight))
     dtokens = torch.empty_like(tokens, memory_format=torch.contiguous_format)
     dcls_rows = tokens.new_empty((batch, groups, width), dtype=torch.float32)
@@ -287,18 +325,18 @@ def _backward(
         dout.contiguous(), saved, norm_weight.contiguous(), norm_bias.contiguous(), weight, qkv_bias.contiguous(), out,
         key, image, dtokens, dcls_rows, dqkv, o_rows, dx_rows,
         first_group, drop, 256 / (256 - drop), eps, batch, depth,
-        **shape, DROPOUT=drop > 0, PRECISION=precision, **_launch("attention_backward", tokens, shape),
+        **shape, DROPOUT=drop > 0, PRECISION=precision, **options(_place("attention_backward", shape), tokens),
     )  # fmt: skip
     layers, rows = groups * depth, batch * length
-    options = _launch("attention_products", tokens, shape)
-    splits = max(1, min(PROGRAMS // (4 * layers), rows // (4 * options["BLOCK"])))
+    launched = options(_place("attention_products", shape), tokens)
+    splits = max(1, min(PROGRAMS // (4 * layers), rows // (4 * launched["BLOCK"])))
     share = -(-rows // splits)
     products = tokens.new_empty((splits, layers, 4, width, width), dtype=torch.float32)
     sums = tokens.new_empty((splits, layers, 4, width), dtype=torch.float32)
     launch(
         weight_kernels.weight_products, (4, splits, layers), tokens,
         saved, dqkv, o_rows, dx_rows, products, sums, rows, share, eps,
-        D=width, DP=shape["DP"], PRECISION=precision, **options,
+        D=width, DP=shape["DP"], PRECISION=precision, **launched,
     )  # fmt: skip
     gradients = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in (
         cls, positions, norm_weight, norm_bias, qkv_weight, qkv_bias, out_weight, out_bias

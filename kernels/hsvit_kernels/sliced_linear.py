@@ -12,8 +12,9 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import linear_kernels as kernels
 from . import reference
-from .configurations import configuration
-from .dispatch import forced, launch, use_triton
+from .cases import Case, is_listing, note, stand_in
+from .configurations import Options, Place
+from .dispatch import forced, launch, low_dtype, models, options, use_triton
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 PROGRAMS = 256  # fewer tiles of a weight gradient than this, and its rows are split among more
@@ -94,12 +95,14 @@ def sliced_linear(
     """
     _check(x, weight, bias, out_features, side, residual)
     _check_segments(weight, out_features, x.shape[-1], out_segments, in_segments)
-    if torch.is_autocast_enabled(x.device.type):
-        x = x.to(torch.get_autocast_dtype(x.device.type))
+    x = x.to(low_dtype(x))
     residual = None if residual is None else residual.to(x.dtype)
     cut = _Cut(out_features, x.shape[-1], side == "leading", out_segments, in_segments)
     flat = x.reshape(-1, x.shape[-1])
     added = None if residual is None else residual.reshape(-1, out_features)
+    if is_listing():
+        differentiable = _list(flat, weight, bias, cut, gelu, residual, state)
+        return stand_in(x, (*x.shape[:-1], out_features), x.dtype, differentiable)
     if torch.compiler.is_compiling():
         state = None  # which pass is the last is not known to a graph; the compiler has its own way with slices
     if state is not None and torch.is_grad_enabled() and weight.requires_grad:
@@ -157,11 +160,11 @@ class _Cut:
         """main [N, K] += dz [M, n]^T x [M, k], and bias_main [N] += dz's column sums, in what is used."""
         if self.in_place:
             bias = None if bias_main is None else self.vector(bias_main)
-            _add_product(self.matrix(main), bias, dz, x)
+            accumulate(self.matrix(main), bias, dz, x)
             return
         dweight = main.new_zeros(self.n, self.k)
         dbias = None if bias_main is None else main.new_zeros(self.n)
-        _add_product(dweight, dbias, dz, x)
+        accumulate(dweight, dbias, dz, x)
         part = self.segments(main)
         part.add_(dweight.view(part.shape))
         if bias_main is not None and dbias is not None:
@@ -223,7 +226,7 @@ class _Accumulating(torch.autograd.Function):
         b = None if bias is None else cut.vector(state.low(bias, x.dtype))
         part = cut.matrix(low)
         y: Tensor
-        y, z = _forward(x, part, b, residual, gelu, True)
+        y, z = forward(x, part, b, residual, gelu, True)
         ctx.save_for_backward(x, z, part)
         ctx.full, ctx.shape, ctx.state, ctx.cut, ctx.gelu = (weight, bias), low.shape, state, cut, gelu
         return y
@@ -233,7 +236,7 @@ class _Accumulating(torch.autograd.Function):
         x, z, part = ctx.saved_tensors
         (weight, bias), state = ctx.full, ctx.state
         dz = _gelu_gradient(dy, z) if ctx.gelu else dy.contiguous()
-        dx = _backward_input(dz, part) if ctx.needs_input_grad[0] else None
+        dx = input_gradient(dz, part) if ctx.needs_input_grad[0] else None
         main = state.main(weight, ctx.shape)
         bias_main = None if bias is None else state.main(bias, ctx.shape[:1])
         ctx.cut.add(main, bias_main, dz, x)
@@ -245,6 +248,33 @@ class _Accumulating(torch.autograd.Function):
 def _gelu_gradient(dy: Tensor, z: Tensor) -> Tensor:
     dz: Tensor = torch.ops.aten.gelu_backward(dy.contiguous(), z)
     return dz
+
+
+def _list(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    cut: _Cut,
+    gelu: bool,
+    residual: Tensor | None,
+    state: StepState | None,
+) -> bool:
+    """Note the kernels of a call and of its backward, where they can be launched; whether it has one."""
+    ends = (cut.n, cut.k, *(weight.shape[1], weight.shape[1] - cut.k) * cut.in_place)
+    fits = x.numel() and x.dtype in DTYPES and not any(end * x.itemsize % 16 for end in ends)
+
+    def add(kernel: str, *flags: bool) -> None:
+        if fits:
+            note(Case(f"linear_{kernel}", x.dtype, x.dtype, (cut.n, cut.k, *map(int, flags))), len(x))
+
+    through, trained = (torch.is_grad_enabled() and t.requires_grad for t in (x, weight))
+    has_bias = bias is not None
+    add("forward", has_bias, gelu, residual is not None, gelu and (through or trained))
+    if through:
+        add("input_gradient")
+    if trained and state is not None:
+        add("weight_gradient", has_bias)
+    return through or trained or (torch.is_grad_enabled() and residual is not None and residual.requires_grad)
 
 
 def _why_not(*matrices: Tensor) -> str:
@@ -259,16 +289,18 @@ def _why_not(*matrices: Tensor) -> str:
     return ""
 
 
-def _options(kernel: str, weight: Tensor, x: Tensor, *others: Tensor) -> dict[str, Any] | None:
-    """The launch options of a kernel for a slice, None where PyTorch computes it."""
-    options: dict[str, Any] = {"wins": False}
-    if not x.is_cuda and forced() != "triton":  # nothing to find out, and this is called for every layer
-        use_triton(kernel, x, "", False)
-        return None
-    why_not = _why_not(x, weight, *others)
-    if not why_not:
-        options = configuration(kernel, (int(min(weight.shape) >= 256),), x.dtype, x.device)
-    return options if use_triton(kernel, x, why_not, options.pop("wins")) else None
+def place(kernel: str, n: int, k: int) -> Place:
+    """The entry of the table that a kernel is launched with."""
+    return kernel, (int(min(n, k) >= 256),)
+
+
+def _options(kernel: str, weight: Tensor, x: Tensor, flags: tuple[int, ...], *others: Tensor) -> Options | None:
+    """The launch options of a kernel for a slice [n, k], None where PyTorch computes it."""
+    n, k = weight.shape
+    case = Case(kernel, x.dtype, x.dtype, (n, k, *flags))
+    # Alignment is looked at last: this is called for every layer.
+    why_not = _why_not(x, weight, *others) if x.device in models or forced() == "triton" else ""
+    return options(place(kernel, n, k), x) if use_triton(case, x.device, why_not) else None
 
 
 def _precision(x: Tensor) -> str:
@@ -279,20 +311,21 @@ def _describe(matrix: Tensor, *block: int) -> TensorDescriptor:
     return TensorDescriptor(matrix, list(matrix.shape), list(matrix.stride()), list(block))
 
 
-def _forward(
+def forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, gelu: bool, save: bool
 ) -> tuple[Tensor, Tensor]:
     """The layer on a slice, and what GELU saw, empty unless saved. x [M, k], weight [n, k], any row stride."""
     x = x.contiguous()
     residual = None if residual is None else residual.contiguous()
     ends = [x.new_empty(1, len(weight))] if residual is None else [residual]  # y is laid out as residual is
-    options = _options("linear_forward", weight, x, *ends)
-    if options is None:
+    flags = (int(bias is not None), int(gelu), int(residual is not None), int(gelu and save))
+    launched = _options("linear_forward", weight, x, flags, *ends)
+    if launched is None:
         return reference.sliced_linear(x, weight, bias, residual, gelu, save)
     (m, k), n = x.shape, len(weight)
     y = x.new_empty(m, n)
     z = torch.empty_like(y) if gelu and save else x.new_empty(0)
-    bm, bn, bk = options["BM"], options["BN"], options["BK"]
+    bm, bn, bk = launched["BM"], launched["BN"], launched["BK"]
     y_ = _describe(y, bm, bn)
     launch(
         kernels.forward, (triton.cdiv(m, bm) * triton.cdiv(n, bn),), x,
@@ -300,12 +333,12 @@ def _forward(
         y_ if residual is None else _describe(residual, bm, bn), y_,
         _describe(z, bm, bn) if z.numel() else y_, m, n, k,
         BIAS=bias is not None, GELU=gelu, RESIDUAL=residual is not None, SAVE=z.numel() > 0,
-        PRECISION=_precision(x), **options,
+        PRECISION=_precision(x), **launched,
     )  # fmt: skip
     return y, z
 
 
-_linear = torch.library.custom_op("hsvit_kernels::sliced_linear", _forward, mutates_args=())
+_linear = torch.library.custom_op("hsvit_kernels::sliced_linear", forward, mutates_args=())
 
 
 @_linear.register_fake
@@ -336,24 +369,24 @@ def _gradients(ctx: Any, dy: Tensor | None, _dz: Tensor | None) -> tuple[Tensor 
 _linear.register_autograd(_gradients, setup_context=_remember)
 
 
-def _backward_input(dz: Tensor, weight: Tensor) -> Tensor:
+def input_gradient(dz: Tensor, weight: Tensor) -> Tensor:
     """dz [M, n] times the slice weight [n, k]."""
     dx = dz.new_empty(len(dz), weight.shape[1])
-    options = _options("linear_input_gradient", weight, dz, dx)
-    if options is None:
+    launched = _options("linear_input_gradient", weight, dz, (), dx)
+    if launched is None:
         return dz @ weight
-    bm, bn, bk = options["BM"], options["BN"], options["BK"]
+    bm, bn, bk = launched["BM"], launched["BN"], launched["BK"]
     (m, n), k = dz.shape, weight.shape[1]
     launch(
         kernels.input_gradient, (triton.cdiv(m, bm) * triton.cdiv(k, bn),), dz,
         _describe(dz, bm, bk), _describe(weight, bk, bn), _describe(dx, bm, bn), m, n, k,
-        PRECISION=_precision(dz), **options,
+        PRECISION=_precision(dz), **launched,
     )  # fmt: skip
     return dx
 
 
 _input_gradient = torch.library.custom_op(
-    "hsvit_kernels::sliced_linear_input_gradient", _backward_input, mutates_args=()
+    "hsvit_kernels::sliced_linear_input_gradient", input_gradient, mutates_args=()
 )
 
 
@@ -362,14 +395,14 @@ def _input_gradient_fake(dz: Tensor, weight: Tensor) -> Tensor:
     return dz.new_empty(dz.shape[0], weight.shape[1])
 
 
-def _add_product(main: Tensor, bias_main: Tensor | None, dz: Tensor, x: Tensor) -> None:
+def accumulate(main: Tensor, bias_main: Tensor | None, dz: Tensor, x: Tensor) -> None:
     """main [n, k] += dz [M, n]^T x [M, k] and bias_main [n] += dz's column sums: slices of fp32 gradients, in place."""
     x = x.contiguous()
-    options = _options("linear_weight_gradient", main, x, dz)
-    if options is None:
+    launched = _options("linear_weight_gradient", main, x, (int(bias_main is not None),), dz)
+    if launched is None:
         reference.accumulate(main, bias_main, dz, x)
         return
-    bm, bn, bk = options["BM"], options["BN"], options["BK"]
+    bm, bn, bk = launched["BM"], launched["BN"], launched["BK"]
     m, (n, k) = len(x), main.shape
     tiles = triton.cdiv(n, bn) * triton.cdiv(k, bk)
     splits = max(1, min(PROGRAMS // tiles, m // (8 * bm)))
@@ -381,7 +414,7 @@ def _add_product(main: Tensor, bias_main: Tensor | None, dz: Tensor, x: Tensor) 
     launch(
         kernels.weight_gradient, (tiles, splits), x,
         _describe(dz, bm, bn), _describe(x, bm, bk), _describe(out, 1, bn, bk), sums, m, n, k, share,
-        BIAS=has_bias, ADD=add, PRECISION=_precision(x), **options,
+        BIAS=has_bias, ADD=add, PRECISION=_precision(x), **launched,
     )  # fmt: skip
     if not add:
         block = min(1024, triton.next_power_of_2(k))
@@ -389,8 +422,3 @@ def _add_product(main: Tensor, bias_main: Tensor | None, dz: Tensor, x: Tensor) 
             kernels.add_splits, (n, triton.cdiv(k, block)), x,
             main, bias_main, out, sums, main.stride(0), n, k, splits, BN=block, BIAS=has_bias,
         )  # fmt: skip
-
-
-_accumulate = torch.library.custom_op(
-    "hsvit_kernels::sliced_linear_accumulate", _add_product, mutates_args=("main", "bias_main")
-)

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hsvit_kernels import StepState, dispatch, sliced_linear
+from hsvit_kernels.trials import excess
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * (DEVICE == "cuda")
@@ -32,12 +33,12 @@ def plain(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor, n: int, sid
 
 
 def gradients(y: Tensor, of: tuple[Tensor, ...]) -> list[Tensor]:
-    weight = torch.linspace(-1, 1, y.numel(), dtype=torch.float64, device=y.device).view_as(y)
+    weight = torch.randn(y.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(y.device)
     return [y.detach(), *torch.autograd.grad((y.double() * weight).sum(), of)]
 
 
 def check(choice: str, rows: int, n: int, k: int, side: str, gelu: bool, dtype: torch.dtype, gather: bool) -> None:
-    """Errors against fp64 are within 2 (result) and 3 times (gradients) those of F.linear in the same dtype."""
+    """Errors against fp64 are within what `trials` allows beside F.linear in the same dtype."""
     exact = tensors(rows, n, k)
     weight, bias = (t.detach().float().requires_grad_() for t in exact[1:3])
     x, residual = (t.detach().to(dtype).requires_grad_() for t in (exact[0], exact[3]))
@@ -49,8 +50,7 @@ def check(choice: str, rows: int, n: int, k: int, side: str, gelu: bool, dtype: 
     others = gradients(plain(*inputs, n=n, side=side, gelu=gelu), inputs)
     truth = gradients(plain(*exact, n=n, side=side, gelu=gelu), exact)
     for name, f, o, t in zip(("y", "x", "weight", "bias", "residual"), found, others, truth, strict=True):
-        allowed = (2 if name == "y" else 3) * (o - t).abs().max() + 8 * torch.finfo(dtype).eps * t.abs().max()
-        assert (f - t).abs().max() <= allowed, name
+        assert excess(f, o, t, gradient=name != "y", terms=rows) <= 1, name
     if gather:
         assert found[2].dtype == torch.float32
 
@@ -189,8 +189,6 @@ def test_the_operations_are_registered_as_pytorch_expects() -> None:
     dispatch.force("triton")
     torch.library.opcheck(operations.sliced_linear.default, (x, weight, bias, residual, True, True))
     torch.library.opcheck(operations.sliced_linear_input_gradient.default, (dz, weight.detach()))
-    mains = torch.zeros(N, K, device=DEVICE), torch.zeros(N, device=DEVICE)
-    torch.library.opcheck(operations.sliced_linear_accumulate.default, (*mains, dz, x.detach()))
 
 
 def test_gradients_are_those_of_the_function() -> None:

@@ -88,13 +88,13 @@ def use_triton(case: Case, device: torch.device, why_not: str) -> bool:
         verdict = verdicts.get((models.get(device, ""), case))
         decision = verdict is True
         if verdict is None:
-            why_not = f"not tried on this {device.type}"
+            why_not = "not tried here: hsvit_kernels.prepare" if device.type == "cuda" else f"cpu, {case.dtype}"
         elif not verdict:
             why_not = "as the first use decided"
     else:
         decision = choice == "triton"
         why_not = "" if decision else "forced"
-    if not torch.compiler.is_compiling():
+    if not torch.compiler.is_compiling() and _within is None:
         _tell(case.operation, "triton" if decision else f"reference ({why_not})")
     return decision
 

@@ -115,7 +115,7 @@ class Draw:
         return split_bytes(self.words(site, element).movedim(0, -1)).flatten(-2)
 
     def uniform(self, site: Site, element: Tensor) -> Tensor:
-        """A number in (0, 1), a multiple of 2**-24 plus 2**-25, for every (image, element): fp32."""
+        """A number in (0, 1), a multiple of 2**-23 plus 2**-24, for every (image, element): fp32."""
         return uniform(self.words(site, element)[0])
 
 
@@ -127,8 +127,11 @@ def split_bytes(words: Tensor) -> Tensor:
 
 
 def uniform(words: Tensor) -> Tensor:
-    """int32 bits to fp32 in the open interval (0, 1): 24 bits, centred in their bin."""
-    return ((words >> 8) & 0xFFFFFF).float().add_(0.5).mul_(2.0**-24)
+    """int32 bits to fp32 in the open interval (0, 1): 23 bits, centred in their bin.
+
+    Of 24 bits the highest would be rounded to 1. So it stays below n when it is multiplied with an n below 2**24.
+    """
+    return ((words >> 9) & 0x7FFFFF).float().add_(0.5).mul_(2.0**-23)
 
 
 def threshold(probability: float) -> int:

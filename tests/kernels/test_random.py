@@ -74,3 +74,16 @@ def test_uniform_is_open_and_even() -> None:
 def test_an_impossible_dropout_is_refused(probability: float) -> None:
     with pytest.raises(ValueError, match=r"must be in \[0, 1\)"):
         random.threshold(probability)
+
+
+def test_a_uniform_number_never_reaches_one_nor_a_product_with_it_its_factor() -> None:
+    # The image whose shift was rounded to one that there is not: seed 0, step 1801, image 502 of fast.toml.
+    words = torch.tensor([-1, -2, -512, -513, 0, 511], dtype=torch.int32)
+    found = random.uniform(words)
+    assert (found > 0).all()
+    assert (found < 1).all()
+    factors = torch.arange(1, 2**16)
+    assert (found[0] * factors < factors).all()
+    assert ((found[0] * factors).long() == factors - 1).all()
+    luck = random.Draw.of(0, 1801, 0, image=torch.tensor([502])).uniform(random.Site.AUGMENT, torch.arange(2))
+    assert (luck * 9).long().tolist()[0][1] == 8

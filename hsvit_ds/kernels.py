@@ -83,7 +83,7 @@ def decide(grid: Grid, wanted: Cases, file: Path, machine: Machine | None = None
         RefusedError: a kernel took the device with it.
     """
     machine = machine or Machine(grid.device)
-    before = grid.broadcast(_read(file) if grid.is_main else None)
+    before, unread = grid.broadcast(_read(file) if grid.is_main else (None, []))
     abouts = grid.gather(machine.about)
     found = None
     if abouts.index(machine.about) == grid.rank:
@@ -98,7 +98,7 @@ def decide(grid: Grid, wanted: Cases, file: Path, machine: Machine | None = None
     mine = next(f for f in machines if f.about == machine.about)
     first_use.install(mine, wanted, machine, used)
     notes = [f"{f.about['device']}: {note}" for f in machines for note in f.notes]
-    decision = Decision(used, machines, notes + _changes(before, used, machines))
+    decision = Decision(used, machines, [*unread, *notes, *_changes(before, used, machines)])
     if grid.is_main:
         _write(file, decision)
     return decision
@@ -120,15 +120,16 @@ def _changes(before: Decision | None, used: Mapping[str, bool], machines: Sequen
     return lines
 
 
-def _read(file: Path) -> Decision | None:
+def _read(file: Path) -> tuple[Decision | None, list[str]]:
+    """What an earlier start decided, if there was one and it can be read; a line if not."""
     if not file.exists():
-        return None
+        return None, []
     try:
         table: Any = json.loads(file.read_text())
         used = {str(name): bool(value) for name, value in table["used"].items()}
-        return Decision(used, [Findings.of(machine) for machine in table["machines"]], [])
+        return Decision(used, [Findings.of(machine) for machine in table["machines"]], []), []
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise RefusedError(f"{file}: cannot be read ({error}); delete it, and kernels are tried anew") from error
+        return None, [f"warning: {file} cannot be read ({error}): kernels are chosen anew"]
 
 
 def _write(file: Path, decision: Decision) -> None:

@@ -19,7 +19,7 @@ from . import optimizer as optimizers
 from .errors import RefusedError, first_line
 from .grid import Grid
 from .models import timm_models
-from .models.batchnorm import BatchNorm, Statistics, move_running_statistics, set_statistics
+from .models.batchnorm import Statistics, forget, move_running_statistics, set_statistics
 from .zero import Shards, shards, step_state
 
 
@@ -360,7 +360,5 @@ class Engine:
         finally:
             for hook in hooks:
                 hook.remove()
-            for module in self.module.modules():
-                if isinstance(module, BatchNorm):
-                    module.pending.clear()
+            forget(self.module)
         return found[0] if found else ""

@@ -243,7 +243,8 @@ class Grid:
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def exchange(self, x: Tensor) -> Tensor:
         """Sum [B, D] over the submodule ranks of the replica: the one message of an HSViT forward, none backward."""
-        return _SumForward.apply(x, self.exchanges) if self.submodule_ranks > 1 else x
+        summed: Tensor = _SumForward.apply(x, self.exchanges)
+        return summed
 
     def share_of(self, images: int) -> slice:
         """Which of a replica's images this rank computes a backbone for.

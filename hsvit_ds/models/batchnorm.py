@@ -47,7 +47,9 @@ class BatchNorm(nn.Module):
         self.register_buffer("running_mean", torch.zeros(channels))
         self.register_buffer("running_var", torch.ones(channels))
         self.statistics = Statistics()
-        self.pending: dict[Width, list[Tensor]] = {}  # [2, C] mean and unbiased variance of each run of this step
+        # [3, C]: means and unbiased variances of this step's runs, added up, and their number. Tensors that stay: of
+        # a list, compiled forwards would be made anew for every length.
+        self.noted: dict[Width, Tensor] = {}
         self.recalibrated: dict[Width, Tensor] = {}  # [2, C at this width], until the next step
 
     def slices(self, width: Width) -> dict[str, Tensor]:
@@ -92,9 +94,13 @@ class BatchNorm(nn.Module):
         return y
 
     def _note(self, width: Width, moments: Tensor) -> None:
-        # Inside a backward pass activation checkpointing repeats a forward that has been noted already.
-        if torch._C._current_graph_task_id() == -1:
-            self.pending.setdefault(width, []).append(moments)
+        # Inside a backward pass activation checkpointing repeats a forward that has been noted already. A compiled
+        # forward is never repeated, and cannot ask.
+        if torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1:
+            noted = self.noted.get(width)
+            if noted is None or (noted.dtype, noted.device) != (moments.dtype, moments.device):
+                noted = self.noted[width] = moments.new_zeros(3, moments.shape[1])
+            noted += torch.cat((moments, torch.ones_like(moments[:1])))
 
 
 class _SyncedNorm(torch.autograd.Function):
@@ -133,9 +139,9 @@ def _all_but_channels(x: Tensor) -> list[int]:
 
 
 def set_statistics(model: nn.Module, statistics: Statistics) -> None:
-    for module in model.modules():
-        if isinstance(module, BatchNorm):
-            module.statistics = statistics
+    for layer in _layers(model):
+        layer.statistics = statistics
+        layer.noted = {FULL: layer.running_mean.new_zeros(3, len(layer.running_mean))}
 
 
 @torch.no_grad()
@@ -144,13 +150,20 @@ def move_running_statistics(model: nn.Module, applied: bool, channel: Channel | 
 
     channel: the ranks whose runs differ, None where every rank saw all of them. One all-reduce for the whole model.
     """
-    moments = _means(model, FULL, channel) if applied else {}
-    for layer, (mean, var) in moments.items():
-        layer.running_mean.lerp_(mean, layer.momentum)
-        layer.running_var.lerp_(var, layer.momentum)
+    if applied:
+        for layer, (mean, var, runs) in _means(model, FULL, channel).items():
+            momentum = layer.momentum * (runs > 0).to(mean)  # a step need not train full width
+            layer.running_mean.lerp_(mean, momentum)
+            layer.running_var.lerp_(var, momentum)
+    forget(model)
     for layer in _layers(model):
-        layer.pending.clear()
         layer.recalibrated.clear()
+
+
+def forget(model: nn.Module) -> None:
+    """Drop what forwards have noted since the last step."""
+    if noted := [sums for layer in _layers(model) for sums in layer.noted.values()]:
+        torch._foreach_zero_(noted)
 
 
 @contextmanager
@@ -162,25 +175,27 @@ def recalibrate(model: nn.Module, widths: Sequence[Width], channel: Channel | No
     for layer in layers:
         layer.train()
     with torch.no_grad():
+        forget(model)
         yield
         for width in widths:
             for layer, moments in _means(model, width, channel).items():
-                layer.recalibrated[width] = moments
+                layer.recalibrated[width] = moments[:2]
+        forget(model)
     for layer in layers:
-        layer.pending.clear()
         layer.eval()
 
 
 def _means(model: nn.Module, width: Width, channel: Channel | None) -> dict[BatchNorm, Tensor]:
-    """[2, C] for every layer: the mean over this step's runs at a width, on all ranks of `channel`."""
-    layers = [layer for layer in _layers(model) if layer.pending.get(width)]
+    """[3, C] for every layer: mean and variance, averaged over this step's runs at a width on all ranks of `channel`,
+    and how many there were."""
+    layers = [layer for layer in _layers(model) if width in layer.noted]
     if not layers:
         return {}
-    means = [torch.stack(layer.pending[width]).mean(0) for layer in layers]
-    flat = torch.cat(means, dim=1)
+    flat = torch.cat([layer.noted[width] for layer in layers], dim=1)
     if channel is not None:
-        flat = channel.all_reduce(flat) / channel.size
-    return dict(zip(layers, flat.split([mean.shape[1] for mean in means], dim=1), strict=True))
+        flat = channel.all_reduce(flat)
+    flat = torch.cat((flat[:2] / flat[2].clamp(min=1), flat[2:]))
+    return dict(zip(layers, flat.split([layer.noted[width].shape[1] for layer in layers], dim=1), strict=True))
 
 
 def _layers(model: nn.Module) -> list[BatchNorm]:

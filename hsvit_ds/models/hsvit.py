@@ -356,7 +356,8 @@ class HSViT(nn.Module):
         return self.config.splits_images and self.grid is not None and self.grid.submodule_ranks > 1
 
     def _exchange(self, sums: Tensor) -> Tensor:
-        return sums if self.grid is None else self.grid.exchange(sums)
+        # Not by way of the grid where there is nothing to exchange: there a compiled graph would break.
+        return sums if self.grid is None or self.grid.submodule_ranks == 1 else self.grid.exchange(sums)
 
     def _features(self, backbone: Backbone, images: Tensor, draw: Draw | None, maps: Tensor | None) -> Tensor:
         """[B, C, H, W] to the maps [B, K, f] of the channels that the submodules here take."""

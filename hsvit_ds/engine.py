@@ -107,6 +107,8 @@ def prepare(model: nn.Module, checkpoint_activations: bool, bf16: bool) -> None:
             parameter.data = parameter.data.bfloat16()
 
 
+WIDTHS = 64
+"""Graphs of one model that torch.compile may make; of more it would run the others eagerly, without a word."""
 LARGEST_BUCKET = 500_000_000
 """Numbers of a buffer that gradients are reduced in."""
 
@@ -213,7 +215,9 @@ class Engine:
         self.skipped_steps = 0
         self._skipped_in_a_row = 0
         if config.compile:
-            self.deepspeed.compile()
+            # Each width is a graph of its own: numbers that change with it are not to become variables of one.
+            torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, WIDTHS)
+            self.deepspeed.compile(compile_kwargs={"dynamic": False})
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.deepspeed(*args, **kwargs)

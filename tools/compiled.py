@@ -89,7 +89,7 @@ class Launch:
 
 
 def attention_shapes() -> Iterator[tuple[str, tuple[int, int, int]]]:
-    """A name, and features of a group, width and heads, for each class of the table and each published problem."""
+    """A name, and features of a group, width and heads, for each class of the table and what the recipes train."""
     for kernel, shape in configurations.TABLE:
         if kernel == "attention_forward":
             tile, padded, full = shape
@@ -97,6 +97,7 @@ def attention_shapes() -> Iterator[tuple[str, tuple[int, int, int]]]:
             yield "x".join(map(str, shape)), (tile, width, heads)
     for problem in ATTENTION:
         yield f"T{problem.tokens} D{problem.width}", (problem.tokens - 1, problem.width, problem.heads)
+    yield "T33 D16", (32, 16, 4)  # imagenette/hybrid_resnet18
 
 
 def all_attention_shapes() -> Iterator[tuple[str, tuple[int, int, int]]]:

@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from hsvit_kernels import Case as CompileCase
 from hsvit_kernels import attention_gradient_kernels as gradient_kernels
 from hsvit_kernels import attention_kernels as kernels
 from hsvit_kernels import attention_weight_kernels as weight_kernels
@@ -219,8 +220,9 @@ def test_a_step_of_eight_layers_is_one_launch_forward_and_three_backward(monkeyp
     assert launches[1:] == ["backward", "weight_products", "weight_gradients"]
 
 
-def test_compiled_and_exported_programs_hold_the_operation() -> None:
-    case = Case(2, 2, 4, 1, width=16, heads=2)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_compiled_and_exported_programs_hold_the_operation(dtype: torch.dtype) -> None:
+    case = Case(2, 2, 4, 1, width=16, heads=2, dtype=dtype)
     a = inputs(case)
     draw = Draw.of(1, 2, image=torch.arange(2), device=DEVICE)
     dispatch.force("triton")
@@ -232,13 +234,39 @@ def test_compiled_and_exported_programs_hold_the_operation() -> None:
     eager = Model()(a)
     compiled = torch.compile(Model(), fullgraph=True, backend="aot_eager")(a)
     torch.testing.assert_close(compiled, eager)
-    weight = torch.linspace(-1, 1, eager.numel(), device=DEVICE).view_as(eager)
+    weight = torch.linspace(-1, 1, eager.numel(), device=DEVICE, dtype=dtype).view_as(eager)
     gradients = [torch.autograd.grad((y * weight).sum(), list(a.values())) for y in (compiled, eager)]
     for ours, theirs in zip(*gradients, strict=True):
         torch.testing.assert_close(ours, theirs)
     exported = torch.export.export(Model(), (a,))
     assert "hsvit_kernels.grouped_attention" in exported.graph_module.code
     torch.testing.assert_close(exported.module()(a), eager)
+
+
+@pytest.mark.parametrize("choice", ["triton", "reference", "auto"])
+@pytest.mark.parametrize("low", [torch.bfloat16, torch.float16, torch.float32])
+def test_the_choice_is_made_while_tracing(choice: str, low: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In 16 bit the launch is looked up in a table; a verdict is found by the case."""
+    torch._dynamo.reset()
+    monkeypatch.setattr(dispatch, "compiling", True)  # the graph is looked at, not its numbers
+    a = inputs(Case(2, 2, 4, 1, width=16, heads=2))
+    case = CompileCase("grouped_attention", low, torch.float32, (5, 16, 2, 1, 0, 1, 0))
+    monkeypatch.setitem(dispatch.models, a["tokens"].device, "a device")
+    monkeypatch.setitem(dispatch.verdicts, ("a device", case), True)
+    dispatch.force(choice)
+    graphs: list[str] = []
+
+    def look(graph: Any, _: Any) -> Any:
+        graphs.append(graph.code)
+        return graph
+
+    def attention(a: dict[str, Tensor]) -> Tensor:
+        with torch.autocast(DEVICE, low, enabled=low != torch.float32):
+            return grouped_attention(**a, heads=2)
+
+    torch.compile(attention, fullgraph=True, backend=look)(a)
+    (code,) = graphs
+    assert ("hsvit_kernels.grouped_attention" in code) == (choice != "reference")
 
 
 def test_the_operations_are_registered_as_pytorch_expects() -> None:

@@ -1,30 +1,128 @@
-"""Every entry of the kernels' table compiles for three chips without a GPU, within their limits, and as committed."""
+"""Every kernel that can be launched compiles, without a GPU; those of training within a chip's limits, as committed."""
 
 from __future__ import annotations
 
 import csv
 import io
 import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
+import pytest
+
+from hsvit_ds import recipe as recipes
+from hsvit_ds.data.reader import facts
+from hsvit_ds.models import hsvit
 from tests.ranks import ROOT
+from tools.compiled import attention_shapes
 
 RESULTS = ROOT / "kernels/results/compiled.csv"
 SHARED_LIMIT = {"80": 166912, "90": 232448, "100": 232448}  # bytes a program may use, CUDA programming guide
-# T = 65 and 64 < D < 128 take a few more registers than there are: bytes of stack that they may use.
-STACK = {"64x64x0": 152, "64x64x1": 72, "16x128x0": 16, "32x128x0": 16}
+# Shapes of no published model, of more registers than there are: bytes of stack that they may use.
+STACK = {"64x64x0": 152, "64x64x1": 296, "16x128x0": 16, "32x128x0": 16}
+# Published shapes whose fastest launch spills, on the chip where that was measured: milliseconds of a step (backward)
+# or a forward at B512 G16, 4 layers, dropout 0.2, with the spills and of the fastest without (kernels/README.md).
+MEASURED = {
+    ("attention_kernels.forward", "32x64x0", "sm_90"): (0.687, 1.087),
+    ("attention_gradient_kernels.backward", "32x64x0", "sm_90"): (3.757, 5.266),
+    ("attention_gradient_kernels.backward", "32x64x1", "sm_90"): (3.006, 3.499),
+}
 
 
-def test_the_table_compiles_for_sm_80_90_and_100_as_committed() -> None:
+def compiled(*arguments: str, package: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """tools.compiled, or Python code, with a changed copy of the kernels if one is given."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "tools.compiled", "--print"]
-    printed = subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True, text=True).stdout
-    rows = list(csv.DictReader(io.StringIO(printed)))
-    assert {row["sm"] for row in rows} == {"80", "90", "100"}
+    environment["PYTHONPATH"] = os.pathsep.join(map(str, [*([package] if package else []), ROOT]))
+    return subprocess.run([sys.executable, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
+def test_every_launch_compiles_for_every_class_dtype_and_flag() -> None:
+    found = compiled("-m", "tools.compiled", "--check")
+    assert found.returncode == 0, found.stdout[-3000:] + found.stderr[-3000:]
+    last = found.stdout.splitlines()[-1]
+    assert last.endswith(" compiled, 0 failed")
+    assert int(last.split()[0]) > 500
+
+
+@pytest.mark.slow
+def test_every_launch_becomes_machine_code_and_every_shape_compiles() -> None:
+    found = compiled("-m", "tools.compiled", "--whole")
+    assert found.returncode == 0, found.stdout[-3000:] + found.stderr[-3000:]
+
+
+def test_training_compiles_for_sm_80_90_and_100_as_committed() -> None:
+    found = compiled("-m", "tools.compiled", "--print")
+    assert found.returncode == 0, found.stdout[-3000:] + found.stderr[-3000:]
+    rows = list(csv.DictReader(io.StringIO(found.stdout)))
+    assert {row["for"] for row in rows} == {"sm_80", "sm_90", "sm_100"}
     for row in rows:
-        assert int(row["stack"]) <= STACK.get(row["shape"], 0), row
-        assert row["spills"] == "0" or row["shape"] in STACK, row
-        assert int(row["shared"]) <= SHARED_LIMIT[row["sm"]], row
+        assert int(row["shared"]) <= SHARED_LIMIT[row["for"].removeprefix("sm_")], row
+        if row["kernel"].endswith(("weight_gradients", "add_splits", "dropout_mask")):
+            assert row["stack"] == row["spills"] == "0", row
+            continue
         assert int(row["tensor core"]) > 0, row
-    assert printed == RESULTS.read_text(), "python -m tools.compiled writes the new figures; look at them first"
+        if (row["kernel"], row["shape"], row["for"]) in MEASURED:
+            with_spills, without = MEASURED[row["kernel"], row["shape"], row["for"]]
+            assert with_spills < without
+        else:
+            assert int(row["stack"]) <= STACK.get(row["shape"], 0), row
+            assert row["spills"] == "0" or row["shape"] in STACK, row
+    assert found.stdout == RESULTS.read_text(), "python -m tools.compiled writes the new figures; look at them first"
+
+
+def changed(folder: Path, file: str, old: str, new: str) -> Path:
+    """A copy of the kernels with one change."""
+    shutil.copytree(ROOT / "kernels/hsvit_kernels", folder / "hsvit_kernels")
+    path = folder / "hsvit_kernels" / file
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new, 1))
+    return folder
+
+
+FIRST = """
+from tools import compiled
+call = compiled.Call("grouped_attention", "", (32, 64, 8), "bf16", "fp32", ("training",))
+compiled.entries = lambda: set()
+for launch in compiled.launches(compiled.NVIDIA[1], [call]):
+    print(compiled.attempt((launch, compiled.NVIDIA[1], False)))
+"""
+
+
+def test_branches_that_give_one_name_two_shapes_are_found(tmp_path: Path) -> None:
+    """As once in weight_gradients, where the interpreter saw nothing and no GPU could compile it."""
+    old = "        first_tokens(program - of_layers,"
+    new = "        total = tl.zeros((BLOCK,), tl.float32)\n" + old
+    package = changed(tmp_path, "attention_weight_kernels.py", old, new)
+    path = package / "hsvit_kernels/attention_weight_kernels.py"
+    head = "        layer_weights(\n            program, products"
+    text = path.read_text()
+    assert head in text
+    path.write_text(text.replace(head, "        total = tl.zeros((DP,), tl.float32)\n" + head))
+    found = compiled("-c", FIRST, package=package)
+    assert found.returncode == 0, found.stderr
+    failed = [line for line in found.stdout.splitlines() if not line.startswith("{")]
+    assert len(failed) == 1
+    assert failed[0].startswith("attention_weight_kernels.weight_gradients")
+    assert "Mismatched type for total" in failed[0]
+
+
+def test_a_kernel_that_nothing_launches_is_an_error(tmp_path: Path) -> None:
+    new = "@triton.jit\ndef forgotten(x):\n    tl.store(x, 0)\n\n\n@triton.jit(do_not_specialize"
+    package = changed(tmp_path, "linear_kernels.py", "@triton.jit(do_not_specialize", new)
+    found = compiled("-m", "tools.compiled", "--check", package=package)
+    assert found.returncode == 1
+    assert "kernels that no call of tools/compiled.py launches: linear_kernels.forgotten" in found.stderr
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes").rglob("*.toml")), ids=lambda path: path.stem)
+def test_what_a_recipe_trains_is_compiled(path: Path) -> None:
+    """So that its launches are compiled to machine code above."""
+    recipe = recipes.read(path, [])
+    if isinstance(recipe.model, hsvit.Config):
+        c = recipe.model.resolved(facts(recipe.data).image_size)
+        tokens = c.kernels[-1] // c.groups + 1
+        if (c.embedding <= 64 and tokens <= 65) or (c.embedding <= 128 and tokens <= 33):
+            assert (tokens - 1, c.embedding, c.heads) in {sizes for _, sizes in attention_shapes()}

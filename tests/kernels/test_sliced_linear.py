@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hsvit_kernels import StepState, dispatch, sliced_linear
+from hsvit_kernels import Case, StepState, dispatch, sliced_linear
 from hsvit_kernels.trials import excess
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -167,8 +167,9 @@ def test_weights_are_cast_once_a_step_for_all_widths(monkeypatch: pytest.MonkeyP
     assert sorted(casts) == sorted(shapes * 2)
 
 
-def test_compiled_and_exported_programs_hold_the_operation() -> None:
-    x, weight, bias, residual = tensors(20, 48, 32, torch.float32)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_compiled_and_exported_programs_hold_the_operation(dtype: torch.dtype) -> None:
+    x, weight, bias, residual = tensors(20, 48, 32, dtype)
     dispatch.force("triton")
 
     class Layer(nn.Module):
@@ -180,6 +181,24 @@ def test_compiled_and_exported_programs_hold_the_operation() -> None:
     compiled = gradients(torch.compile(Layer(), fullgraph=True, backend="aot_eager")(*inputs), inputs)
     torch.testing.assert_close(compiled, eager)
     assert "hsvit_kernels.sliced_linear" in torch.export.export(Layer(), inputs).graph_module.code
+
+
+@pytest.mark.parametrize("low", [torch.bfloat16, torch.float16, torch.float32])
+def test_the_choice_is_made_while_tracing(low: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch._dynamo.reset()
+    monkeypatch.setattr(dispatch, "compiling", True)  # the graph is looked at, not its numbers
+    x, weight, bias, residual = tensors(20, 48, 32, torch.float32)
+    case = Case("linear_forward", low, low, (48, 32, 1, 1, 1, 1))
+    monkeypatch.setitem(dispatch.models, x.device, "a device")
+    monkeypatch.setitem(dispatch.verdicts, ("a device", case), True)
+
+    def layer(*inputs: Tensor) -> Tensor:
+        with torch.autocast(DEVICE, low, enabled=low != torch.float32):
+            x, weight, bias, residual = inputs
+            return sliced_linear(x, weight, bias, out_features=48, gelu=True, residual=residual)
+
+    torch.compile(layer, fullgraph=True, backend="aot_eager")(x, weight, bias, residual).float().sum().backward()
+    assert x.grad is not None
 
 
 def test_the_operations_are_registered_as_pytorch_expects() -> None:

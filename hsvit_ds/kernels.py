@@ -13,6 +13,7 @@ from torch import nn
 
 from hsvit_kernels import Findings, Verdict, first_use, listing
 from hsvit_kernels.cases import Cases
+from hsvit_kernels.dispatch import forced
 from hsvit_kernels.first_use import Machine
 
 from .data import reader
@@ -27,6 +28,11 @@ from .zero import step_state
 
 FILE = "kernels.json"
 """In a run's folder: the decision, and the findings that it rests on."""
+
+
+def is_open(device: torch.device) -> bool:
+    """Whether there is something to choose: on a GPU, where neither the recipe nor the environment has chosen."""
+    return device.type == "cuda" and forced() == "auto"
 
 
 def cases(recipe: Recipe, plan: Plan, widths: Sequence[Width], teacher: nn.Module | None = None) -> Cases:

@@ -10,8 +10,6 @@ from pathlib import Path
 
 import torch
 
-from hsvit_kernels.dispatch import forced
-
 from . import kernels
 from . import recipe as recipes
 from .checkpoint import Checkpoints, Position
@@ -172,7 +170,7 @@ class Trainer:
 
     def _choose_kernels(self) -> None:
         """Where `auto` has a choice, let every rank use the same kernels: those that are right and faster here."""
-        if self.grid.device.type != "cuda" or forced() != "auto":
+        if not kernels.is_open(self.grid.device):
             return
         self.watch.doing("trying kernels")
         teacher = getattr(self.task, "teach", None)

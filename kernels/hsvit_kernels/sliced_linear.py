@@ -277,8 +277,9 @@ def _list(
     return through or trained or (torch.is_grad_enabled() and residual is not None and residual.requires_grad)
 
 
-def _why_not(*matrices: Tensor) -> str:
-    """Why tensor descriptors cannot address these matrices, empty where they can."""
+def _why_not(*matrices: Tensor, made: int = 0) -> str:
+    """Why tensor descriptors cannot address these matrices, and one to be made with `made` columns; empty where they
+    can."""
     for matrix in matrices:
         if not matrix.numel():
             return "nothing to compute"
@@ -286,6 +287,8 @@ def _why_not(*matrices: Tensor) -> str:
             return f"dtype {matrix.dtype}"
         if matrix.stride(1) != 1 or matrix.data_ptr() % 16 or matrix.stride(0) * matrix.itemsize % 16:
             return f"a slice of {tuple(matrix.shape)} is not aligned to 16 bytes"
+    if made * matrices[0].itemsize % 16:
+        return f"a row of {made} is not a multiple of 16 bytes"
     return ""
 
 
@@ -294,12 +297,14 @@ def place(kernel: str, n: int, k: int) -> Place:
     return kernel, (int(min(n, k) >= 256),)
 
 
-def _options(kernel: str, weight: Tensor, x: Tensor, flags: tuple[int, ...], *others: Tensor) -> Options | None:
-    """The launch options of a kernel for a slice [n, k], None where PyTorch computes it."""
+def _options(
+    kernel: str, weight: Tensor, x: Tensor, *others: Tensor, flags: tuple[bool, ...] = (), made: int = 0
+) -> Options | None:
+    """The launch options of a kernel for a slice [n, k], None where PyTorch computes it. `made` as of `_why_not`."""
     n, k = weight.shape
-    case = Case(kernel, x.dtype, x.dtype, (n, k, *flags))
-    # Alignment is looked at last: this is called for every layer.
-    why_not = _why_not(x, weight, *others) if x.device in models or forced() == "triton" else ""
+    case = Case(kernel, x.dtype, x.dtype, (n, k, *map(int, flags)))
+    # This is called for every layer: what only kernels ask for is looked at only where there may be one.
+    why_not = _why_not(x, weight, *others, made=made) if x.device in models or forced() == "triton" else ""
     return options(place(kernel, n, k), x) if use_triton(case, x.device, why_not) else None
 
 
@@ -317,9 +322,9 @@ def forward(
     """The layer on a slice, and what GELU saw, empty unless saved. x [M, k], weight [n, k], any row stride."""
     x = x.contiguous()
     residual = None if residual is None else residual.contiguous()
-    ends = [x.new_empty(1, len(weight))] if residual is None else [residual]  # y is laid out as residual is
-    flags = (int(bias is not None), int(gelu), int(residual is not None), int(gelu and save))
-    launched = _options("linear_forward", weight, x, flags, *ends)
+    flags = (bias is not None, gelu, residual is not None, gelu and save)
+    others = [] if residual is None else [residual]
+    launched = _options("linear_forward", weight, x, *others, flags=flags, made=len(weight))
     if launched is None:
         return reference.sliced_linear(x, weight, bias, residual, gelu, save)
     (m, k), n = x.shape, len(weight)
@@ -371,10 +376,10 @@ _linear.register_autograd(_gradients, setup_context=_remember)
 
 def input_gradient(dz: Tensor, weight: Tensor) -> Tensor:
     """dz [M, n] times the slice weight [n, k]."""
-    dx = dz.new_empty(len(dz), weight.shape[1])
-    launched = _options("linear_input_gradient", weight, dz, (), dx)
+    launched = _options("linear_input_gradient", weight, dz, made=weight.shape[1])
     if launched is None:
         return dz @ weight
+    dx = dz.new_empty(len(dz), weight.shape[1])
     bm, bn, bk = launched["BM"], launched["BN"], launched["BK"]
     (m, n), k = dz.shape, weight.shape[1]
     launch(
@@ -398,7 +403,7 @@ def _input_gradient_fake(dz: Tensor, weight: Tensor) -> Tensor:
 def accumulate(main: Tensor, bias_main: Tensor | None, dz: Tensor, x: Tensor) -> None:
     """main [n, k] += dz [M, n]^T x [M, k] and bias_main [n] += dz's column sums: slices of fp32 gradients, in place."""
     x = x.contiguous()
-    launched = _options("linear_weight_gradient", main, x, (int(bias_main is not None),), dz)
+    launched = _options("linear_weight_gradient", main, x, dz, flags=(bias_main is not None,))
     if launched is None:
         reference.accumulate(main, bias_main, dz, x)
         return

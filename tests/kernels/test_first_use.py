@@ -62,7 +62,7 @@ class StandIn(first_use.Machine):
 
 
 @pytest.fixture(autouse=True)
-def _nothing_is_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def nothing_is_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setenv("HSVIT_KERNELS_CACHE", str(tmp_path / "cache"))
     known: tuple[dict[Any, Any], ...] = (dispatch.models, dispatch.verdicts, configurations.chosen)
     before = [dict(of) for of in known]

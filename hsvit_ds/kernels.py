@@ -161,9 +161,9 @@ def rows(decision: Decision) -> list[tuple[str, ...]]:
                 found.append((name, by, *_times(verdict)))
         if together:
             fused = sum(decision.used[name] for name in together)
-            by = f"kernel in {fused}, reference in {len(together) - fused}: slower"
+            by = f"kernel in {fused} of them" if fused else "reference: slower"
             sums = (sum(getattr(verdicts[name], of) for name in together) for of in ("ms", "reference_ms"))
-            found.append((f"{operation}, {len(together)} cases", by, *(f"{ms:.2f} in all" for ms in sums)))
+            found.append((f"{operation}, {len(together)} cases", by, *(f"{ms:.3f}" for ms in sums)))
     return found
 
 

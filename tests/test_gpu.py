@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,18 @@ def test_nccl_with_one_rank_equals_gloo(tmp_path: Path) -> None:
         one = case("grid.submodule_ranks=1", f"grid.backend={backend}")
         norms[backend] = work("steps", 1, tmp_path / backend, one, DS_ACCELERATOR="cuda")[0]["case"]["norms"]
     assert norms["nccl"] == pytest.approx(norms["gloo"], rel=1e-6)
+
+
+def test_a_run_tries_its_kernels_and_trains_with_those_that_win(tmp_path: Path) -> None:
+    pytest.importorskip("deepspeed")
+    one = {"base": "hsvit", "cases": {"case": ["grid.submodule_ranks=1"]}}
+    cache = {"HSVIT_KERNELS_CACHE": str(tmp_path / "cache"), "DS_ACCELERATOR": "cuda"}
+    plain = work("steps", 1, tmp_path / "plain", one, **cache, HSVIT_KERNELS="reference")[0]["case"]
+    chosen = work("steps", 1, tmp_path / "chosen", one | {"choose": True}, **cache)[0]["case"]
+    assert chosen["norms"] == pytest.approx(plain["norms"], rel=0.05)  # bf16
+    (file,) = (tmp_path / "chosen").rglob("kernels.json")
+    assert set(json.loads(file.read_text())["used"].values()) <= {True, False}
+    assert {v["state"] for v in json.loads(file.read_text())["machines"][0]["verdicts"].values()} == {"right"}
 
 
 def test_the_compiled_crop_equals_the_eager_one() -> None:

@@ -143,7 +143,7 @@ def attention_runs(
     yield "hsvit_kernels", ours("triton"), leaves
     yield "batched reference", ours("reference"), leaves
     yield "batched, SDPA", lambda: batched(a, case, dropout), leaves
-    if device == "cuda" and case == ATTENTION[0]:  # a compilation takes a minute
+    if device == "cuda" and case == ATTENTION[0] and dropout:  # a compilation takes a minute
         compiled = torch.compile(lambda: batched(a, case, dropout), mode="reduce-overhead", fullgraph=True)
         yield "batched, SDPA, compiled with CUDA graphs", compiled, leaves
     run, modules = loop(a, case, dropout)

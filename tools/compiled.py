@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import ast
 import csv
+import functools
 import importlib
 import io
 import os
@@ -27,7 +28,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -175,14 +175,14 @@ def _recording(target: GPUTarget) -> Iterator[list[tuple[str, dict[str, Any]]]]:
     triton.runtime.driver.set_active(_NoDriver(target))
     before = dispatch.INTERPRETED, dispatch.capability
     dispatch.INTERPRETED = True  # tensors on the CPU will do
-    dispatch.capability = lambda device: str(target.arch)  # type: ignore[assignment]
+    dispatch.capability = functools.cache(lambda device: str(target.arch))
     knobs.runtime.jit_cache_hook = collect
     try:
         with dispatch.forcing("triton"):
             yield found
     finally:
         knobs.runtime.jit_cache_hook = None
-        dispatch.INTERPRETED, dispatch.capability = before  # type: ignore[misc]
+        dispatch.INTERPRETED, dispatch.capability = before
 
 
 def run(call: Call) -> None:
@@ -199,7 +199,7 @@ def run(call: Call) -> None:
             "norm_weight": (1, 2, width), "norm_bias": (1, 2, width), "qkv_weight": (1, 2, 3 * width, width),
             "qkv_bias": (1, 2, 3 * width), "out_weight": (1, 2, width, width), "out_bias": (1, 2, width),
         }  # fmt: skip
-        tensors = {name: torch.zeros(shape, dtype=weights) for name, shape in shapes.items()}
+        tensors: dict[str, Any] = {name: torch.zeros(shape, dtype=weights) for name, shape in shapes.items()}
         tensors["tokens"] = tensors["tokens"].to(dtype)
         for tensor in tensors.values():
             tensor.requires_grad_(training)
@@ -209,7 +209,7 @@ def run(call: Call) -> None:
             heads=heads,
             dropout=0.2,
             draw=draw,
-            all_tokens="all_tokens" in flags,  # type: ignore[arg-type]
+            all_tokens="all_tokens" in flags,
         )
         if training:
             y.sum().backward()
@@ -253,7 +253,7 @@ def launches(target: GPUTarget, of: Iterable[Call]) -> list[Launch]:
     return list(found.values())
 
 
-@cache
+@functools.cache
 def kernels() -> dict[str, JITFunction]:
     """Every function for GPUs in the package, by module and name."""
     found = {}
@@ -382,12 +382,13 @@ def main() -> None:
         print(*failed, f"{len(jobs)} compiled, {len(failed)} failed", sep="\n")
         sys.exit(bool(failed))
     found = list(attempts(committed()))
-    if failed := [row for row in found if isinstance(row, str)]:
-        sys.exit("\n".join(failed))
+    rows = [row for row in found if isinstance(row, dict)]
+    if len(rows) < len(found):
+        sys.exit("\n".join(row for row in found if isinstance(row, str)))
     text = io.StringIO()
-    writer = csv.DictWriter(text, list(found[0]), lineterminator="\n")  # type: ignore[arg-type]
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
     writer.writeheader()
-    writer.writerows(found)  # type: ignore[arg-type]
+    writer.writerows(rows)
     if not args.print:
         RESULTS.parent.mkdir(exist_ok=True)
         RESULTS.write_text(text.getvalue())

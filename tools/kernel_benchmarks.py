@@ -308,27 +308,42 @@ def draw_roofline(rows: list[dict[str, Any]], roofs: Roofs, file: Path) -> None:
     pyplot.close(figure)
 
 
+def measured(device: str, roofs: Roofs) -> Iterator[dict[str, Any]]:
+    """A row for every operation, problem and implementation; one that fails says why, and the others go on."""
+    parts: list[tuple[str, str, Iterator[dict[str, Any]]]] = [
+        ("DeiT-S blocks, four widths", "B256 T197 D384 L12", four_widths(device, roofs)),
+        *(("grouped attention", c.name, attention_rows(c, device, torch.bfloat16, roofs)) for c in ATTENTION),
+        *((f"sliced linear {c.name}", c.shape, linear_rows(c, device, torch.bfloat16, roofs)) for c in LINEAR),
+    ]
+    for operation, shape, rows in parts:
+        try:
+            yield from rows
+        except (RuntimeError, ValueError) as error:
+            said = str(error).partition("\n")[0]
+            yield {"operation": operation, "shape": shape, "implementation": "the one after this", "error": said}
+
+
 def run(out: Path | None) -> None:
     out = out or RESULTS
     out.mkdir(parents=True, exist_ok=True)
     about = {"device": "not run", "torch": torch.__version__, "triton": triton.__version__}
     missing = dict.fromkeys(COLUMNS, "not run")
-    rows: list[dict[str, Any]] = []
-    if torch.cuda.is_available():
+    has_gpu = torch.cuda.is_available()
+    if has_gpu:
         about["device"] = torch.cuda.get_device_name()
         roofs = measured_roofs()
         print(f"{about['device']}: {roofs.tflops:.0f} TFLOP/s bf16, {roofs.gigabytes:.0f} GB/s")
-        parts = [attention_rows(case, "cuda", torch.bfloat16, roofs) for case in ATTENTION]
-        parts += [linear_rows(case, "cuda", torch.bfloat16, roofs) for case in LINEAR]
-        parts.append(four_widths("cuda", roofs))
-        for row in itertools.chain(*parts):
-            rows.append(missing | about | row)
-            print("  ".join(f"{row[c]}" for c in COLUMNS if c in row), flush=True)
-        draw_roofline(rows, roofs, out / "roofline.png")
     else:
         print('no CUDA device: every row says "not run"')
-        rows = [missing | about | row for row in not_run()]
+    done: list[dict[str, Any]] = []
     with (out / "kernels.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()
-        writer.writerows(rows)
+        for row in measured("cuda", roofs) if has_gpu else not_run():
+            done.append(missing | about | row)
+            writer.writerow(done[-1])
+            file.flush()  # a run that is ended early keeps what it has measured
+            if has_gpu:
+                print("  ".join(f"{row[c]}" for c in COLUMNS if c in row), flush=True)
+    if has_gpu:
+        draw_roofline([row for row in done if row["ms p50"] != "not run"], roofs, out / "roofline.png")

@@ -1,8 +1,9 @@
-"""Re-derives the kernels' table of launches on a GPU and writes it: `python -m tools.tune_kernels`.
+"""Re-derives the kernels' table of launches on a GPU: `python -m tools.tune_kernels`.
 
-Every candidate that compiles without spilling is timed on a problem of its shape class; the fastest is written under
-the device's compute capability, and `wins` says whether it beat PyTorch's implementation in the same run. Needs torch
-and triton only. After it: `python -m tools.compiled`, `pytest -m gpu`, `python -m tools.benchmark kernels`.
+Every candidate is timed on a training step of its shape class, with dropout and fp32 parameters as under autocast; the
+fastest is written under the device's compute capability, after each entry. Candidates are compiled beforehand by many
+processes; one that fails is named and left out. Needs torch and triton only. After it: `python -m tools.compiled`,
+`pytest -m gpu`, `python -m tools.benchmark kernels`. What a run then launches, its first use decides (`first_use.py`).
 """
 
 from __future__ import annotations
@@ -10,23 +11,33 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-from collections.abc import Callable, Iterator
+import multiprocessing
+import os
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-import triton
-from torch import Tensor
 
-from hsvit_kernels import StepState, configurations, force, sliced_linear
-from tools.attention_baselines import Attention, attention, attention_inputs
-from tools.compiled import case, compiled
+from hsvit_kernels import configurations, dispatch
+from hsvit_kernels.cases import Case
+from hsvit_kernels.configurations import Options, Place
+from hsvit_kernels.first_use import Machine
+from hsvit_kernels.trials import trial
 
-Options = dict[str, Any]
-Step = Callable[[], Any]
+Failures = dict[tuple[Place, int], str]
+"""Why candidates, by place and number, are left out."""
 
 
-def candidates(kernel: str, wide: bool) -> Iterator[Options]:
-    """Launches worth timing."""
+def candidates(place: Place) -> list[Options]:
+    """What stands in the table, and launches worth timing beside it."""
+    found: list[Options] = []
+    for options in (*configurations.TABLE[place].values(), *_grid(*place)):
+        if options not in found:
+            found.append(options)
+    return found
+
+
+def _grid(kernel: str, shape: tuple[int, ...]) -> Iterator[Options]:
     if kernel == "attention_products":
         for warps, stages, block in itertools.product((4, 8), (2, 3, 4), (32, 64, 128)):
             yield {"num_warps": warps, "num_stages": stages, "BLOCK": block}
@@ -35,7 +46,8 @@ def candidates(kernel: str, wide: bool) -> Iterator[Options]:
         for warps, stages, hoist, block in itertools.product((1, 2, 4, 8), (1, 2), (True, False), blocks):
             yield {"num_warps": warps, "num_stages": stages, "HOIST": hoist} | ({"BLOCK": block} if block else {})
     else:
-        sides = ((64, 64), (64, 128), (128, 64), (128, 128)) if wide else ((64, 64), (32, 64), (64, 32), (64, 128))
+        wide = ((64, 64), (64, 128), (128, 64), (128, 128))
+        sides = wide if shape[0] else ((64, 64), (32, 64), (64, 32), (64, 128))
         for (first, second), warps, stages in itertools.product(sides, (4, 8), (2, 3, 4)):
             tile = {"BM": first, "BN": second, "BK": 64}
             if kernel == "linear_weight_gradient":
@@ -43,63 +55,94 @@ def candidates(kernel: str, wide: bool) -> Iterator[Options]:
             yield {"num_warps": warps, "num_stages": stages} | tile
 
 
-def attention_step(shape: tuple[int, ...], kernel: str) -> Step:
-    """A forward, or a forward and backward, of a problem of this class."""
-    tile, padded, full = shape if len(shape) == 3 else (32, *shape, True)
-    width = padded if full else padded - 8
-    problem = Attention(512, 16, tile + 1, width, 4, heads=padded // 8 if full else 8)
-    a = attention_inputs(problem, "cuda", torch.bfloat16)
-
-    def forward() -> Tensor:
-        with torch.no_grad():
-            return attention(a, problem)
-
-    return forward if kernel == "attention_forward" else lambda: attention(a, problem).sum().backward()
-
-
-def linear_step(wide: bool, kernel: str) -> Step:
-    """DeiT-S's first MLP layer at full width, or its quarter."""
-    n, k = (1536, 384) if wide else (384, 96)
-    x = torch.randn(256 * 197, k, device="cuda", dtype=torch.bfloat16, requires_grad=kernel != "linear_forward")
-    weight = torch.randn(1536, 384, device="cuda", requires_grad=kernel == "linear_weight_gradient")
-    state = StepState()
-    state.last = False
-
-    def step() -> None:
-        with torch.set_grad_enabled(kernel != "linear_forward"):
-            y = sliced_linear(x, weight, out_features=n, gelu=kernel == "linear_forward", state=state)
-        if kernel != "linear_forward":
-            y.backward(y.detach())
-
-    return step
+def case(place: Place) -> Case:
+    """What is timed for a place: attention of four layers, DeiT-S's first MLP layer at full width, or its quarter."""
+    kernel, shape = place
+    if kernel.startswith("attention"):
+        tile, padded, full = shape if len(shape) == 3 else (32, *shape, True)
+        width, heads = (padded, padded // 8) if full else (padded - 8, 8)
+        training = int(kernel != "attention_forward")
+        return Case("grouped_attention", torch.bfloat16, torch.float32, (tile + 1, width, heads, 4, 1, training, 0))
+    n, k = (1536, 384) if shape[0] else (384, 96)
+    flags = {"linear_forward": (1, 1, 0, 1), "linear_input_gradient": (), "linear_weight_gradient": (1,)}[kernel]
+    return Case(kernel, torch.bfloat16, torch.bfloat16, (n, k, *flags))
 
 
-def milliseconds(step: Step, choice: str) -> float:
-    force(choice)
-    found: float = triton.testing.do_bench(step, warmup=10, rep=50, quantiles=[0.5])
-    return found
+def extent(place: Place) -> tuple[int, ...]:
+    return (512, 16) if place[0].startswith("attention") else (256 * 197,)
 
 
-def tuned(kernel: str, shape: tuple[int, ...], capability: int) -> Options:
-    """The fastest launch of a table entry, found by putting each candidate into the table."""
-    entry = configurations.table()[kernel, shape]
-    before = entry.get(str(capability), entry["any"])
-    is_attention = kernel.startswith("attention")
-    step = attention_step(shape, kernel) if is_attention else linear_step(bool(shape[0]), kernel)
-    best, fastest = before, float("inf")
-    for options in (before, *candidates(kernel, bool(shape[0]))):
-        usage = compiled(case(kernel, shape, options), capability)
-        if usage["stack"]:
-            continue
-        entry[str(capability)] = {"wins": True} | options
-        ms = milliseconds(step, "triton")
-        if ms < fastest:
-            best, fastest = options, ms
-    plain = milliseconds(step, "reference")
-    found = best | {"wins": fastest < plain}
-    entry[str(capability)] = found
-    print(f"{kernel} {shape}: {fastest:.3f} ms, PyTorch {plain:.3f} ms: {found}", flush=True)
-    return found
+def fails(job: tuple[Place, Options, tuple[int, ...]], machine: Machine) -> str:
+    """Why a candidate cannot be run, empty where it can. What it compiles lies in Triton's cache afterwards."""
+    place, options, size = job
+    model = machine.about["device"]
+    dispatch.models[machine.device] = model
+    configurations.chosen[model, place] = options
+    try:
+        with dispatch.forcing("triton"):
+            trial(case(place), size, machine.device).step()()
+            machine.wait()
+    except Exception as error:
+        return f"{type(error).__name__}: {str(error).strip().splitlines()[-1] if str(error).strip() else ''}"
+    return ""
+
+
+def _fails_here(job: tuple[Place, Options, tuple[int, ...]]) -> str:
+    return fails(job, Machine("cuda"))
+
+
+def compiled(places: Sequence[Place]) -> Failures:
+    """Run every candidate once, on a small problem, in as many processes as there are cores."""
+    jobs = [(p, options, (2, 1) if len(extent(p)) > 1 else (64,)) for p in places for options in candidates(p)]
+    names = [(place, number) for place in places for number in range(len(candidates(place)))]
+    context = multiprocessing.get_context("spawn")
+    # New processes now and then, as one that has lost its context fails at everything else.
+    with context.Pool(os.cpu_count(), maxtasksperchild=20) as pool:
+        said = pool.map(_fails_here, jobs, chunksize=1)
+    return {name: why for name, why in zip(names, said, strict=True) if why}
+
+
+def tuned(place: Place, failed: Failures, machine: Machine, say: Callable[[str], None] = print) -> Options | None:
+    """The fastest candidate of a place, None where every one fails; put into the table."""
+    model = machine.about["device"]
+    dispatch.models[machine.device] = model
+    times: list[tuple[float, int]] = []
+    with dispatch.forcing("triton"):
+        step = trial(case(place), extent(place), machine.device).step()
+        for number, options in enumerate(candidates(place)):
+            why = failed.get((place, number), "")
+            if not why:
+                configurations.chosen[model, place] = options
+                try:
+                    times.append((machine.milliseconds(step), number))
+                except Exception as error:
+                    machine.wait()
+                    why = f"{type(error).__name__}: {error}"
+            if why:
+                say(f"{place}: {options} left out: {why}")
+    if not times:
+        configurations.chosen.pop((model, place), None)
+        return None
+    fastest, number = min(times)
+    best = candidates(place)[number]
+    with dispatch.forcing("reference"):
+        plain = machine.milliseconds(step)
+    say(f"{place}: {fastest:.3f} ms, PyTorch {plain:.3f} ms: {best}")
+    configurations.chosen[model, place] = best
+    entry = configurations.TABLE[place]
+    if best == entry["any"]:
+        entry.pop(dispatch.capability(machine.device), None)
+    else:
+        entry[dispatch.capability(machine.device)] = best
+    return best
+
+
+def write() -> None:
+    rows: list[dict[str, Any]] = [
+        {"kernel": kernel, "shape": shape, "options": options}
+        for (kernel, shape), options in configurations.TABLE.items()
+    ]
+    configurations.FILE.write_text("[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n")
 
 
 def main() -> None:
@@ -108,12 +151,11 @@ def main() -> None:
     args = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("no CUDA device: times are what this measures")
-    capability = int("".join(map(str, torch.cuda.get_device_capability())))
-    for kernel, shape in configurations.table():
-        if not args.kernels or kernel in args.kernels:
-            tuned(kernel, shape, capability)
-    rows = [{"kernel": k, "shape": s, "options": options} for (k, s), options in configurations.table().items()]
-    configurations.TABLE.write_text("[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n")
+    places = [place for place in configurations.TABLE if not args.kernels or place[0] in args.kernels]
+    failed = compiled(places)
+    for place in places:
+        if tuned(place, failed, Machine("cuda"), lambda line: print(line, flush=True)) is not None:
+            write()
 
 
 if __name__ == "__main__":

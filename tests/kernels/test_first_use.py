@@ -62,7 +62,9 @@ class StandIn(first_use.Machine):
 
 
 @pytest.fixture(autouse=True)
-def nothing_is_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def nothing_is_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Iterator[None]:
+    if not dispatch.INTERPRETED and request.node.get_closest_marker("gpu") is None:
+        pytest.skip("stand-in devices need Triton's interpreter, which is not chosen where there is a GPU")
     monkeypatch.setenv("HSVIT_KERNELS_CACHE", str(tmp_path / "cache"))
     known: tuple[dict[Any, Any], ...] = (dispatch.models, dispatch.verdicts, configurations.chosen)
     before = [dict(of) for of in known]

@@ -36,14 +36,18 @@ def counted(name: str) -> Any:
 
 
 def main(arguments: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """arguments: {"base": recipe, "cases": {name: overrides}}."""
+    """arguments: {"base": recipe, "cases": {name: overrides}}, and "choose": whether kernels are tried first."""
     for name in COLLECTIVES:  # before DeepSpeed takes references to them
         setattr(dist, name, counted(name))
-    base = arguments["base"]
-    return {name: one_case(trainer(folder / name, case, base=base)) for name, case in arguments["cases"].items()}
+    base, choose = arguments["base"], arguments.get("choose", False)
+    return {
+        name: one_case(trainer(folder / name, case, base=base), choose) for name, case in arguments["cases"].items()
+    }
 
 
-def one_case(run: Any) -> dict[str, Any]:
+def one_case(run: Any, choose: bool) -> dict[str, Any]:
+    if choose:
+        run._choose_kernels()
     initial = {k: v.clone() for k, v in run.engine.module.named_parameters() if v.numel()}
     frozen = [
         f"{path}.{name}"

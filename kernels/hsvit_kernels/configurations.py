@@ -40,7 +40,7 @@ chosen: dict[tuple[str, Place], Options] = {}
 def configuration(place: Place, dtype: torch.dtype, model: str, capability: str) -> Options:
     """The launch options of a place; a copy.
 
-    model: of the device, as in `chosen`. capability: such as "90"; "any" without a GPU.
+    model: of the device, as in `chosen`. capability: as `dispatch.capability` gives it.
     """
     if dtype == torch.float32:
         return dict(PRECISE[place[0]])

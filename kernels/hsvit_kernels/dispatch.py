@@ -119,8 +119,12 @@ def options(place: Place, x: Tensor) -> Options:
 
 @functools.cache
 def capability(device: torch.device) -> str:
-    """Of a GPU, such as "90"; "any" elsewhere."""
-    return "".join(map(str, torch.cuda.get_device_capability(device))) if device.type == "cuda" else "any"
+    """Of a GPU, such as "90", or "gfx942" for AMD's; "any" elsewhere."""
+    if device.type != "cuda":
+        return "any"
+    if torch.version.hip is not None:
+        return str(torch.cuda.get_device_properties(device).gcnArchName).partition(":")[0]
+    return "".join(map(str, torch.cuda.get_device_capability(device)))
 
 
 compiling = False

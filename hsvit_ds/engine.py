@@ -30,7 +30,8 @@ class Config:
     precision: str = "auto"
     """"fp32", "bf16" (torch autocast over fp32 parameters), or "auto": bf16 on GPUs, fp32 on CPUs."""
     kernels: str = "auto"
-    """"triton" or "reference" for every operation of hsvit_kernels, or "auto": Triton where it was measured faster."""
+    """"triton" or "reference" for every operation of hsvit_kernels, or "auto": on a GPU the kernels that the first use
+    finds right and faster, elsewhere the reference."""
     checkpoint_activations: bool = False
     """Recompute the activations of a timm model in backward instead of keeping them."""
     compile: bool = False

@@ -169,15 +169,12 @@ class Trainer:
         return final
 
     def _choose_kernels(self) -> None:
-        """Where `auto` has a choice, let every rank use the same kernels: those that are right and faster here."""
+        """Let every rank use the same kernels: those that are right and faster here."""
         if not kernels.is_open(self.grid.device):
             return
         self.watch.doing("trying kernels")
-        teacher = getattr(self.task, "teach", None)
-        wanted = kernels.cases(
-            self.recipe, self.plan, self.task.trained(self.plan.steps), None if teacher is None else teacher.module
-        )
-        if wanted:
+        teacher = getattr(getattr(self.task, "teach", None), "module", None)
+        if wanted := kernels.cases(self.recipe, self.plan, self.task.trained(self.plan.steps), teacher):
             decision = kernels.decide(self.grid, wanted, self.folder / kernels.FILE)
             self.report.table(
                 ("kernels of this run", "computed by", "kernel, ms", "PyTorch, ms"), kernels.rows(decision)

@@ -6,6 +6,7 @@ import json
 import random
 import shutil
 import time
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import Any
 
@@ -261,3 +262,22 @@ def refused(arguments: list[str], message: str, capsys: pytest.CaptureFixture[st
     assert caught.value.code == 2
     (error,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("hsvit: error:")]
     assert message in error
+
+
+def test_a_checkout_without_installed_metadata_saves_its_checkpoints(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known = hsvit_ds.checkpoint.version
+
+    def version(name: str) -> str:
+        if name.startswith("hsvit"):
+            raise PackageNotFoundError(name)
+        return known(name)
+
+    monkeypatch.setattr(hsvit_ds.checkpoint, "version", version)
+    run = trainer(tmp_path, ["grid.submodule_ranks=1"])
+    assert run.checkpoints.save(Position(0, 0, 0)) is None
+    assert run.checkpoints.wait() is None
+    folder = pointed(tmp_path / "checkpoints", "latest")
+    assert folder is not None
+    assert read_manifest(folder)["versions"]["hsvit-ds"] == hsvit_ds.__version__

@@ -137,9 +137,7 @@ def is_training_in_bf16(call: Call) -> bool:
     """As the recipes train: autocast, dropout in attention, layers with a bias."""
     if call.operation == "grouped_attention":
         return call.about == "bf16 weights-fp32 training dropout"
-    return call.operation == "dropout_mask" or (
-        call.dtype == "bf16" and {"bias", "training"} <= set(call.flags) and call.flags != ("bias", "gelu", "residual")
-    )
+    return call.operation == "dropout_mask" or (call.dtype == "bf16" and {"bias", "training"} <= set(call.flags))
 
 
 # What is launched

@@ -9,7 +9,8 @@ from .dispatch import CHOICES, force
 from .findings import Findings, Verdict
 from .first_use import prepare
 from .grouped_attention import grouped_attention
-from .sliced_linear import StepState, sliced_linear
+from .sliced_linear import sliced_linear
+from .step_state import StepState
 
 __version__ = "0.1.0"
 __all__ = [

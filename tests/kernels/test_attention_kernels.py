@@ -6,6 +6,8 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,10 +16,10 @@ import torch
 from torch import Tensor
 
 from hsvit_kernels import Case as CompileCase
+from hsvit_kernels import StepState, configurations, dispatch, grouped_attention, linear_kernels, sliced_linear
 from hsvit_kernels import attention_gradient_kernels as gradient_kernels
 from hsvit_kernels import attention_kernels as kernels
 from hsvit_kernels import attention_weight_kernels as weight_kernels
-from hsvit_kernels import configurations, dispatch, grouped_attention
 from hsvit_kernels.grouped_attention import dropout_mask
 from hsvit_kernels.random import Draw, keep_scale, threshold
 from hsvit_kernels.trials import excess
@@ -294,6 +296,45 @@ def test_autocast_computes_in_its_dtype_and_keeps_the_weights_gradients_in_their
     assert y.dtype == low
     y.float().sum().backward()
     assert all(t.grad is not None and t.grad.dtype == torch.float32 for t in a.values())
+
+
+def test_kernels_are_launched_on_the_device_of_their_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton takes the current device; here it is looked at, on two GPUs below it is tried."""
+    entered: list[Tensor] = []
+    outside: list[str] = []
+
+    @contextmanager
+    def device_of(tensor: Tensor) -> Iterator[None]:
+        entered.append(tensor)
+        yield
+        entered.pop()
+
+    def look(kernel: Any) -> None:
+        monkeypatch.setattr(kernel, "run", lambda *_, **__: entered or outside.append(kernel.fn.__name__))
+
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    for module in (kernels, gradient_kernels, weight_kernels, linear_kernels):
+        for value in [value for value in vars(module).values() if hasattr(value, "arg_names")]:
+            look(value)
+    dispatch.force("triton")
+    grouped_attention(**inputs(Case(1, 1, 4, 1, width=16, heads=2)), heads=2).sum().backward()
+    weight = torch.randn(64, 64, device=DEVICE, requires_grad=True)
+    for rows in (8, 4096):
+        x = torch.randn(rows, 64, device=DEVICE, requires_grad=True)
+        sliced_linear(x, weight, out_features=64, state=StepState()).sum().backward()
+    assert outside == []
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_tensors_may_be_on_a_device_that_is_not_the_current_one() -> None:
+    a = {name: t.detach().to("cuda:1") for name, t in inputs(Case(2, 2, 8, 2, width=16, heads=2)).items()}
+    found = []
+    for choice in ("triton", "reference"):
+        dispatch.force(choice)
+        found.append(grouped_attention(**a, heads=2))
+    assert torch.cuda.current_device() == 0
+    torch.testing.assert_close(*found)
 
 
 @pytest.mark.parametrize(

@@ -106,7 +106,10 @@ def decide(grid: Grid, wanted: Cases, file: Path, machine: Machine | None = None
     notes = [f"{f.about['device']}: {note}" for f in machines for note in f.notes]
     decision = Decision(used, machines, [*unread, *notes, *_changes(before, used, machines)])
     if grid.is_main:
-        _write(file, decision)
+        try:
+            _write(file, decision)
+        except OSError as error:
+            decision.notes.append(f"warning: {file}: {error.strerror}: a resumed run will choose its kernels anew")
     return decision
 
 
@@ -120,8 +123,12 @@ def _changes(before: Decision | None, used: Mapping[str, bool], machines: Sequen
         for name, now in used.items()
         if before.used.get(name, now) != now
     ]
-    then, now = ({f.about["device"] for f in of} for of in (before.machines, machines))
-    if not lines and then == now and [f.launches for f in before.machines] != [f.launches for f in machines]:
+    then = {f.about["device"]: f.launches for f in before.machines}
+    if not lines and any(
+        f.launches.get(place, options) != options
+        for f in machines
+        for place, options in then.get(f.about["device"], {}).items()
+    ):
         lines.append("warning: kernels are launched otherwise than before; results differ by rounding")
     return lines
 

@@ -123,6 +123,12 @@ def test_a_decision_that_cannot_be_read_is_made_anew(text: str, tmp_path: Path) 
     assert json.loads(file.read_text())["used"] == {str(LAYER): True}
 
 
+def test_a_decision_that_cannot_be_written_is_used_all_the_same(tmp_path: Path) -> None:
+    decision = decide(tmp_path / "nowhere/kernels.json", StandIn())
+    assert decision.notes[0].startswith(f"warning: {tmp_path}/nowhere/kernels.json: No such file or directory")
+    assert first.layer() == "kernel"
+
+
 def test_a_lost_device_is_a_refusal_that_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Lost(StandIn):
         def wait(self) -> None:

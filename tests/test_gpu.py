@@ -41,7 +41,7 @@ def test_nccl_with_one_rank_equals_gloo(tmp_path: Path) -> None:
     for backend in ("gloo", "nccl"):
         one = case("grid.submodule_ranks=1", f"grid.backend={backend}")
         norms[backend] = work("steps", 1, tmp_path / backend, one, **EXACT)[0]["case"]["norms"]
-    assert norms["nccl"] == pytest.approx(norms["gloo"], rel=1e-6)
+    assert norms["nccl"] == pytest.approx(norms["gloo"], rel=1e-5)  # cuDNN adds in any order
 
 
 def test_a_run_tries_its_kernels_and_trains_with_those_that_win(tmp_path: Path) -> None:

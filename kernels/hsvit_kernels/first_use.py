@@ -162,9 +162,9 @@ def install(found: Findings, cases: Cases, machine: Machine, used: Mapping[str, 
 
 
 def _choose(found: Findings, model: str) -> None:
-    by_name = {place_name(place): place for place in configurations.TABLE}
-    for name, options in found.launches.items():
-        configurations.chosen[model, by_name[name]] = options
+    for place in configurations.TABLE:
+        if (options := found.launches.get(place_name(place))) is not None:
+            configurations.chosen[model, place] = options
 
 
 def _verdict(case: Case, extent: Sequence[int], machine: Machine, memory: Memory, found: Findings) -> Verdict:

@@ -97,7 +97,7 @@ def attention_shapes() -> Iterator[tuple[str, tuple[int, int, int]]]:
             yield "x".join(map(str, shape)), (tile, width, heads)
     for problem in ATTENTION:
         yield f"T{problem.tokens} D{problem.width}", (problem.tokens - 1, problem.width, problem.heads)
-    yield "T33 D16", (32, 16, 4)  # imagenette/hybrid_resnet18
+    yield from (("T33 D16", (32, 16, 4)), ("T25 D16", (24, 16, 4)))  # imagenette/hybrid_resnet18, digits/hybrid
 
 
 def all_attention_shapes() -> Iterator[tuple[str, tuple[int, int, int]]]:

@@ -191,10 +191,11 @@ def _means(model: nn.Module, width: Width, channel: Channel | None) -> dict[Batc
     layers = [layer for layer in _layers(model) if width in layer.noted]
     if not layers:
         return {}
-    flat = torch.cat([layer.noted[width] for layer in layers], dim=1)
-    if channel is not None:
-        flat = channel.all_reduce(flat)
-    flat = torch.cat((flat[:2] / flat[2].clamp(min=1), flat[2:]))
+    noted = torch.cat([layer.noted[width] for layer in layers], dim=1)
+    means = noted[:2] / noted[2].clamp(min=1)
+    if channel is not None:  # each has seen as many runs
+        means = channel.all_reduce(means) / channel.size
+    flat = torch.cat((means, noted[2:]))
     return dict(zip(layers, flat.split([layer.noted[width].shape[1] for layer in layers], dim=1), strict=True))
 
 

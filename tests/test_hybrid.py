@@ -12,7 +12,7 @@ from .ranks import assert_same_run, work
 from .workers.common import steps, trainer
 
 TOLERANCE = {"sgd": 1e-6, "adamw": 1e-5}
-SGD, ADAMW = ["optimizer.name=sgd"], ["optimizer.name=adamw", "optimizer.lr=0.001"]
+SGD, ADAMW = ["optimizer.name=sgd"], ["optimizer.name=adamw", "optimizer.lr=0.0012"]
 ALL, LAST, FROZEN = (f"model.backbone.trained_stages={n}" for n in (-1, 2, 0))
 # Four micro batches on each of two replicas.
 ACCUMULATED = ["run.global_batch=32", "run.micro_batch=4", "run.bn_batch=2"]

@@ -56,10 +56,10 @@ SMALL_SCALA = [
     "tracking.mlflow=false",
 ]
 # A backbone trained in full, dropout, drop path, mixing, smoothing, clipping: all on.
-# With seeds 1 and 2 a rectified value lies so near to zero that rounding decides about its gradient: the norms of two
-# grids, equal to 1e-8 until then, differ by 1e-5 from that step on.
+# With other seeds, or AdamW at 0.001, a rectified value lies so near to zero that rounding decides about its gradient:
+# norms that are equal to 1e-8 until then differ by 1e-5 from that step on.
 SMALL_HYBRID = [
-    "run.seed=3",
+    "run.seed=1",
     "model.dropout=0.2",
     "model.backbone.drop_path=0.3",
     "augment.mixup=0.8",

@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from . import __version__, secrets
+from . import __version__
 from .errors import RefusedError, shown
-from .tracking import METRICS
+from .hosts import secrets
+from .run.tracking import METRICS
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -51,9 +52,9 @@ def main(argv: list[str] | None = None) -> None:
     with shown(2, args.debug):
         secrets.load()
         check_kernels()
-        from . import recipe as recipes
         from .data.reader import check_splits
-        from .grid import Grid, world_size
+        from .grid.grid import Grid, world_size
+        from .run import recipe as recipes
 
         recipe, plan = recipes.resolve(recipes.read(args.recipe, args.overrides), world_size())
         grid = Grid(recipe.grid, recipe.model.submodules)
@@ -65,10 +66,10 @@ def main(argv: list[str] | None = None) -> None:
         except RefusedError:
             grid.close()  # all ranks are refused, and gloo aborts where one exits before the others
             raise
-        from .trainer import Trainer
+        from .run.trainer import Trainer
 
         trainer = Trainer(recipe, plan, grid, folder, args.resume or args.run is not None)
-        from .survival import last_words
+        from .run.survival import last_words
     with last_words(trainer.watch, args.debug):
         ended = trainer.fit()
         grid.close()

@@ -14,8 +14,8 @@ if not torch.cuda.is_available():
 @pytest.fixture(scope="session")
 def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Root of a small run that nothing happened to, on two submodule ranks."""
+    from .engine.test_checkpoint import train_arguments
     from .ranks import finish, start
-    from .test_checkpoint import train_arguments
 
     root = tmp_path_factory.mktemp("uninterrupted")
     finish(start("hsvit_ds.train", train_arguments(root), 2))

@@ -24,20 +24,20 @@ import torch
 from torch import nn
 from typer.testing import CliRunner
 
-from hsvit_ds import recipe as recipes
-from hsvit_ds import saved
-from hsvit_ds.checkpoint import Position
 from hsvit_ds.cli import app
+from hsvit_ds.engine.checkpoint import Position
+from hsvit_ds.engine.interop import LoadedRun, load_model
 from hsvit_ds.errors import RefusedError
-from hsvit_ds.interop import LoadedRun, load_model
 from hsvit_ds.models import backbone, timm_models
+from hsvit_ds.models.weights import read_foreign
+from hsvit_ds.results import saved
+from hsvit_ds.run import recipe as recipes
 from hsvit_ds.tasks import teacher
-from hsvit_ds.weights import read_foreign
 
 from .data.test_untrusted import described, streamed
+from .engine.test_interop import scala_weights
 from .ranks import ROOT, environment, free_port
 from .tars import data_set
-from .test_interop import scala_weights
 from .workers.common import SMALL
 
 PACKAGES = [*(ROOT / "hsvit_ds").rglob("*.py"), *(ROOT / "kernels/hsvit_kernels").rglob("*.py")]
@@ -283,7 +283,7 @@ def test_a_secret_of_the_environment_is_not_kept_with_a_run(private: str, tmp_pa
 LISTENING = """
 import json, os
 from pathlib import Path
-from hsvit_ds.grid import Config, Grid
+from hsvit_ds.grid.grid import Config, Grid
 
 grid = Grid(Config(submodule_ranks=2), 2)
 mine = set()

@@ -26,31 +26,31 @@ def main() -> None:
     )
     args = parser.parse_args()
     if args.what == "kernels":  # needs torch, triton, numpy and matplotlib only, and `step` the whole project
-        from tools import kernel_benchmarks
+        from tools.benchmarks import kernels
 
-        kernel_benchmarks.run(args.out)
+        kernels.run(args.out)
     elif args.what == "scala":
-        from tools import scala_benchmarks
+        from tools.benchmarks import scala
 
-        scala_benchmarks.run(args.repeats, args.threads, args.out)
+        scala.run(args.repeats, args.threads, args.out)
     elif args.what == "hybrid":
-        from tools import hybrid_benchmarks
+        from tools.benchmarks import hybrid
 
-        hybrid_benchmarks.run(args.repeats, args.threads, args.out)
+        hybrid.run(args.repeats, args.threads, args.out)
     elif args.what == "memory":
-        from tools import memory_benchmarks
+        from tools.benchmarks import memory
 
-        memory_benchmarks.run(args.out)
+        memory.run(args.out)
     elif args.what == "data":
         if args.folder is None:
             parser.error("data needs FOLDER")
-        from tools import data_benchmarks
+        from tools.benchmarks import data
 
-        data_benchmarks.run(args.folder, args.size, args.workers, args.repeats, args.out)
+        data.run(args.folder, args.size, args.workers, args.repeats, args.out)
     else:
-        from tools import step_benchmarks
+        from tools.benchmarks import steps
 
-        step_benchmarks.run(args.repeats, args.threads, args.out)
+        steps.run(args.repeats, args.threads, args.out)
 
 
 if __name__ == "__main__":

@@ -43,7 +43,7 @@ import hsvit_kernels
 from hsvit_kernels import StepState, configurations, dispatch, grouped_attention, sliced_linear
 from hsvit_kernels.grouped_attention import _place, _shape, dropout_mask
 from hsvit_kernels.random import Draw
-from tools.attention_baselines import ATTENTION
+from tools.benchmarks.attention_baselines import ATTENTION
 
 RESULTS = Path(__file__).parents[1] / "kernels/results/compiled.csv"
 NVIDIA = (GPUTarget("cuda", 80, 32), GPUTarget("cuda", 90, 32), GPUTarget("cuda", 100, 32))

@@ -13,8 +13,8 @@ from ..train import check_kernels
 from . import Debug
 
 if TYPE_CHECKING:
-    from ..cluster import Host
-    from ..doctor import Examination
+    from ..hosts.cluster import Host
+    from ..hosts.doctor import Examination
 
 Hostfile = Annotated[Path, typer.Argument(help="A line `NAME slots=N` for every host.")]
 
@@ -28,8 +28,8 @@ def examine_hosts(
     """Look at every host before a long run; exit code 1 if anything is wrong."""
     with shown(Exit.REFUSED, debug):
         check_kernels()
-        from ..cluster import read_hostfile
-        from ..doctor import examine
+        from ..hosts.cluster import read_hostfile
+        from ..hosts.doctor import examine
 
         hosts = read_hostfile(hostfile)
         found = examine(hosts, recipe, overrides or [], quick=False)
@@ -84,11 +84,11 @@ def launch_run(
     """Start a run on several hosts and keep it going; exit code 75: saved and stopped as asked."""
     with shown(Exit.REFUSED, debug):
         check_kernels()
-        from .. import recipe as recipes
-        from .. import schedulers
-        from ..cluster import read_hostfile
-        from ..launch import Options, prepare
-        from ..secrets import check_overrides
+        from ..hosts import schedulers
+        from ..hosts.cluster import read_hostfile
+        from ..hosts.launch import Options, prepare
+        from ..hosts.secrets import check_overrides
+        from ..run import recipe as recipes
 
         listed, changes = read_hostfile(hostfile), overrides or []
         check_overrides(changes)

@@ -22,13 +22,13 @@ def show_recipe(
     """Print a recipe with everything derived filled in."""
     with shown(2, debug):
         check_kernels()
-        from .. import recipe as recipes
+        from ..run import recipe as recipes
 
         recipe = recipes.read(file, overrides)
         recipe, plan = recipes.resolve(recipe, ranks or recipe.grid.submodule_ranks)
         if memory:
-            from .. import report
-            from ..memory import needed
+            from ..run import report
+            from ..run.memory import needed
 
             title = (
                 f"{recipe.run.name}: {plan.replicas} replicas x {recipe.grid.submodule_ranks} submodule ranks, "

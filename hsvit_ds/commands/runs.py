@@ -12,7 +12,7 @@ from ..train import check_kernels
 from . import Debug, Ema, Root, Run
 
 if TYPE_CHECKING:
-    from ..saved import SavedRun
+    from ..results.saved import SavedRun
 
 
 def evaluate_run(
@@ -30,7 +30,8 @@ def evaluate_run(
     """Score a run at several widths, or with some of its submodules, in one pass over the data."""
     with shown(2, debug):
         check_kernels()
-        from .. import report, saved
+        from ..results import saved
+        from ..run import report
 
         if present and (widths or untrained):
             raise RefusedError(f"--present {present} is of the largest width; leave --widths and --untrained out")
@@ -48,7 +49,7 @@ def evaluate_run(
 
 
 def _evaluate_present(run: SavedRun, present: str, split: str) -> None:
-    from .. import report
+    from ..run import report
 
     subsets = run.subsets(present)
     scores = run.evaluate_subsets(split, subsets)
@@ -80,7 +81,7 @@ def export_run(
     """Write the subnet of a width as a network of its own: safetensors, timm config, torch.export, ONNX, model card."""
     with shown(2, debug):
         check_kernels()
-        from .. import export, saved
+        from ..results import export, saved
 
         opened = saved.open_run(run, ema, root)
         chosen = opened.choose(width, budget, untrained)

@@ -38,13 +38,13 @@ def make_shards(
 ) -> None:
     """Turn images into shuffled shards; stopped and started again, it goes on. Any number of processes: same bytes."""
     with shown(2, debug):
-        from ..data import shards as sharding
-        from ..report import duration
+        from ..data.shards.make import Options, make
+        from ..run.report import duration
 
         started = time.perf_counter()
-        options = sharding.Options(name, split, shards, resize, quality, seed)
+        options = Options(name, split, shards, resize, quality, seed)
         with _progress("shards") as done:
-            made, left_out = sharding.make(source, out, options, _cores(processes), done)
+            made, left_out = make(source, out, options, _cores(processes), done)
         total = int(made.bytes.sum())
         spent = duration(time.perf_counter() - started)
         typer.echo(f"{out}: {len(made):,} samples in {shards:,} shards, {_bytes(total)}, {spent}")
@@ -64,7 +64,7 @@ def index_shards(
     """Index each split's shards, which a training run needs. Reads headers, no images."""
     with shown(2, debug):
         from ..data import index
-        from ..data.shard_check import shards_in
+        from ..data.shards.check import shards_in
 
         splits, target, rows, problems = shards_in(folder), out or folder, [], list[str]()
         _made_folder(target)
@@ -101,17 +101,17 @@ def check_shards(
 ) -> None:
     """Read all shards and decode every image; exit code 1 if anything is wrong."""
     with shown(2, debug):
-        from ..data import shard_check
+        from ..data.shards.check import WARNINGS, check
 
         with _progress("shards") as done:
-            findings, samples = shard_check.check(folder, classes, _cores(processes), done)
+            findings, samples = check(folder, classes, _cores(processes), done)
         findings.sort(key=lambda finding: not finding.is_error)
         errors = sum(finding.is_error for finding in findings)
         if findings:
             kinds = list(dict.fromkeys(finding.kind for finding in findings))
             counts = [sum(finding.kind == kind for finding in findings) for kind in kinds]
             rows = [
-                (kind, "warning" if kind in shard_check.WARNINGS else "error", f"{count:,}")
+                (kind, "warning" if kind in WARNINGS else "error", f"{count:,}")
                 for kind, count in zip(kinds, counts, strict=True)
             ]
             _table(("kind", "", "count"), rows, str(folder))
@@ -129,7 +129,7 @@ def show_shards(folder: Folder, debug: Debug = False) -> None:
         import numpy as np
 
         from ..data import index
-        from ..data.shards import INFO, disagreement, read_info
+        from ..data.shards.make import INFO, disagreement, read_info
 
         names = sorted(path.name.removesuffix(".index.npz") for path in folder.glob("*.index.npz"))
         if not names:

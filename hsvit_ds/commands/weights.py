@@ -29,8 +29,9 @@ def import_weights(
     """Turn published weights, told apart by their keys, into a model file of this project."""
     with shown(2, debug):
         check_kernels()
-        from .. import interop, weights
+        from ..engine import interop
         from ..errors import RefusedError
+        from ..models import weights
 
         try:
             strides = tuple(int(stride) for stride in pool_strides.split(",") if pool_strides)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..errors import RefusedError
-from ..grid import Grid
+from ..grid.grid import Grid
 from . import augment, decode, loader, stream
 from .batch import PADDING, Batch, Images, Job
 from .index import Index, open_index, split_shards, stand_in

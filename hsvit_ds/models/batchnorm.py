@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..grid import Channel
+from ..grid.grid import Channel
 from .slimmable import FULL, Width
 
 

@@ -7,7 +7,7 @@ group, A attention layers, D embedding width.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,10 +19,8 @@ from hsvit_kernels.random import Draw, Site, generator, keep_scale, threshold
 
 from . import slimmable
 from .batchnorm import BatchNorm
+from .hsvit_config import Architecture
 from .slimmable import FULL, Width
-
-if TYPE_CHECKING:
-    from .hsvit import Config
 
 
 class ConvBlock(nn.Module):
@@ -63,7 +61,7 @@ def _conv(c_in: int, c_out: int, kernel: int, groups: int, submodules: int, slic
 class Submodules(nn.Module):
     """The submodules of this rank, computed together. Every parameter stacks them on its first axis."""
 
-    def __init__(self, config: Config, here: range, image_size: int, channels: int) -> None:
+    def __init__(self, config: Architecture, here: range, image_size: int, channels: int) -> None:
         super().__init__()
         c = config
         self.config, self.here, self.count = c, here, len(here)

@@ -20,10 +20,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from hsvit_kernels.random import Draw, Site, generator
 
 from ..errors import RefusedError, first_line
-from ..weights import load_exactly, read_foreign, unwrapped
 from . import slimmable
 from .batchnorm import BatchNorm
 from .slimmable import FULL, Width
+from .weights import load_exactly, read_foreign, unwrapped
 
 FILES = (".safetensors", ".pth", ".pt", ".bin")
 DEFAULT = "default"

@@ -8,7 +8,7 @@ from typing import Protocol
 from torch import Tensor
 
 from ..data.batch import Batch
-from ..engine import Engine
+from ..engine.engine import Engine
 from ..models.slimmable import Width
 
 

@@ -14,7 +14,7 @@ from ..data.augment import Config as Augment
 from ..data.batch import Batch
 from ..data.order import Order
 from ..errors import RefusedError
-from ..grid import Grid
+from ..grid.grid import Grid
 from ..models.backbone import Backbone
 from .cache import Rows, digest
 

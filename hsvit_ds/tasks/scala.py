@@ -23,7 +23,7 @@ from hsvit_kernels.random import Site, sequence
 from ..data import augment
 from ..data.batch import Batch
 from ..data.sets import Facts
-from ..engine import Engine
+from ..engine.engine import Engine
 from ..models import slimmable
 from ..models.slimmable import Width
 from . import teacher

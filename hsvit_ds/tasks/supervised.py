@@ -12,7 +12,7 @@ from torch import Tensor
 from ..data import augment
 from ..data.batch import Batch
 from ..data.sets import Facts
-from ..engine import Engine
+from ..engine.engine import Engine
 from ..models.slimmable import FULL, Width
 from .features import Features
 

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from ..data.batch import Batch
 from ..data.sets import Facts
+from ..engine.interop import load_run
 from ..errors import RefusedError
-from ..interop import load_run
 from ..models import timm_models
 from .cache import Rows, digest
 

@@ -21,11 +21,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from hsvit_ds.checkpoint_files import STEPS, read_bytes, read_manifest, read_weights
+from hsvit_ds.engine.checkpoint_files import STEPS, read_bytes, read_manifest, read_weights
 from hsvit_ds.errors import RefusedError
 
+from ..engine.test_checkpoint import assert_equal, latest
 from ..tars import data_set
-from ..test_checkpoint import assert_equal, latest
 from ..workers.common import SMALL
 from .hosts import Cluster, Host, launch, missing, output
 

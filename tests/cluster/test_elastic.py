@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 import torch
 
-from hsvit_ds.checkpoint_files import STEPS, read_manifest
+from hsvit_ds.engine.checkpoint_files import STEPS, read_manifest
 
+from ..engine.test_checkpoint import files, latest
 from ..ranks import finish as finish_ranks
 from ..ranks import start
-from ..test_checkpoint import files, latest
 from ..workers.common import SMALL
 from .hosts import DIGITS, Cluster, finish, launch, output, until
 

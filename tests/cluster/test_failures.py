@@ -13,12 +13,12 @@ from pathlib import Path
 
 import pytest
 
-from hsvit_ds.checkpoint_files import read_manifest, read_weights
+from hsvit_ds.engine.checkpoint_files import read_manifest, read_weights
 
+from ..engine.test_checkpoint import assert_equal, latest
 from ..ranks import finish as finish_ranks
 from ..ranks import start
 from ..tars import data_set
-from ..test_checkpoint import assert_equal, latest
 from ..workers.common import SMALL
 from .hosts import DIGITS, Cluster, deepspeed, finish, launch, output, until
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from hsvit_ds.checkpoint import Position
+from hsvit_ds.engine.checkpoint import Position
 
 from ..ranks import assert_same_run, work
 from ..workers.common import steps, trainer

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from .shard_commands import make, picture
+from .shards.commands import make, picture
 
 
 @pytest.fixture

@@ -19,8 +19,8 @@ from hsvit_ds.data.index import open_index
 from hsvit_ds.data.order import Order, Share
 from hsvit_ds.data.reader import Config, Reader
 from hsvit_ds.errors import RefusedError
-from hsvit_ds.grid import Config as GridConfig
-from hsvit_ds.grid import Grid
+from hsvit_ds.grid.grid import Config as GridConfig
+from hsvit_ds.grid.grid import Grid
 
 from ..ranks import work
 from ..tars import data_set, encoded, make_index, picture, sample, write_split, write_tar

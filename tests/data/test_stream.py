@@ -25,8 +25,8 @@ from hsvit_ds.data.reader import Config, Reader, resolved, shard_lengths
 from hsvit_ds.data.stream import Split, Streamed
 from hsvit_ds.data.transform import Transform
 from hsvit_ds.errors import RefusedError
-from hsvit_ds.grid import Config as GridConfig
-from hsvit_ds.grid import Grid
+from hsvit_ds.grid.grid import Config as GridConfig
+from hsvit_ds.grid.grid import Grid
 
 from ..tars import data_set
 
@@ -305,7 +305,7 @@ def test_the_reader_is_the_same_for_urls(folder: Path, url: str, workers: int) -
 
 
 def test_what_a_stream_cannot_promise_is_refused(url: str) -> None:
-    from hsvit_ds import recipe as recipes
+    from hsvit_ds.run import recipe as recipes
 
     base = {
         "model": {"kind": "hsvit", "variant": "C2A2", "submodules": 2},

@@ -144,7 +144,7 @@ def test_the_device_changes_colours_as_torchvision_does() -> None:
 
 @pytest.mark.parametrize("preset", [p for p in PRESETS if p != "none"])
 def test_presets_are_whole_recipes_that_keys_override(preset: str) -> None:
-    from hsvit_ds import recipe as recipes
+    from hsvit_ds.run import recipe as recipes
 
     table = {
         "model": {"kind": "hsvit", "variant": "C2A2"},

@@ -17,14 +17,14 @@ from PIL import EpsImagePlugin
 
 from hsvit_ds.data import augment, index, stream
 from hsvit_ds.data.decode import BadImageError, installed
-from hsvit_ds.data.shard_sources import decoded
+from hsvit_ds.data.shards.sources import decoded
 from hsvit_ds.data.stream import Streamed
 from hsvit_ds.data.transform import Transform
 from hsvit_ds.errors import RefusedError
 
 from ..tars import data_set, encoded, picture, sample, write_tar
-from .shard_commands import make, refused, shards
-from .test_shards import imagenet
+from .shards.commands import make, refused, shards
+from .shards.test_make import imagenet
 
 JPEG = encoded(picture(0))
 

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from hsvit_ds import recipe as recipes
 from hsvit_ds.data.reader import facts
 from hsvit_ds.models import hsvit
+from hsvit_ds.run import recipe as recipes
 from tests.ranks import ROOT
 from tools.compiled import attention_shapes
 

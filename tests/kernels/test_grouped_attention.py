@@ -89,7 +89,7 @@ def test_the_key_bias_gets_an_exact_zero() -> None:
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.float16, 2e-2), (torch.bfloat16, 0.1)])
 def test_compiled_equals_eager(dtype: torch.dtype, tolerance: float) -> None:
-    """PyTorch's tracing alone, which is where gradients once went wrong; tests/test_engine.py goes through inductor."""
+    """Tracing alone, where gradients once went wrong; tests/engine/test_engine.py goes through inductor."""
     a, draw = arguments(dtype=dtype), Draw.of(1, 2, image=torch.arange(3))
 
     def attention(a: dict[str, Tensor]) -> Tensor:

@@ -12,12 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
+from hsvit_ds.engine.optimizer import Config as OptimizerConfig
+from hsvit_ds.engine.optimizer import parameter_groups
 from hsvit_ds.errors import RefusedError
 from hsvit_ds.models import backbone as backbones
 from hsvit_ds.models.batchnorm import BatchNorm, move_running_statistics
 from hsvit_ds.models.hsvit import Config, HSViT
-from hsvit_ds.optimizer import Config as OptimizerConfig
-from hsvit_ds.optimizer import parameter_groups
 from hsvit_kernels.random import Draw
 
 from .test_timm_models import images, randomised, saved, timms_own

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from hsvit_ds.interop import import_hsvit
+from hsvit_ds.engine.interop import import_hsvit
 from hsvit_ds.models.hsvit import VARIANTS, Config, HSViT
 from hsvit_kernels.random import Draw
-from tools.published import published
+from tools.benchmarks.published import published
 
 # variant, image side, colour channels, classes: parameters, MFLOPs (arXiv 2404.05196, counted on the published code)
 PUBLISHED = {

@@ -10,11 +10,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from hsvit_ds.engine.optimizer import Config as OptimizerConfig
+from hsvit_ds.engine.optimizer import parameter_groups
 from hsvit_ds.errors import RefusedError
 from hsvit_ds.models.batchnorm import BatchNorm, Statistics, move_running_statistics, set_statistics
 from hsvit_ds.models.timm_models import Classifier, Config, DropPath, Randomness
-from hsvit_ds.optimizer import Config as OptimizerConfig
-from hsvit_ds.optimizer import parameter_groups
 from hsvit_kernels.random import Draw
 
 # The papers' baselines at 224 px: millions of parameters, and thousand millions of multiply-adds where they are known.

@@ -9,13 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from hsvit_ds.engine.optimizer import Config as OptimizerConfig
+from hsvit_ds.engine.optimizer import parameter_groups
 from hsvit_ds.models.slimmable import FULL, Width
 from hsvit_ds.models.slimmable import Config as Widths
 from hsvit_ds.models.vit import Config, ViT
-from hsvit_ds.optimizer import Config as OptimizerConfig
-from hsvit_ds.optimizer import parameter_groups
 from hsvit_kernels.random import Draw
-from tools.published_scala import Network
+from tools.benchmarks.published_scala import Network
 
 SEVEN = Widths(smallest=0.25, granularity=0.125)
 SMALL: dict[str, Any] = {"embedding": 96, "heads": 3, "depth": 2, "patch_size": 4, "widths": SEVEN}

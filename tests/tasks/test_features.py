@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from hsvit_ds import recipe as recipes
 from hsvit_ds.errors import RefusedError
+from hsvit_ds.run import recipe as recipes
 from tests.ranks import ROOT, work
 from tests.workers.common import trainer
 

@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from hsvit_ds import recipe as recipes
-from hsvit_ds.checkpoint import Position
 from hsvit_ds.data.batch import Batch
 from hsvit_ds.data.sets import SETS
+from hsvit_ds.engine.checkpoint import Position
 from hsvit_ds.errors import RefusedError
+from hsvit_ds.run import recipe as recipes
 from hsvit_ds.tasks.teacher import Config, Teacher, load
 
 from ..workers.common import ROOT, steps, trainer

@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import Tensor
 
-from hsvit_ds import recipe as recipes
-from hsvit_ds.grid import Grid, world_size
-from hsvit_ds.trainer import Trainer
+from hsvit_ds.grid.grid import Grid, world_size
+from hsvit_ds.run import recipe as recipes
+from hsvit_ds.run.trainer import Trainer
 
 ROOT = Path(__file__).parent.parent.parent
 # Dropout, dropped submodules, mixing, smoothing, clipping, two parameter groups and odd shapes: all on.

@@ -11,8 +11,8 @@ from hsvit_ds.data.batch import Batch
 from hsvit_ds.data.index import open_index
 from hsvit_ds.data.order import Order, Share
 from hsvit_ds.data.reader import Config, Reader
-from hsvit_ds.grid import Config as GridConfig
-from hsvit_ds.grid import Grid
+from hsvit_ds.grid.grid import Config as GridConfig
+from hsvit_ds.grid.grid import Grid
 
 EPOCHS, BATCH = 2, 12
 AUGMENT = augment.Config(crop="random_resized", flip=0.5)

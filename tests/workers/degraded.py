@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from hsvit_ds.checkpoint import Position
+from hsvit_ds.engine.checkpoint import Position
 
 from .common import state, steps, trainer
 

@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 
-from hsvit_ds.survival import Watch
+from hsvit_ds.run.survival import Watch
+from hsvit_ds.run.trainer import Trainer
 from hsvit_ds.train import main
-from hsvit_ds.trainer import Trainer
 
 rank, phase, action = sys.argv[1:4]
 doing, build = Watch.doing, Trainer.__init__

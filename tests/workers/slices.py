@@ -10,11 +10,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from hsvit_ds.engine import BatchStatistics, Engine
-from hsvit_ds.engine import Config as EngineConfig
-from hsvit_ds.grid import Config as GridConfig
-from hsvit_ds.grid import Grid, world_size
-from hsvit_ds.optimizer import Config as OptimizerConfig
+from hsvit_ds.engine.engine import BatchStatistics, Engine
+from hsvit_ds.engine.engine import Config as EngineConfig
+from hsvit_ds.engine.optimizer import Config as OptimizerConfig
+from hsvit_ds.grid.grid import Config as GridConfig
+from hsvit_ds.grid.grid import Grid, world_size
 from tests.kernels.test_sliced_linear import K, Slimmable
 
 from . import steps

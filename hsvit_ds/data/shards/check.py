@@ -1,0 +1,172 @@
+"""A check of everything in tar shards: tars, keys, labels, and every image decoded."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+from ...errors import RefusedError
+from .. import index
+from ..decode import BadImageError
+from ..index import IMAGES, MOST_BYTES, Member
+from .make import INFO, Done, disagreement, read_info
+from .sources import decoded
+
+WARNINGS = ("duplicate image", "index")
+
+
+class Finding(NamedTuple):
+    """What is wrong, and with which shard and member."""
+
+    kind: str
+    text: str
+
+    @property
+    def is_error(self) -> bool:
+        return self.kind not in WARNINGS
+
+
+@dataclass
+class Checked:
+    """A shard that was read. samples: as its index counts them. images: (SHA-256, label, name) of each sample's."""
+
+    shard: str
+    samples: int
+    findings: list[Finding] = field(default_factory=list)
+    keys: dict[str, None] = field(default_factory=dict)
+    images: list[tuple[bytes, int | None, str]] = field(default_factory=list)
+
+    def find(self, kind: str, member: str, what: str) -> None:
+        self.findings.append(Finding(kind, f"{self.shard}: {member}: {what}"))
+
+
+def check(folder: Path, classes: int, processes: int, done: Done) -> tuple[list[Finding], dict[str, int]]:
+    """Read every byte of the shards in a folder. Gives what is wrong, and the samples of each split.
+
+    classes: labels are below it; 0 takes the number of classes in `_info.json`, if it tells.
+
+    Raises:
+        RefusedError: no shards, or an `_info.json` that cannot be read.
+    """
+    splits, info = shards_in(folder), read_info(folder)
+    read = partial(check_shard, classes=classes or len(info.get("classes", [])))
+    findings, samples, total, count = list[Finding](), dict[str, int](), sum(map(len, splits.values())), 0
+    with ProcessPoolExecutor(processes) as pool:
+        for split, paths in splits.items():
+            known = Known()
+            lengths = []
+            for checked in pool.map(read, paths):
+                findings += [*checked.findings, *known.repeated(checked)]
+                lengths.append(checked.samples)
+                done(count := count + 1, total)
+            samples[split] = sum(lengths)
+            if text := disagreement(info, split, [path.name for path in paths], lengths):
+                findings.append(Finding(INFO, text))
+            try:
+                index.open_index(folder / f"{split}.index.npz", folder)
+            except RefusedError as error:
+                findings.append(Finding("index", str(error)))
+    for split in info.get("splits", {}).keys() - splits.keys():
+        findings.append(Finding(INFO, f"{split} is in it, but has no shards"))
+    return findings, samples
+
+
+def shards_in(folder: Path) -> dict[str, list[Path]]:
+    """`split_shards` of a folder that must have some."""
+    if not folder.is_dir():
+        raise RefusedError(f"{folder}: not a folder")
+    if not (splits := index.split_shards(folder)):
+        raise RefusedError(f"{folder}: no shards named NAME-SPLIT-0000.tar")
+    return splits
+
+
+class Known:
+    """Keys and images of a split's shards so far: some 200 bytes a sample."""
+
+    def __init__(self) -> None:
+        self.keys: dict[str, str] = {}
+        self.images: dict[bytes, tuple[int | None, str]] = {}
+
+    def repeated(self, checked: Checked) -> Iterator[Finding]:
+        shard = checked.shard
+        for key in checked.keys:
+            if (first := self.keys.setdefault(key, shard)) != shard:
+                yield Finding("duplicate key", f"{shard}: {key}: also in {first}")
+        for digest, label, name in checked.images:
+            this = f"{shard}: {name}"
+            first_label, first = self.images.setdefault(digest, (label, this))
+            if first != this and first_label != label:
+                yield Finding("one image, two labels", f"{this}: label {label}, but {first} has {first_label}")
+            elif first != this:
+                yield Finding("duplicate image", f"{this}: also {first}")
+
+
+def check_shard(path: Path, classes: int) -> Checked:
+    """Read a shard and decode its images, one at a time; how far Pillow decodes them is how much is checked."""
+    try:
+        samples = len(index.scan(path).samples)
+    except RefusedError:  # for a reason that is found below
+        samples = 0
+    checked = Checked(path.name, samples)
+    problems, names, twice = list[str](), set[str](), set[str]()
+
+    def watched(members: Iterable[Member]) -> Iterator[Member]:
+        for member in members:
+            if member.unsafe:
+                checked.find("unsafe member", member.name, member.unsafe)
+                continue
+            (twice if member.name in names else names).add(member.name)
+            yield member
+
+    try:
+        with path.open("rb") as file:
+            for key, members in index.grouped(watched(index.walk(path, file, problems))):
+                if key in checked.keys or twice.intersection(member.name for member in members.values()):
+                    checked.find("duplicate key", key, "more than once in this shard")
+                checked.keys[key] = None
+                _check_images(file.fileno(), key, members, _checked_label(key, members, classes, checked), checked)
+    except OSError as error:
+        problems.append(f"{path.name}: {error.strerror}")
+    checked.findings += [Finding("damaged tar", problem) for problem in problems]
+    return checked
+
+
+def _checked_label(key: str, members: dict[str, Member], classes: int, checked: Checked) -> int | None:
+    try:
+        label = index.label_of({extension: member.text for extension, member in members.items()})
+    except (ValueError, AttributeError):
+        checked.find("label", key, "not a number")
+        return None
+    if label is None:
+        checked.find("label", key, f"missing (no {key}.cls, nor label in {key}.json)")
+    elif not 0 <= label < (classes or 2**31):
+        checked.find("label", key, f"{label} is out of range" + (f" of {classes} classes" if classes else ""))
+    return label
+
+
+def _check_images(file: int, key: str, members: dict[str, Member], label: int | None, checked: Checked) -> None:
+    images = [member for extension, member in members.items() if extension.endswith(IMAGES)]
+    if not images:
+        checked.find("no image", key, f"only {', '.join(sorted(members))}")
+    for image in images:
+        if image.size > MOST_BYTES:
+            checked.find("broken image", image.name, f"{image.size} bytes are more than {MOST_BYTES}")
+            continue
+        data = os.pread(file, image.size, image.offset)
+        if not image.size:
+            checked.find("empty image", image.name, "0 bytes")
+        elif len(data) < image.size:
+            checked.find("broken image", image.name, f"cut off after {len(data)} of {image.size} bytes")
+        else:
+            try:
+                decoded(data)
+            except BadImageError as error:
+                checked.find("broken image", image.name, str(error))
+            if image is images[0]:
+                checked.images.append((hashlib.sha256(data).digest(), label, image.name))

@@ -1,0 +1,262 @@
+"""Where images come from before they are shards: a folder of classes, or ImageNet's own archives.
+
+Archives are read in place, as bytes at an offset: nothing is unpacked, so a source costs its list of images.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import sys
+import tarfile
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from ...errors import RefusedError, first_line
+from ..decode import BadImageError, open_upright
+from ..index import IMAGES, MOST_BYTES, Member, printable, safe, unsafe, walk
+
+TRAIN, VAL, DEVKIT = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar", "ILSVRC2012_devkit_t12.tar.gz"
+META, TRUTH = "data/meta.mat", "data/ILSVRC2012_validation_ground_truth.txt"
+_SPLITS = {"train", "val", "valid", "validation", "test"}
+
+
+class Item(NamedTuple):
+    """An image: `size` bytes at `offset` of `file`. name: what the source calls it, class_name: what its class."""
+
+    file: str
+    offset: int
+    size: int
+    label: int
+    class_name: str
+    name: str
+
+    def read(self) -> bytes:
+        """
+        Raises:
+            RefusedError: the file is gone, or shorter than it was.
+        """
+        try:
+            with open(self.file, "rb") as file:
+                data = os.pread(file.fileno(), self.size, self.offset)
+        except OSError as error:
+            raise RefusedError(f"{self.file}: {error.strerror}; restore it and start the same command again") from error
+        if len(data) != self.size:
+            raise RefusedError(f"{self.file}: shorter than when it was listed; leave SOURCE alone while it is read")
+        return data
+
+
+@dataclass(frozen=True)
+class Source:
+    """A split before it is shuffled. classes: name of each class index; titles: the same for people to read."""
+
+    items: list[Item]
+    classes: list[str]
+    titles: list[str]
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the images' names, sizes and labels, not of where they lie."""
+        digest = hashlib.sha256("\n".join(self.classes).encode(errors="surrogateescape"))
+        for item in self.items:
+            digest.update(f"{item.name}\0{item.size}\0{item.label}\n".encode(errors="surrogateescape"))
+        return digest.hexdigest()[:16]
+
+
+def open_source(folder: Path, split: str) -> Source:
+    """List the images of a split, in an order that depends on their names alone.
+
+    Raises:
+        RefusedError: neither layout, no images, or archives that are incomplete or contradict each other.
+    """
+    if not folder.is_dir():
+        raise RefusedError(f"{folder}: not a folder")
+    try:
+        names = {entry.name for entry in os.scandir(folder)}
+        if {TRAIN, VAL} & names:
+            source = _imagenet(folder, split)
+        elif classes := sorted(n for n in names if not n.startswith(".") and (folder / n).is_dir()):
+            source = _image_folder(folder, classes)
+        else:
+            raise RefusedError(
+                f"{folder}: unknown layout; looked for one sub-folder a class, and for {TRAIN} or {VAL} beside {DEVKIT}"
+            )
+    except OSError as error:
+        raise RefusedError(f"{error.filename or folder}: {error.strerror}") from error
+    if not source.items:
+        raise RefusedError(f"{folder}: no images ({', '.join(IMAGES)}) in {len(source.classes)} classes")
+    return source
+
+
+def _image_folder(folder: Path, classes: list[str]) -> Source:
+    """Sorted names of sub-folders are the classes, as in torchvision's ImageFolder; hidden ones are none."""
+    if _SPLITS.issuperset(classes):
+        raise RefusedError(f"{folder}: {', '.join(classes)} are splits, not classes; give {folder / classes[0]}")
+    items = [
+        Item(path, 0, os.stat(path).st_size, label, name, os.path.relpath(path, folder))
+        for label, name in enumerate(classes)
+        for path in sorted(_images(folder / name))
+    ]
+    return Source(items, classes, classes)
+
+
+def _images(folder: Path) -> Iterator[str]:
+    for root, _, files in os.walk(folder, followlinks=True):
+        yield from (os.path.join(root, name) for name in files if _is_image(name))
+
+
+def _is_image(name: str) -> bool:
+    return name.lower().endswith(IMAGES) and not os.path.basename(name).startswith(".")
+
+
+def _imagenet(folder: Path, split: str) -> Source:
+    archive = folder / {"train": TRAIN, "val": VAL, "validation": VAL}.get(split, "")
+    if archive == folder:
+        raise RefusedError(f"--split {split}: ImageNet's archives hold train and val; its test split has no labels")
+    if not archive.exists():
+        raise RefusedError(f"{archive}: not there; --split {split} needs it")
+    devkit = folder / DEVKIT
+    if archive.name == VAL:
+        if not devkit.exists():
+            raise RefusedError(f"{devkit}: not there; the labels of {VAL} are in it")
+        return _imagenet_val(archive, devkit)
+    return _imagenet_train(archive, devkit if devkit.exists() else None)
+
+
+def _imagenet_train(archive: Path, devkit: Path | None) -> Source:
+    """A tar of one tar a class. Without the devkit the classes are those that are there."""
+    with archive.open("rb") as file:
+        tars = [m for m in _members(archive, file, 0) if m.name.endswith(".tar")]
+        found = {Path(m.name).stem: m for m in tars}
+        titles = _read_devkit(devkit)[0] if devkit else {}
+        classes = sorted(titles or found)
+        if unknown := sorted(found.keys() - set(classes)):
+            raise RefusedError(f"{archive}: {unknown[0]}.tar is none of the {len(classes)} classes of {devkit}")
+        items = [
+            Item(str(archive), image.offset, image.size, label, wnid, image.name)
+            for label, wnid in enumerate(classes)
+            if wnid in found
+            for image in sorted(_nested(archive, file, found[wnid]), key=lambda m: m.name)
+        ]
+    return Source(items, classes, [f"{wnid} {titles.get(wnid, '')}".strip() for wnid in classes])
+
+
+def _imagenet_val(archive: Path, devkit: Path) -> Source:
+    """Line i of the ground truth is the devkit's id, not the class index, of the i-th image by name."""
+    titles, wnids, truth = _read_devkit(devkit)
+    classes = sorted(titles)
+    rank = {wnid: label for label, wnid in enumerate(classes)}
+    with archive.open("rb") as file:
+        images = sorted((m for m in _members(archive, file, 0) if _is_image(m.name)), key=lambda m: m.name)
+    if len(truth) != len(images):
+        raise RefusedError(f"{devkit}: {TRUTH} has {len(truth)} lines, {archive.name} has {len(images)} images")
+    items = []
+    for image, line in zip(images, truth, strict=True):
+        wnid = wnids.get(line)
+        if wnid is None:
+            raise RefusedError(f'{devkit}: {TRUTH} says "{line}" of {image.name}, which is no id of a class in {META}')
+        items.append(Item(str(archive), image.offset, image.size, rank[wnid], wnid, image.name))
+    return Source(items, classes, [f"{wnid} {titles[wnid]}" for wnid in classes])
+
+
+def _members(archive: Path, file: io.BufferedReader, start: int, end: int = sys.maxsize) -> list[Member]:
+    """The files of the tar between two bytes of a file; refused where it is damaged."""
+    file.seek(start)
+    problems: list[str] = []
+    members = list(safe(archive, walk(archive, file, problems, end)))
+    if problems:
+        raise RefusedError(f"{archive.parent / problems[0]}; fetch it again")
+    return members
+
+
+def _nested(archive: Path, file: io.BufferedReader, tar: Member) -> Iterator[Member]:
+    for image in _members(archive, file, tar.offset, tar.offset + tar.size):
+        if _is_image(image.name):
+            yield image
+
+
+def _read_devkit(path: Path) -> tuple[dict[str, str], dict[str, str], list[str]]:
+    """({wnid: words}, {id: wnid}, ids of the validation images) of the classes, which are the synsets without children.
+
+    Raises:
+        RefusedError: not the devkit of ILSVRC2012.
+    """
+    from scipy.io import loadmat
+    from scipy.io.matlab import MatReadError
+
+    texts = dict[str, bytes]()
+    try:
+        with tarfile.open(path, "r:gz") as tar:
+            for member in tar:
+                if wrong := unsafe(member) or ("too large" if member.size > MOST_BYTES else ""):
+                    raise ValueError(f"{printable(member.name)}: {wrong}")
+                for name in (META, TRUTH):
+                    if member.name.endswith(name) and (file := tar.extractfile(member)):
+                        texts[name] = file.read()
+        synsets = np.atleast_1d(loadmat(io.BytesIO(texts[META]), squeeze_me=True)["synsets"])
+        leaves = synsets[synsets["num_children"] == 0]
+        truth = texts[TRUTH].decode().split()
+        wnids = {str(int(leaf["ILSVRC2012_ID"])): str(leaf["WNID"]) for leaf in leaves}
+        titles = {str(leaf["WNID"]): str(leaf["words"]) for leaf in leaves}
+    except (tarfile.TarError, zlib.error, EOFError, OSError, MatReadError, ValueError, TypeError, IndexError) as error:
+        raise RefusedError(f"{path}: not the devkit of ILSVRC2012 ({first_line(error)}); fetch it again") from error
+    except KeyError as error:
+        raise RefusedError(f"{path}: not the devkit of ILSVRC2012 ({error} is missing); fetch it again") from error
+    return titles, wnids, truth
+
+
+def sample(item: Item, resize: int | None, quality: int) -> dict[str, bytes]:
+    """{extension: content} of a webdataset sample.
+
+    resize: an image with a longer shorter side, pixels, becomes a JPEG of this one; any other keeps its bytes.
+
+    Raises:
+        BadImageError: 0 bytes, too many or, where it has to be resized, no image.
+    """
+    if item.size > MOST_BYTES:
+        raise BadImageError(f"{item.size} bytes are more than {MOST_BYTES}")
+    data = item.read()
+    extension = PurePosixPath(item.name).suffix.lower().removeprefix(".").replace("jpeg", "jpg")
+    facts: dict[str, Any] = {"label": item.label, "class": item.class_name, "filename": item.name}
+    if not data:
+        raise BadImageError("0 bytes")
+    if resize:
+        image = decoded(data)
+        if min(image.size) > resize and not image.mode.startswith(("I", "F")):  # deeper than a JPEG's 8 bits
+            image = _shrunk(image, resize)
+            file = io.BytesIO()
+            image.save(file, "JPEG", quality=quality)
+            data, extension = file.getvalue(), "jpg"
+        facts["width"], facts["height"] = image.size
+    return {extension: data, "cls": str(item.label).encode(), "json": json.dumps(facts).encode()}
+
+
+def _shrunk(image: Image.Image, shorter: int) -> Image.Image:
+    """RGB or greyscale with the shorter side given; Pillow antialiases when it shrinks."""
+    scale = shorter / min(image.size)
+    width, height = (max(round(side * scale), shorter) for side in image.size)
+    if image.mode not in ("RGB", "L"):
+        image = image.convert("RGB")
+    return image.resize((width, height), Image.Resampling.BICUBIC)
+
+
+def decoded(data: bytes) -> Image.Image:
+    """The whole image, upright, since a JPEG that is written anew loses its EXIF.
+
+    Raises:
+        BadImageError: Pillow cannot decode it to its end.
+    """
+    image = open_upright(data)
+    try:
+        image.load()
+    except Exception as error:  # damaged files raise nearly anything, SyntaxError and struct.error among it
+        raise BadImageError(first_line(error)) from error
+    return image

@@ -1,0 +1,369 @@
+"""The DeepSpeed engine: one optimizer step of A micro batches x P passes with one gradient reduction."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import hsvit_kernels
+
+from ..errors import RefusedError, first_line
+from ..grid.grid import Grid
+from ..models import timm_models
+from ..models.batchnorm import Statistics, forget, move_running_statistics, set_statistics
+from . import optimizer as optimizers
+from .zero import Shards, shards, step_state
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    zero_stage: int = 1
+    """What replicas share: 0 nothing, 1 optimizer states, 2 and gradients, 3 and parameters."""
+    precision: str = "auto"
+    """"fp32", "bf16" (torch autocast over fp32 parameters), or "auto": bf16 on GPUs, fp32 on CPUs."""
+    kernels: str = "auto"
+    """"triton" or "reference" for every operation of hsvit_kernels, or "auto": on a GPU the kernels that the first use
+    finds right and faster, elsewhere the reference."""
+    checkpoint_activations: bool = False
+    """Recompute the activations of a timm model in backward instead of keeping them."""
+    compile: bool = False
+    """torch.compile the model's training graph; evaluation stays eager."""
+    max_skipped_steps: int = 10
+    """Steps in a row that may be skipped for a non-finite gradient before the run stops."""
+    deepspeed: dict[str, Any] = field(default_factory=dict)
+    """DeepSpeed's own keys, passed through; refused where they contradict a derived one."""
+
+    def __post_init__(self) -> None:
+        if self.zero_stage not in (0, 1, 2, 3):
+            raise ValueError(f"zero_stage = {self.zero_stage}: must be 0, 1, 2 or 3")
+        if self.precision not in ("auto", "fp32", "bf16"):
+            raise ValueError(f'precision = "{self.precision}": must be "auto", "fp32" or "bf16"')
+        if self.kernels not in hsvit_kernels.CHOICES:
+            raise ValueError(f'kernels = "{self.kernels}": must be one of {", ".join(hsvit_kernels.CHOICES)}')
+        if self.max_skipped_steps < 0:
+            raise ValueError(f"max_skipped_steps = {self.max_skipped_steps}: must not be negative")
+
+
+class NonFiniteError(RefusedError):
+    """Too many steps in a row had a non-finite gradient."""
+
+
+@dataclass(frozen=True)
+class BatchStatistics:
+    """How BatchNorm's runs lie in a micro batch; derived by the recipe from `run.bn_batch`."""
+
+    runs: int
+    """Runs in one micro batch."""
+    synced: bool
+    """One run spans the micro batches of all replicas."""
+
+
+@dataclass(frozen=True)
+class StepResult:
+    loss: Tensor
+    """Mean loss of this rank's micro batches, on the device."""
+    grad_norm: float
+    """Global norm before clipping; not finite for a skipped step."""
+    applied: bool
+
+
+Passes = Callable[[], Iterator[Iterable[Tensor]]]
+"""For each micro batch, the losses of its passes, each computed when asked for."""
+
+
+def _is_partial(parameter: Any) -> bool:
+    """Whether the ranks of a replica each have a part of a sum as the gradient (see `HSViT`)."""
+    return getattr(parameter, "partial_in_replica", False)
+
+
+def _whole_numel(parameter: Any) -> int:
+    """Numbers of a parameter, which stage 3 keeps in parts."""
+    return int(getattr(parameter, "ds_numel", parameter.numel()))
+
+
+def prepare(model: nn.Module, checkpoint_activations: bool, bf16: bool) -> None:
+    """Switch activation checkpointing on, and store frozen matrices as autocast would read them."""
+    nets = timm_models.nets(model)
+    if checkpoint_activations:
+        if not nets:
+            raise RefusedError(
+                "engine.checkpoint_activations = true: only for models of timm (model.backbone.name, or model.kind = "
+                '"timm")'
+            )
+        for _, net in nets:
+            try:
+                net.set_grad_checkpointing(True)
+            except (AssertionError, ValueError) as error:  # as timm's models say that they cannot
+                raise RefusedError(f"engine.checkpoint_activations = true: {first_line(error)}") from error
+    for parameter in model.parameters():
+        if bf16 and not parameter.requires_grad and parameter.dim() > 1:
+            parameter.data = parameter.data.bfloat16()
+
+
+WIDTHS = 64
+"""Graphs of one model that torch.compile may make; of more it would run the others eagerly, without a word."""
+LARGEST_BUCKET = 500_000_000
+"""Numbers of a buffer that gradients are reduced in."""
+
+
+def deepspeed_config(config: Config, clip: float, bf16: bool, micro_batch: int, trained: int) -> dict[str, Any]:
+    """What DeepSpeed is told; the expert keys are merged in, and refused where they contradict. trained: numbers."""
+    zero: dict[str, Any] = {"stage": config.zero_stage}
+    if "reduce_bucket_size" not in config.deepspeed.get("zero_optimization", {}):
+        # DeepSpeed reserves the whole bucket, 2 GB, for however small a model.
+        zero["reduce_bucket_size"] = max(min(trained, LARGEST_BUCKET), 1)
+    derived: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": micro_batch,
+        "gradient_accumulation_steps": 1,  # accumulation and the loss's 1/A are the engine's own
+        "gradient_clipping": clip if config.zero_stage else 0.0,  # 1.0 when unset; stage 0 clips here
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 10**9,
+    }
+    if bf16:
+        # An empty list keeps the reduction of gradients in fp32; it does not touch what autocast computes in bf16.
+        derived["torch_autocast"] = {
+            "enabled": True,
+            "dtype": "bfloat16",
+            "lower_precision_safe_modules": [],
+        }
+    return _merge(derived, config.deepspeed, "engine.deepspeed")
+
+
+def _merge(derived: dict[str, Any], expert: dict[str, Any], where: str) -> dict[str, Any]:
+    merged = dict(derived)
+    for key, value in expert.items():
+        if isinstance(value, dict) and isinstance(derived.get(key), dict):
+            merged[key] = _merge(derived[key], value, f"{where}.{key}")
+        elif key in derived and derived[key] != value:
+            raise RefusedError(
+                f"{where}.{key} = {value!r} contradicts {derived[key]!r}, which is derived from the recipe; "
+                "set the recipe's own key"
+            )
+        else:
+            merged[key] = value
+    return merged
+
+
+class Engine:
+    """A model under DeepSpeed on a grid.
+
+    Args:
+        model: on the CPU, marked where its parameters differ inside a replica.
+        batch_statistics: how BatchNorm's runs lie in a micro batch of `micro_batch`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: Config,
+        optimizer_config: optimizers.Config,
+        grid: Grid,
+        *,
+        micro_batch: int,
+        accumulation: int,
+        batch_statistics: BatchStatistics,
+        bf16: bool,
+    ) -> None:
+        self.config, self.grid, self.accumulation = config, grid, accumulation
+        try:
+            hsvit_kernels.force(config.kernels, grid.device)
+        except ValueError as error:
+            raise RefusedError(f"engine: {error}") from None
+        self.clip = optimizer_config.clip
+        if grid.device.type == "cpu":
+            os.environ.setdefault("DS_ACCELERATOR", "cpu")  # silences a warning on every rank
+        import deepspeed  # here, as it takes 6 s: a recipe is read and refused without it
+        from deepspeed.utils import groups as deepspeed_groups
+
+        logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+        # Otherwise DeepSpeed compiles a collective at start-up (30 s, needs g++) that training never uses.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        # DeepSpeed would make this group itself, with no timeout that could be set.
+        deepspeed_groups._WORLD_GROUP = grid.world_group
+        deepspeed.init_distributed(grid.backend, dist_init_required=False)
+        model.to(grid.device)
+        prepare(model, config.checkpoint_activations, bf16)
+        try:
+            self.parameter_groups = optimizers.parameter_groups(model, optimizer_config)
+        except ValueError as error:
+            raise RefusedError(f"[optimizer] {error}") from None
+        trained = sum(p.numel() for group in self.parameter_groups for p in group["params"])
+        self.deepspeed, self.optimizer, *_ = deepspeed.initialize(
+            model=model,
+            optimizer=optimizers.build(self.parameter_groups, optimizer_config),
+            config=deepspeed_config(config, self.clip, bf16, micro_batch, trained),
+            mpu=grid,
+            dist_init_required=False,
+        )
+        self.module: nn.Module = self.deepspeed.module
+        self.step_state = step_state(self.module)
+        self.shards: Shards = shards(config.zero_stage, self.module, self.optimizer, grid)
+        # Where the ranks of a replica split its images, each has batch statistics of its own.
+        norms = grid.all_norms if getattr(self.module, "splits_images", False) else grid.norms
+        synced = batch_statistics.synced and norms.size > 1
+        set_statistics(self.module, Statistics(batch_statistics.runs, norms if synced else None))
+        self.runs_differ = norms if norms.size > 1 and not synced else None
+        self._partial = [p for p in self.module.parameters() if p.requires_grad and _is_partial(p)]
+        self.skipped_steps = 0
+        self._skipped_in_a_row = 0
+        if config.compile:
+            # Each width is a graph of its own: numbers that change with it are not to become variables of one.
+            torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, WIDTHS)
+            self.deepspeed.compile(compile_kwargs={"dynamic": False})
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.deepspeed(*args, **kwargs)
+
+    def traffic(self, steps: int) -> dict[str, float]:
+        """Bytes a step that this rank gave to collectives since the last call, `steps` steps ago, by what they were:
+        CLS sums, a backbone's maps and their gradients, BatchNorm's statistics, images, and gradients (by count: one
+        fp32 reduction a step over the replicas, and one of a backbone's inside a replica)."""
+        trained = sum(f.shape.numel() for fragments in self.shards.layout for f in fragments)
+        partial = sum(_whole_numel(p) for p in self._partial)
+        return {
+            "comm/exchange_bytes": self.grid.exchanges.take() / steps,
+            "comm/feature_bytes": self.grid.features.take() / steps,
+            "comm/norm_bytes": (self.grid.norms.take() + self.grid.all_norms.take()) / steps,
+            "comm/data_bytes": self.grid.images.take() / steps,
+            "comm/gradient_bytes": 4.0 * (trained if self.grid.replicas > 1 else 0) + 4.0 * partial,
+        }
+
+    def step(self, passes: Passes, count: int, lr: float, step: int) -> StepResult:
+        """Run every pass of every micro batch, reduce once, clip, step.
+
+        Args:
+            passes: gives the step's micro batches anew; see `Passes`.
+            count: passes of a micro batch (P).
+            lr: learning rate of this step. step: its number, for messages.
+        """
+        self.module.train()
+        self.step_state.gathers = True
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr * group["lr_scale"]
+        losses: list[Tensor] = []
+        last = self.accumulation * count - 1
+        with self._one_reduction():
+            for micro in passes():
+                for loss in micro:
+                    if self.config.zero_stage == 0:  # where coalescing raises
+                        self.deepspeed.set_gradient_accumulation_boundary(len(losses) == last)
+                    self.step_state.last = len(losses) == last
+                    self.deepspeed.backward(loss / self.accumulation)
+                    losses.append(loss.detach().float())
+            self._sum_partial()
+        applied, norm = self._update()
+        self.step_state.clear()
+        self.step_state.gathers = False
+        move_running_statistics(self.module, applied, self.runs_differ)
+        loss = torch.stack(losses).sum() / self.accumulation
+        if not applied:
+            self._skip(passes, loss, step)
+        else:
+            self._skipped_in_a_row = 0
+        return StepResult(loss, norm, applied)
+
+    def _one_reduction(self) -> AbstractContextManager[None]:
+        # Without it stages 1 and 2 silently keep the last pass only; boundaries would reduce once a pass.
+        if self.config.zero_stage == 0:
+            return nullcontext()
+        return self.deepspeed.coalesce_grad_reduction()
+
+    @torch.no_grad()
+    def _sum_partial(self) -> None:
+        """Sum the gradients of a backbone over the ranks of the replica, each of which has seen a share of its images:
+        before the reduction over the replicas at stages 1 to 3, after it at stage 0, which is the same."""
+        if not self._partial:
+            return
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in self._partial]
+        flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
+        self.grid.sum_over_submodule_ranks(flat)
+        for parameter, whole in zip(self._partial, flat.split([g.numel() for g in gradients]), strict=True):
+            if parameter.grad is not None:
+                parameter.grad.copy_(whole.view(parameter.grad.shape))
+
+    def _update(self) -> tuple[bool, float]:
+        """(whether the step was applied, gradient norm); a non-finite gradient is never applied."""
+        if self.config.zero_stage == 0:
+            norm = self._clip()
+            if not math.isfinite(norm):
+                self.deepspeed.zero_grad()
+                return False, norm
+        self.deepspeed.step()
+        if self.config.zero_stage:
+            norm = float(self.deepspeed.get_global_grad_norm())
+        return bool(self.deepspeed.was_step_applied()), norm
+
+    @torch.no_grad()
+    def _clip(self) -> float:
+        """Stage 0: DeepSpeed neither reports the norm without clipping nor skips a non-finite gradient there."""
+        gradients = [(p.grad, p) for p in self.module.parameters() if p.grad is not None]
+        squares = torch.zeros(2, dtype=torch.float64, device=self.grid.device)  # own, shared
+        for gradient, parameter in gradients:
+            shared = not getattr(parameter, "model_parallel", False)
+            squares[int(shared)] += torch.linalg.vector_norm(gradient).double().square()
+        own = squares[:1].clone()
+        if self.grid.submodule_ranks > 1:
+            self.grid.sum_over_submodule_ranks(own)
+        norm = float((own[0] + squares[1]).sqrt())
+        if self.clip and math.isfinite(norm) and norm > self.clip:
+            for gradient, _ in gradients:
+                gradient.mul_(self.clip / (norm + 1e-6))
+        return norm
+
+    def _skip(self, passes: Passes, loss: Tensor, step: int) -> None:
+        """Count a skipped step; at the limit stop, naming where the first non-finite number appears."""
+        self.skipped_steps += 1
+        self._skipped_in_a_row += 1
+        if self._skipped_in_a_row <= self.config.max_skipped_steps:
+            return
+        places = self.grid.gather(self._diagnose(passes))
+        rank = next((rank for rank, place in enumerate(places) if place), None)
+        where = "every loss and output is finite, so the backward pass overflowed"
+        raise NonFiniteError(
+            f"{self._skipped_in_a_row} steps in a row, up to step {step}, had a non-finite gradient "
+            f"(engine.max_skipped_steps = {self.config.max_skipped_steps}); "
+            f"{where if rank is None else f'rank {rank}: loss {float(loss):g}, {places[rank]}'}"
+        )
+
+    def forget_skipped(self) -> None:
+        """Begin to count skipped steps in a row anew."""
+        self._skipped_in_a_row = 0
+
+    def _diagnose(self, passes: Passes) -> str:
+        """Where this rank's first non-finite number is, empty where there is none. Collective.
+
+        Repeats the step's forwards: randomness is counted, so they are the same.
+        """
+        found = [
+            f"non-finite parameter {fragment.name}"
+            for flat, fragments in zip(self.shards.masters, self.shards.layout, strict=True)
+            for fragment in fragments
+            if not bool(fragment.of(flat).isfinite().all())
+        ]
+
+        def look(name: str) -> Callable[..., None]:
+            def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
+                if isinstance(output, Tensor) and not bool(output.isfinite().all()):
+                    found.append(f"non-finite output of {name or 'the model'}")
+
+            return hook
+
+        hooks = [m.register_forward_hook(look(n)) for n, m in self.module.named_modules()]
+        try:
+            with torch.no_grad():
+                for micro in passes():
+                    found += ["non-finite loss" for loss in micro if not bool(loss.isfinite())]
+        finally:
+            for hook in hooks:
+                hook.remove()
+            forget(self.module)
+        return found[0] if found else ""

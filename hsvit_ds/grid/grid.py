@@ -1,0 +1,377 @@
+"""Where a rank stands: replicas x submodule ranks, their process groups, and all rank logic.
+
+rank = replica * submodule_ranks + submodule_rank, so that the ranks of a replica are neighbours on a host. `Grid` is
+also the `mpu` that DeepSpeed asks for: a replica's ranks are its model-parallel group, the ranks that hold the same
+submodules its data-parallel group.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, ClassVar, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..errors import RefusedError
+from . import rendezvous
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    submodule_ranks: int = 1
+    """Ranks that share one model (S); divides the submodules present and the world size."""
+    absent: tuple[int, ...] = ()
+    """Submodules that no rank holds, in no replica: those of lost ranks; their weights stay in the checkpoints as they
+    were."""
+    backend: str = "auto"
+    """"gloo", "nccl", or "auto": nccl with a GPU for every rank of the host, gloo otherwise."""
+    timeout: float = 600.0
+    """Seconds a collective may take before the rank gives up."""
+
+    def __post_init__(self) -> None:
+        if self.submodule_ranks < 1:
+            raise ValueError(f"submodule_ranks = {self.submodule_ranks}: must be at least 1")
+        if list(self.absent) != sorted(set(self.absent)) or min(self.absent, default=0) < 0:
+            raise ValueError(f"absent = {list(self.absent)}: must be different numbers from 0 on, the smallest first")
+        if self.backend not in ("auto", "gloo", "nccl"):
+            raise ValueError(f'backend = "{self.backend}": must be "auto", "gloo" or "nccl"')
+        if self.timeout <= 0:
+            raise ValueError(f"timeout = {self.timeout}: must be above 0 seconds")
+
+
+class Channel:
+    """Collectives of one kind over one group, with the bytes this rank has put in counted."""
+
+    last: ClassVar[str] = "none"
+    """The collective of this process that began last, whatever its channel; for one that hangs."""
+
+    def __init__(self, name: str, group: dist.ProcessGroup, size: int) -> None:
+        self.name, self.group, self.size, self.bytes = name, group, size, 0
+
+    def _begin(self, what: str, x: Tensor, sent: int) -> None:
+        self.bytes += sent
+        Channel.last = f"{what} of {tuple(x.shape)} {x.dtype} ({self.name}, {self.size} ranks)"
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        """Sum `x` over the group, in place."""
+        self._begin("all_reduce", x, x.nbytes)
+        dist.all_reduce(x, group=self.group)
+        return x
+
+    def take(self) -> int:
+        """The bytes since the last call."""
+        taken, self.bytes = self.bytes, 0
+        return taken
+
+    def all_to_all(self, x: Tensor) -> Tensor:
+        """[size, ...]: part i goes to rank i; what the ranks sent here, in their order."""
+        self._begin("all_to_all", x, x.nbytes // self.size * (self.size - 1))
+        # Of GPUs gloo knows nothing here, nor of bfloat16: as bytes, by way of the host.
+        host = x.is_cuda and dist.get_backend(self.group) == "gloo"
+        sent = (x.cpu() if host else x).contiguous()
+        received = torch.empty_like(sent)
+        dist.all_to_all_single(received.view(torch.uint8), sent.view(torch.uint8), group=self.group)
+        return received.to(x.device)
+
+    def all_gather(self, x: Tensor) -> Tensor:
+        """[size, *x.shape]: every rank's `x`, in the order of ranks."""
+        self._begin("all_gather", x, x.nbytes)
+        parts = [torch.empty_like(x) for _ in range(self.size)]
+        dist.all_gather(parts, x.contiguous(), group=self.group)
+        return torch.stack(parts)
+
+
+class _SumForward(torch.autograd.Function):
+    """Forward sum over ranks, backward the identity: every rank of a replica computes the same loss, so the gradient
+    at the sum is already whole everywhere; summing it again would multiply submodule gradients by the rank count."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, channel: Channel) -> Tensor:
+        return channel.all_reduce(x.clone())
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
+
+
+class _ExchangeFeatures(torch.autograd.Function):
+    """[B / S, K, f] of this rank's images to [B, K / S, f] of all images; backward the same way back. All ranks of a
+    replica compute the same loss, and each has the gradient at its own channels alone: nothing is summed."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, channel: Channel) -> Tensor:
+        ctx.channel = channel
+        parts = x.unflatten(1, (channel.size, -1)).movedim(1, 0)
+        return channel.all_to_all(parts).flatten(0, 1)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        parts = grad.unflatten(0, (ctx.channel.size, -1))
+        return ctx.channel.all_to_all(parts).movedim(0, 1).flatten(1, 2), None
+
+
+def world_size() -> int:
+    """Ranks that the launcher announced; 1 without a launcher."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def replicas(world: int, submodule_ranks: int, submodules: int, absent: tuple[int, ...] = ()) -> int:
+    """Models among `world` ranks, whole but for `absent`; refuses what cannot be divided, with the arithmetic."""
+    shares(submodule_ranks, submodules, absent)
+    if world % submodule_ranks:
+        raise RefusedError(
+            f"grid.submodule_ranks = {submodule_ranks} does not divide the {world} ranks started: "
+            f"start a multiple of {submodule_ranks}, or set submodule_ranks to one of "
+            f"{[s for s in _possible(_present(submodules, absent)) if world % s == 0]}"
+        )
+    return world // submodule_ranks
+
+
+def shares(submodule_ranks: int, submodules: int, absent: tuple[int, ...] = ()) -> list[range]:
+    """The submodules of each rank of a replica: as many on each, with consecutive numbers.
+
+    Raises:
+        RefusedError: they cannot be divided so.
+    """
+    present = _present(submodules, absent)
+    if found := _divided(present, submodule_ranks):
+        return found
+    if len(present) % submodule_ranks:
+        why = f"does not divide model.submodules = {submodules}"
+        why += f" without grid.absent = {list(absent)}" if absent else ""
+        why += ": more submodule ranks than submodules" if submodule_ranks > len(present) else ""
+    else:
+        why = f"would give a rank submodules whose numbers do not follow each other, of {present}"
+    raise RefusedError(f"grid.submodule_ranks = {submodule_ranks} {why}; use one of {_possible(present)}")
+
+
+def _present(submodules: int, absent: tuple[int, ...]) -> list[int]:
+    if absent and submodules == 1:
+        raise RefusedError(f"grid.absent = {list(absent)}: this model has one submodule, or none; leave it empty")
+    if absent and absent[-1] >= submodules:
+        raise RefusedError(f"grid.absent = {list(absent)}: the submodules have numbers from 0 to {submodules - 1}")
+    if len(absent) == submodules:
+        raise RefusedError(f"grid.absent = {list(absent)}: all {submodules} submodules; at least one must be present")
+    return [submodule for submodule in range(submodules) if submodule not in absent]
+
+
+def _divided(present: list[int], ranks: int) -> list[range]:
+    """Equal parts, one a rank; none where one of them would not have consecutive numbers."""
+    each = max(len(present) // ranks, 1)
+    parts = [range(first, first + each) for first in present[::each]]
+    return parts if len(parts) == ranks and [number for part in parts for number in part] == present else []
+
+
+def _possible(present: list[int]) -> list[int]:
+    """Numbers of submodule ranks that can share the submodules present."""
+    return [ranks for ranks in range(1, len(present) + 1) if _divided(present, ranks)]
+
+
+class Grid:
+    """This rank's place, and the groups around it.
+
+    Groups (with a timeout, which DeepSpeed's own lack): `world`, `replica` (one model), `data` (the same submodules in
+    every replica), and over gloo `files`, for the checkpoint writer's thread alone, and `signals`, for `any_rank`.
+    """
+
+    def __init__(self, config: Config, submodules: int) -> None:
+        self.size = world_size()
+        self.rank = int(os.environ.get("RANK", "0"))
+        self.local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+        self.submodule_ranks, self.absent = config.submodule_ranks, config.absent
+        self.replicas = replicas(self.size, config.submodule_ranks, submodules, config.absent)
+        self.replica, self.submodule_rank = divmod(self.rank, config.submodule_ranks)
+        self.submodules = shares(config.submodule_ranks, submodules, config.absent)[self.submodule_rank]
+        self.timeout = timedelta(seconds=config.timeout)
+        self.device = self._device()
+        self.backend = config.backend
+        if config.backend == "auto":
+            self.backend = "nccl" if self.device.type == "cuda" else "gloo"
+        rendezvous.join(self.backend, self.rank, self.size, self.timeout)
+        s, r = self.submodule_ranks, self.replicas
+        self.replica_ranks = [self.replica * s + i for i in range(s)]
+        self.data_ranks = [i * s + self.submodule_rank for i in range(r)]
+        self.world_group = dist.new_group(timeout=self.timeout)
+        self.replica_group = self._group([[i * s + j for j in range(s)] for i in range(r)])
+        self.data_group = self._group([[i * s + j for i in range(r)] for j in range(s)])
+        self.files_group = dist.new_group(timeout=self.timeout, backend="gloo")
+        self.signals_group = dist.new_group(timeout=self.timeout, backend="gloo")
+        self.exchanges = Channel("CLS sums", self.replica_group, s)
+        self.features = Channel("maps", self.replica_group, s)
+        self.norms = Channel("batch statistics", self.data_group, r)
+        self.all_norms = Channel("batch statistics", self.world_group, self.size)
+        self.images = Channel("images", self.replica_group, s)
+
+    def _device(self) -> torch.device:
+        if not torch.cuda.is_available():
+            return torch.device("cpu")
+        index = self.local_rank % torch.cuda.device_count()  # two ranks may share a GPU over gloo
+        torch.cuda.set_device(index)
+        return torch.device("cuda", index)
+
+    def _group(self, lists: list[list[int]]) -> dist.ProcessGroup:
+        """Every rank makes every group, in the same order, and keeps its own."""
+        groups = [dist.new_group(ranks, timeout=self.timeout) for ranks in lists]
+        mine: dist.ProcessGroup = groups[next(i for i, ranks in enumerate(lists) if self.rank in ranks)]
+        return mine
+
+    # Rank logic
+
+    @property
+    def is_main(self) -> bool:
+        """The one rank that prints, tracks and publishes checkpoints."""
+        return self.rank == 0
+
+    @property
+    def writes_submodules(self) -> bool:
+        """Replica 0 writes the submodules that all replicas hold alike."""
+        return self.replica == 0
+
+    @property
+    def writes_shared(self) -> bool:
+        """One rank writes what every rank holds alike (the head)."""
+        return self.rank == 0
+
+    # A collective in a compiled autograd function trained to something else, silently; the mark breaks the graph here.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def exchange(self, x: Tensor) -> Tensor:
+        """Sum [B, D] over the submodule ranks of the replica: the one message of an HSViT forward, none backward."""
+        summed: Tensor = _SumForward.apply(x, self.exchanges)
+        return summed
+
+    def share_of(self, images: int) -> slice:
+        """Which of a replica's images this rank computes a backbone for.
+
+        Raises:
+            ValueError: the ranks of the replica cannot divide them.
+        """
+        share, rest = divmod(images, self.submodule_ranks)
+        if rest:
+            raise ValueError(f"{images} images cannot be divided by {self.submodule_ranks} submodule ranks")
+        return slice(self.submodule_rank * share, (self.submodule_rank + 1) * share)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def exchange_features(self, x: Tensor) -> Tensor:
+        """[B / S, K, f], a backbone's maps of this rank's images, K the channels of the submodules present, to
+        [B, K / S, f], this rank's channels of all images of the replica; gradients travel back."""
+        exchanged: Tensor = _ExchangeFeatures.apply(x, self.features)
+        return exchanged
+
+    def share_images(self, images: Tensor) -> Tensor:
+        """[B / S, ...] uint8 of each submodule rank, in the order of ranks, to [B, ...] on all of them."""
+        return self.images.all_gather(images).flatten(0, 1)
+
+    def any_rank(self, mine: bool) -> Callable[[], bool]:
+        """Start asking whether `mine` is true on any rank; what is returned waits for the answer."""
+        if self.size == 1:
+            return lambda: mine
+        flag = torch.tensor([int(mine)])
+        work = dist.all_reduce(flag, dist.ReduceOp.MAX, group=self.signals_group, async_op=True)
+
+        def answer() -> bool:
+            work.wait()
+            return bool(flag)
+
+        return answer
+
+    @property
+    def last_collective(self) -> str:
+        """The collective of the grid that this rank began last; DeepSpeed's own are not known here."""
+        return Channel.last
+
+    def barrier(self) -> None:
+        Channel.last = "barrier"
+        dist.barrier(self.world_group)
+
+    def broadcast(self, value: T) -> T:
+        """Rank 0's picklable value, on every rank."""
+        box = [value]
+        Channel.last = "broadcast of an object"
+        dist.broadcast_object_list(box, src=0, group=self.world_group, device=self._object_device())
+        return box[0]
+
+    def agree(self, action: Callable[[], T]) -> T:
+        """Run `action` on rank 0 alone and give every rank its value, or its refusal."""
+        result: Any = None
+        if self.is_main:
+            try:
+                result = action()
+            except RefusedError as error:
+                result = error
+        result = self.broadcast(result)
+        if isinstance(result, RefusedError):
+            raise result
+        return result  # type: ignore[no-any-return]
+
+    def gather(self, value: T) -> list[T]:
+        """Every rank's picklable value, on every rank."""
+        values: list[Any] = [None] * self.size
+        Channel.last = "gather of objects"
+        dist.all_gather_object(values, value, group=self.world_group)
+        return values
+
+    def together(self, action: Callable[[], T]) -> T:
+        """Run `action` on every rank; where one is refused, all are, for the first one's reason."""
+        result, refusal = None, None
+        try:
+            result = action()
+        except RefusedError as error:
+            refusal = str(error)
+        first = next((reason for reason in self.gather(refusal) if reason is not None), None)
+        if first is not None:
+            raise RefusedError(first)
+        return result  # type: ignore[return-value]
+
+    def sum_over_replicas(self, x: Tensor) -> Tensor:
+        """Sum over the replicas, in place; a replica's ranks hold the same value."""
+        Channel.last = f"all_reduce of {tuple(x.shape)} {x.dtype} (over the replicas)"
+        dist.all_reduce(x, group=self.data_group)
+        return x
+
+    def sum_over_submodule_ranks(self, x: Tensor) -> Tensor:
+        Channel.last = f"all_reduce of {tuple(x.shape)} {x.dtype} (over the submodule ranks)"
+        dist.all_reduce(x, group=self.replica_group)
+        return x
+
+    def _object_device(self) -> torch.device:
+        return self.device if self.backend == "nccl" else torch.device("cpu")
+
+    def close(self) -> None:
+        """Leave together: without the barrier gloo was seen to abort at exit."""
+        if dist.is_initialized():
+            self.barrier()
+            dist.destroy_process_group()
+
+    # The mpu interface of DeepSpeed
+
+    def get_data_parallel_group(self) -> dist.ProcessGroup:
+        return self.data_group
+
+    def get_data_parallel_rank(self) -> int:
+        return self.replica
+
+    def get_data_parallel_world_size(self) -> int:
+        return self.replicas
+
+    def get_data_parallel_group_ranks(self) -> list[int]:
+        return self.data_ranks
+
+    def get_model_parallel_group(self) -> dist.ProcessGroup:
+        return self.replica_group
+
+    def get_model_parallel_rank(self) -> int:
+        return self.submodule_rank
+
+    def get_model_parallel_world_size(self) -> int:
+        return self.submodule_ranks
+
+    get_tensor_model_parallel_group = get_model_parallel_group
+    get_tensor_model_parallel_rank = get_model_parallel_rank
+    get_tensor_model_parallel_world_size = get_model_parallel_world_size

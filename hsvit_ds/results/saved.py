@@ -1,0 +1,212 @@
+"""A run that has ended, opened to be scored or exported."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from itertools import combinations, count
+from math import comb
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from hsvit_kernels.random import Site, sequence
+
+from ..data.order import Share
+from ..data.reader import Reader, facts
+from ..data.sets import Facts
+from ..data.stream import is_command
+from ..engine.interop import load_run
+from ..errors import RefusedError
+from ..grid.grid import Channel, Grid
+from ..grid.grid import Config as GridConfig
+from ..models import Model
+from ..models.hsvit import HSViT
+from ..models.slimmable import Width
+from ..run import recipe as recipes
+from ..run.evaluation import Score, evaluate, evaluate_subsets, needs_calibration, recalibrate_widths
+from ..run.recipe import Recipe
+from ..run.tracking import read_metrics
+from ..tasks import scala
+from .export import Budget
+
+SPLITS = ("train", "val", "test")
+SUBSETS = 20
+"""Subsets of submodules of one size that a sweep scores at most."""
+
+
+@dataclass(frozen=True)
+class SavedRun:
+    """The newest checkpoint of the run in `folder`, whole on this rank."""
+
+    folder: Path
+    model: Model
+    recipe: Recipe
+    trained: tuple[Width, ...]
+    """The widths that its steps so far have trained, the smallest first."""
+    steps: int
+
+    @cached_property
+    def grid(self) -> Grid:
+        return Grid(GridConfig(), submodules=1)
+
+    @cached_property
+    def reader(self) -> Reader:
+        share = Share(self.recipe.run.global_batch, 1, self.grid.replicas, self.grid.replica)
+        return Reader(self.recipe.data, self.recipe.augment, recipes.order(self.recipe), share, self.grid)
+
+    @property
+    def facts(self) -> Facts:
+        return facts(self.recipe.data)
+
+    def widths(self, text: str, untrained: bool = False) -> tuple[Width, ...]:
+        """The widths in "all" or "0.25,0.5", the smallest first; refused where a width was never trained."""
+        if text == "all":
+            return self.trained
+        try:
+            found = [self.model.config.widths.find(part, untrained) for part in text.split(",")]
+            for width in found:
+                self.model.config.check_width(width)
+        except ValueError as error:
+            raise RefusedError(f"{self.folder}: {error}") from error
+        missing = [width for width in found if width not in self.trained]
+        if missing and not untrained:
+            known = ", ".join(str(width) for width in self.trained)
+            raise RefusedError(
+                f"{self.folder}: width {missing[0]} was never trained (trained: {known}); --untrained takes it anyway"
+            )
+        return tuple(sorted(set(found), key=float))
+
+    def evaluate(self, split: str, widths: tuple[Width, ...]) -> dict[str, float]:
+        """See `evaluation.evaluate`; without the submodules that were absent at the end. Collective."""
+        model = self._for(split)
+        forward: Callable[..., Tensor] = model
+        if self.recipe.grid.absent:
+            present = torch.tensor([m in self.submodules for m in range(self.recipe.model.submodules)])
+            forward = partial(model, present=present)
+        try:
+            return evaluate(forward, model, self.reader, split, widths, self._runs_differ)
+        finally:
+            self.reader.close()
+
+    def evaluate_subsets(self, split: str, subsets: list[tuple[int, ...]]) -> list[Score]:
+        """See `evaluation.evaluate_subsets`; at the largest width that was trained. Collective."""
+        model = self._for(split)
+        assert isinstance(model, HSViT)
+        try:
+            return evaluate_subsets(model, self.reader, split, subsets, self.trained[-1], self._runs_differ)
+        finally:
+            self.reader.close()
+
+    def _for(self, split: str) -> Model:
+        if split not in SPLITS:
+            raise RefusedError(f"--split {split}: must be one of {', '.join(SPLITS)}")
+        return self.model.to(self.grid.device)
+
+    @property
+    def submodules(self) -> list[int]:
+        """Those that the last steps trained; others were absent, and are as they were before."""
+        return [m for m in range(self.recipe.model.submodules) if m not in self.recipe.grid.absent]
+
+    def subsets(self, text: str) -> list[tuple[int, ...]]:
+        """The subsets of submodules in "0,2,3", or in "sweep": of every size all, or where those are many, some.
+
+        Raises:
+            RefusedError: no such submodules, or a model without.
+        """
+        m = self.recipe.model.submodules
+        if m == 1:
+            raise RefusedError(f"--present {text}: the model of {self.folder} has no submodules; leave it out")
+        if text == "sweep":
+            return [subset for size in range(1, len(self.submodules) + 1) for subset in self._subsets(size)]
+        numbers = text.split(",")
+        if not all(number.strip().isdecimal() and int(number) < m for number in numbers):
+            raise RefusedError(f"--present {text}: must be sweep, or numbers from 0 to {m - 1}, as in 0,{m - 1}")
+        return [tuple(sorted({int(number) for number in numbers}))]
+
+    def _subsets(self, size: int) -> list[tuple[int, ...]]:
+        """All subsets of so many submodules, or `SUBSETS` of them, always the same."""
+        if comb(len(self.submodules), size) <= SUBSETS:
+            return list(combinations(self.submodules, size))
+        found: set[tuple[int, ...]] = set()
+        draws = count()
+        while len(found) < SUBSETS:
+            luck = sequence(0, Site.SUBMODULE, size, next(draws), count=len(self.submodules)).tolist()
+            chosen = sorted(zip(luck, self.submodules, strict=True))[:size]
+            found.add(tuple(sorted(submodule for _, submodule in chosen)))
+        return sorted(found)
+
+    def choose(self, width: str, budget: str, untrained: bool) -> Width:
+        """The width of `width`, or the widest trained one within `budget`; without both the only trained one."""
+        if not width and not budget and len(self.trained) == 1:
+            return self.trained[0]
+        if bool(width) == bool(budget):
+            raise RefusedError("give one of --width and --budget")
+        if budget:
+            return Budget.of(budget).widest(self.at(*self.trained), self.trained)
+        found = self.widths(width, untrained)
+        if len(found) != 1:
+            raise RefusedError(f"--width {width}: must be one width")
+        return found[0]
+
+    def at(self, *widths: Width) -> Model:
+        """The model, with BatchNorm's statistics of the widths taken.
+
+        Raises:
+            RefusedError: some of its submodules were absent when it was trained last.
+        """
+        if self.recipe.grid.absent:
+            raise RefusedError(
+                f"{self.folder}: its last steps were without submodules {list(self.recipe.grid.absent)} (grid.absent), "
+                "which do not fit the others any more; resume it whole, then export it"
+            )
+        model = self.model.to(self.grid.device)
+        if needs_calibration(model, widths):
+            recalibrate_widths(model, model, self.reader, widths, self._runs_differ)
+            self.reader.close()
+        return model.eval()
+
+    def about(self, width: Width) -> dict[str, str]:
+        """What a model card says of the run: its name, data, steps and accuracy at a width, where it was measured."""
+        facts = self.facts
+        lines = {"run": self.folder.name, "data": self.recipe.data.name, "steps": str(self.steps)}
+        lines |= {"mean": str(list(facts.mean)), "standard deviation": str(list(facts.std))}
+        key = "test/top1" if len(self.trained) == 1 else f"test/top1_w{width}"
+        side, share = facts.image_size, self.recipe.augment.eval_crop
+        how = f"shorter side resized to {round(side / share)}, centre cut out" if share else "aspect ratio not kept"
+        lines["image"] = f"{side} x {side} px, {how}, {self.recipe.augment.filter}"
+        scores = [line[key] for line in read_metrics(self.folder) if key in line]
+        return lines | ({"test top-1, %": f"{scores[-1]:.2f}"} if scores else {})
+
+    @property
+    def _runs_differ(self) -> Channel | None:
+        return self.grid.norms if self.grid.replicas > 1 else None
+
+
+def open_run(folder: Path, ema: bool = False, root: str = "") -> SavedRun:
+    """Open a run. ema: with its averaged weights. root: of its data, where that is not the run's own.
+
+    Raises:
+        RefusedError: no checkpoint there, or a damaged one; or its data comes from a command, which only a person may
+            give, as a run can be anybody's.
+    """
+    loaded = load_run(folder, ema)
+    recipe = recipes.from_table(loaded.recipe, str(folder))
+    if root:
+        recipe = replace(recipe, data=replace(recipe.data, root=root))
+    elif is_command(recipe.data.root):
+        raise RefusedError(
+            f"{folder}: its data comes from a command, which is not run because a checkpoint says so: "
+            f"{recipe.data.root!a}; if it is one to run, say so with --root"
+        )
+    family = recipe.model.widths.family
+    trained = family[-1:]
+    if isinstance(recipe.task, scala.Config):
+        at = loaded.position
+        # In the first epoch it is enough that an epoch is longer than the run so far.
+        steps = (at.total - at.step) // at.epoch if at.epoch else at.total + 1
+        sampler = scala.Sampler(recipe.task, recipe.model.widths, recipe.run.seed, steps)
+        trained = sampler.trained(loaded.position.total)
+    return SavedRun(folder, loaded.model, recipe, trained, loaded.position.total)

@@ -1,0 +1,235 @@
+"""What a person sees of a run: a progress line, plain lines, a closing table and the curves."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
+from rich.table import Table
+
+from .. import models
+from ..models.slimmable import Width
+from .tracking import read_metrics
+
+CURVES = "curves.png"
+
+
+class Kernels(logging.Handler):
+    """Says which implementation hsvit_kernels has chosen, as it logs each choice once."""
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        super().__init__(logging.INFO)
+        self.say, self.logger = say, logging.getLogger("hsvit_kernels")
+        self.logger.setLevel(logging.INFO)
+        self.logger.addHandler(self)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.say(record.getMessage())
+
+    def close(self) -> None:
+        self.logger.removeHandler(self)
+        super().close()
+
+
+class _Voice(Console):
+    def on_broken_pipe(self) -> None:
+        """Who listened is gone, as a launcher that was stopped; rich would end the rank, which still has to save."""
+        self.quiet = True
+
+
+class Reporter:
+    """Rank 0's voice: one moving line on a terminal, a line an interval elsewhere; silent on other ranks."""
+
+    def __init__(self, speaks: bool, steps: int, done: int) -> None:
+        self.speaks, self.steps, self.first, self.started = speaks, steps, done, time.perf_counter()
+        self.console = _Voice(highlight=False, soft_wrap=True)
+        self._kernels = Kernels(self.say)
+        self._progress: Progress | None = None
+        if speaks and sys.stdout.isatty():
+            self._progress = Progress(
+                TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
+                BarColumn(bar_width=24),
+                TaskProgressColumn(),
+                TextColumn("{task.fields[state]}"),
+                console=self.console,
+            )
+            self._task = self._progress.add_task("", total=steps, completed=done, state="")
+            self._progress.start()
+
+    def say(self, line: str) -> None:
+        if self.speaks:
+            self.console.print(line, markup=False)
+
+    def step(self, done: int, metrics: Mapping[str, float]) -> None:
+        """Report that `done` steps of the run are done."""
+        if not self.speaks:
+            return
+        spent = time.perf_counter() - self.started
+        left = spent / max(done - self.first, 1) * (self.steps - done)
+        state = (
+            f"loss {metrics['train/loss']:.4f}  {metrics['perf/images_per_sec']:.0f} images/s  {duration(left)} left"
+        )
+        if self._progress is not None:
+            self._progress.update(self._task, completed=done, state=state)
+        else:
+            self.say(f"step {done}/{self.steps}  {state}")
+
+    def table(self, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+        if self.speaks:
+            table = Table(*columns)
+            for row in rows:
+                table.add_row(*row)
+            self.console.print(table)
+
+    def close(self) -> None:
+        self._kernels.close()
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
+
+    def summary(self, rows: Mapping[str, str]) -> None:
+        """The closing table."""
+        self.close()
+        if self.speaks:
+            table = Table(show_header=False)
+            for name, value in rows.items():
+                table.add_row(name, value)
+            self.console.print(table)
+
+
+def duration(seconds: float) -> str:
+    """Seconds as 12s, 3m05s or 2h07m."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole}s"
+    if whole < 3600:
+        return f"{whole // 60}m{whole % 60:02d}s"
+    return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
+
+
+@dataclass(frozen=True)
+class WidthRow:
+    """One subnet. macs: multiply-adds of an image. top1: %."""
+
+    width: Width
+    parameters: int
+    macs: int
+    top1: float
+
+
+def width_rows(model: models.Model, widths: Sequence[Width], found: Mapping[str, float]) -> list[WidthRow]:
+    """A row for each width, from an evaluation's metrics."""
+    return [
+        WidthRow(w, models.parameters(model, w), models.macs(model, w), found.get(f"top1_w{w}", found["top1"]))
+        for w in widths
+    ]
+
+
+def print_widths(rows: Sequence[WidthRow], title: str) -> None:
+    """A table of every subnet's size and accuracy; a GFLOP is a billion multiply-adds, as in the paper."""
+    table = Table("width", "side", "parameters", "GFLOPs", "top-1, %", title=title)
+    for row in rows:
+        side = "all" if row.width.is_full else row.width.side
+        table.add_row(str(row.width), side, f"{row.parameters:,}", f"{row.macs / 1e9:.4f}", f"{row.top1:.2f}")
+    Console(highlight=False, soft_wrap=True).print(table)
+
+
+@dataclass(frozen=True)
+class PresentRow:
+    """So many submodules that answered. top1: %, of each subset of this size that was scored."""
+
+    present: int
+    top1: tuple[float, ...]
+
+
+def present_rows(subsets: Sequence[Sequence[int]], top1: Sequence[float]) -> list[PresentRow]:
+    """A row for each size of the subsets, from the top-1 of each."""
+    by_size: dict[int, list[float]] = {}
+    for subset, score in zip(subsets, top1, strict=True):
+        by_size.setdefault(len(subset), []).append(score)
+    return [PresentRow(size, tuple(scores)) for size, scores in sorted(by_size.items())]
+
+
+def print_present(rows: Sequence[PresentRow], title: str) -> None:
+    """A table of the accuracy by how many submodules answered."""
+    table = Table("submodules present", "subsets", "lowest", "mean", "highest top-1, %", title=title)
+    for row in rows:
+        scores = (min(row.top1), mean(row.top1), max(row.top1))
+        table.add_row(str(row.present), str(len(row.top1)), *(f"{score:.2f}" for score in scores))
+    Console(highlight=False, soft_wrap=True).print(table)
+
+
+def print_memory(memory: Mapping[str, int], title: str) -> None:
+    """A table of bytes by what they are for."""
+    table = Table("of a rank", "MiB", title=title)
+    for name, size in memory.items():
+        table.add_row(name.replace("_", " "), f"{size / 2**20:,.1f}")
+    Console(highlight=False, soft_wrap=True).print(table)
+
+
+def draw_widths(path: Path, rows: Sequence[WidthRow], title: str) -> Path:
+    """A PNG of accuracy against GFLOPs, one point a width."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    axes.plot([row.macs / 1e9 for row in rows], [row.top1 for row in rows], marker="o")
+    for row in rows:
+        axes.annotate(str(row.width), (row.macs / 1e9, row.top1), textcoords="offset points", xytext=(6, -12))
+    axes.set(xlabel="GFLOPs an image (multiply-adds)", ylabel="top-1 accuracy, %", title=title)
+    axes.margins(0.1)
+    axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)
+    return path
+
+
+def draw_present(path: Path, rows: Sequence[PresentRow], title: str) -> Path:
+    """A PNG of accuracy against how many submodules answered: every subset's, their mean and their range."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    sizes = [row.present for row in rows]
+    axes.fill_between(sizes, [min(row.top1) for row in rows], [max(row.top1) for row in rows], alpha=0.2)
+    points = [(row.present, score) for row in rows for score in row.top1]
+    axes.plot(*zip(*points, strict=True), ".", color="gray", alpha=0.6, label="a subset")
+    axes.plot(sizes, [mean(row.top1) for row in rows], marker="o", label="mean")
+    axes.set(xlabel="submodules present", ylabel="top-1 accuracy, %", title=title, xticks=sizes)
+    axes.grid(alpha=0.3)
+    axes.legend(loc="lower right")
+    figure.savefig(path, dpi=120)
+    return path
+
+
+def draw_curves(folder: Path, title: str) -> Path:
+    """A PNG of loss, learning rate, gradient norm and accuracy over the steps of a run, from its JSONL file."""
+    from matplotlib.figure import Figure
+
+    lines = read_metrics(folder)
+    panels = [
+        ("loss", ["train/loss", "val/loss"], "log"),
+        ("top-1 accuracy, %", ["val/top1", "ema/val_top1"], "linear"),
+        ("gradient norm before clipping", ["train/grad_norm"], "log"),
+        ("learning rate", ["train/lr"], "linear"),
+    ]
+    figure = Figure(figsize=(10, 6.5), layout="constrained")
+    figure.suptitle(title)
+    for axes, (label, names, scale) in zip(figure.subplots(2, 2).flat, panels, strict=True):
+        for name in names:
+            points = [(line["step"], line[name]) for line in lines if name in line]
+            if points:
+                marker = "o" if len(points) < 30 else None
+                axes.plot(*zip(*points, strict=True), label=name, marker=marker, markersize=3)
+        axes.set(xlabel="step", ylabel=label, yscale=scale)
+        axes.grid(alpha=0.3)
+        if len(axes.lines) > 1:
+            axes.legend()
+    figure.savefig(folder / CURVES, dpi=120)
+    return folder / CURVES

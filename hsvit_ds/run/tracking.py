@@ -1,0 +1,194 @@
+"""Metrics: a JSONL file in the run folder as the truth, and MLflow beside it, never in a step's way."""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import first_line
+
+METRICS = "metrics.jsonl"
+_RUN_ID = "mlflow_run_id"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    mlflow: bool = True
+    """Log to MLflow too."""
+    uri: str = ""
+    """MLflow's tracking URI; by default sqlite in the folder of all runs. Several hosts: a server's http URI."""
+    experiment: str = "hsvit-ds"
+
+    def __post_init__(self) -> None:
+        # In a query databases take them too.
+        if "@" in self.uri.partition("://")[2].partition("/")[0] or "password=" in self.uri.lower():
+            raise ValueError(
+                "uri holds a user name or password, which would be saved with the run: set MLFLOW_TRACKING_USERNAME "
+                "and MLFLOW_TRACKING_PASSWORD in the environment"
+            )
+
+
+class Tracker:
+    """Rank 0's metrics; every other rank has an `Untracked`.
+
+    Args:
+        name: of the MLflow run. recipe: flat recipe keys, MLflow's parameters.
+        resume_step: forget lines of later steps, which will be logged again; None for a new run.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        folder: Path,
+        name: str,
+        recipe: Mapping[str, Any],
+        resume_step: int | None,
+    ) -> None:
+        self.folder, self.path = folder, folder / METRICS
+        if resume_step is not None:
+            _forget_after(self.path, resume_step)
+        self._file = self.path.open("ab", buffering=0)
+        self._unwritten = b""
+        self._queue: queue.Queue[tuple[str, Any] | None] = queue.Queue()
+        self._thread: threading.Thread | None = None
+        if config.mlflow:
+            uri = config.uri or f"sqlite:///{folder.parent.resolve()}/mlflow.db"
+            self._thread = threading.Thread(target=self._send, args=(uri, config.experiment, name, recipe), daemon=True)
+            self._thread.start()
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        now = time.time()
+        try:
+            self._write(json.dumps({"step": step, "time": now, **metrics}) + "\n")
+        except OSError as error:  # a full disk
+            _warn(f"{self.path}: {error.strerror}; metrics are kept in memory until there is room")
+        if self._thread is not None:
+            self._queue.put(("metrics", (dict(metrics), step, int(now * 1000))))
+
+    def _write(self, text: str) -> None:
+        """Append to the file what it has not taken so far, too: a buffered file loses lines on a full disk."""
+        self._unwritten += text.encode()
+        while self._unwritten:
+            self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
+
+    def artifact(self, path: Path) -> None:
+        if self._thread is not None:
+            self._queue.put(("artifact", path))
+
+    def run_id(self) -> str | None:
+        """The MLflow run's id, None until the server has given one."""
+        path = self.folder / _RUN_ID
+        return path.read_text().strip() if path.exists() else None
+
+    def go_back(self, step: int) -> None:
+        """Forget lines of steps after `step`, which will be logged again."""
+        self._file.close()
+        _forget_after(self.path, step)
+        self._file = self.path.open("ab", buffering=0)
+
+    def close(self, status: str, seconds: float = 60) -> None:
+        """End with "FINISHED", "KILLED" or "FAILED"; waits so long for what is still queued."""
+        try:
+            self._write("")
+        except OSError as error:
+            _warn(f"{self.path}: the last metrics are lost: {error.strerror}")
+        self._file.close()
+        if self._thread is not None:
+            self._queue.put(("status", status))
+            self._queue.put(None)
+            self._thread.join(timeout=seconds)
+            if self._thread.is_alive():
+                _warn(f"MLflow did not take the last metrics within {seconds:g} s")
+
+    def _send(self, uri: str, experiment: str, name: str, recipe: Mapping[str, Any]) -> None:
+        """In the thread: everything that talks to MLflow. One failure ends it with one warning."""
+        try:
+            client, run = self._open(uri, experiment, name, recipe)
+            (self.folder / _RUN_ID).write_text(run)
+            while (item := self._queue.get()) is not None:
+                kind, value = item
+                if kind == "metrics":
+                    self._send_metrics(client, run, value)
+                elif kind == "artifact":
+                    client.log_artifact(run, str(value))
+                else:
+                    client.set_terminated(run, value)
+        except Exception as error:  # whatever a remote service does must not touch the run
+            _warn(f"MLflow at {uri} is not usable, {METRICS} has everything: {first_line(error)}")
+
+    def _open(self, uri: str, experiment: str, name: str, recipe: Mapping[str, Any]) -> tuple[Any, str]:
+        """(client, id of the run: the one before for a resumed run)."""
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
+        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # clusters reach no outside host
+        from mlflow import MlflowClient
+        from mlflow.entities import Param
+
+        client = MlflowClient(uri)
+        existing = client.get_experiment_by_name(experiment)
+        if existing is not None:
+            experiment_id = existing.experiment_id
+        else:
+            local = uri.startswith("sqlite:")
+            artifacts = (self.folder.parent / "artifacts").resolve().as_uri() if local else None
+            experiment_id = client.create_experiment(experiment, artifacts)
+        if (before := self.run_id()) is not None:
+            client.update_run(before, status="RUNNING")
+            return client, before
+        run = client.create_run(experiment_id, run_name=name).info.run_id
+        params = [Param(key, str(value)) for key, value in recipe.items()]
+        for start in range(0, len(params), 100):  # MLflow's limit of a call
+            client.log_batch(run, params=params[start : start + 100])
+        return client, run
+
+    def _send_metrics(self, client: Any, run: str, value: Any) -> None:
+        from mlflow.entities import Metric
+
+        metrics, step, when = value
+        client.log_batch(run, metrics=[Metric(k, float(v), when, step) for k, v in metrics.items()])
+
+
+class Untracked:
+    """The tracker of every rank but the first."""
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None: ...
+
+    def artifact(self, path: Path) -> None: ...
+
+    def run_id(self) -> str | None:
+        return None
+
+    def go_back(self, step: int) -> None: ...
+
+    def close(self, status: str, seconds: float = 60) -> None: ...
+
+
+def read_metrics(folder: Path) -> list[dict[str, float]]:
+    """Every line of a run's metrics, in the order of logging."""
+    return [json.loads(line) for line in (folder / METRICS).read_text().splitlines()]
+
+
+def _forget_after(path: Path, step: int) -> None:
+    """Drop lines of steps after `step`, and a last line that a killed run had not finished."""
+    kept = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except ValueError:
+            continue
+    temporary = path.with_suffix(".partial")
+    temporary.write_text("".join(kept))
+    temporary.rename(path)
+
+
+def _warn(message: str) -> None:
+    print(f"hsvit: warning: {message}", file=sys.stderr, flush=True)

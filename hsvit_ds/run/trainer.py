@@ -1,0 +1,399 @@
+"""The loop, on one screen: set up, train epochs, evaluate, checkpoint, report."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from ..data import reader as readers
+from ..data.bad import BadSamples
+from ..data.batch import Batch
+from ..data.sets import Facts
+from ..engine.checkpoint import Checkpoints, Position
+from ..engine.ema import EMA
+from ..engine.engine import BatchStatistics, Engine, NonFiniteError, StepResult
+from ..engine.optimizer import Schedule, describe
+from ..errors import Exit, RefusedError
+from ..grid.grid import Grid
+from ..models import Model
+from ..tasks import Task, scala
+from ..tasks.features import Features
+from ..tasks.supervised import Supervised
+from ..tasks.teacher import Teacher
+from . import kernels
+from . import recipe as recipes
+from .evaluation import evaluate
+from .memory import needed
+from .recipe import Plan, Recipe
+from .report import Reporter, draw_curves, draw_widths, duration, print_widths, width_rows
+from .survival import StoppedError, StopRequests, Watch, is_out_of_memory, told
+from .tracking import Tracker, Untracked
+
+# Dense bf16 TFLOP/s of one GPU, by a part of its name (vendors' data sheets), for perf/mfu.
+_PEAK_TFLOPS = {"A100": 312, "H100": 989, "H200": 989, "B200": 2250, "L40S": 362}
+SHOWN_BAD = 10
+"""Unreadable images that are printed at a time."""
+STEPS_BACK = 3
+"""Times that a run may go back to one checkpoint (run.step_back)."""
+
+
+@dataclass
+class Interval:
+    """What happened since the last logged step."""
+
+    results: list[StepResult]
+    seconds: list[float]
+    waited: float
+
+
+class Trainer:
+    """One run on this rank.
+
+    Args:
+        recipe, plan: resolved. folder: of the run. resume: continue its latest checkpoint.
+    """
+
+    def __init__(self, recipe: Recipe, plan: Plan, grid: Grid, folder: Path, resume: bool) -> None:
+        self.recipe, self.plan, self.grid, self.folder = recipe, plan, grid, folder
+        facts = readers.facts(recipe.data)
+        model = recipe.model.build(
+            image_size=facts.image_size,
+            channels=facts.channels,
+            classes=facts.classes,
+            here=grid.submodules,
+            grid=grid,
+            seed=recipe.run.seed,
+        )
+        self.engine = Engine(
+            model,
+            recipe.engine,
+            recipe.optimizer,
+            grid,
+            micro_batch=plan.micro_batch,
+            accumulation=plan.accumulation,
+            batch_statistics=BatchStatistics(plan.bn_runs, plan.bn_synced),
+            bf16=plan.bf16,
+        )
+        self.schedule = Schedule(recipe.optimizer, recipe.run.epochs, plan.steps_per_epoch)
+        self.task = self._task(facts)
+        self.reader = readers.Reader(
+            recipe.data, recipe.augment, recipes.order(recipe), plan.share(recipe, grid.replica), grid
+        )
+        self.bad = BadSamples(folder, self.reader, recipe.data.max_bad_fraction)
+        self.ema = None
+        if recipe.ema.decay:
+            self.ema = EMA(recipe.ema.decay, self.engine.shards, self.engine.module)
+        self.tracker: Tracker | Untracked = Untracked()
+        self.checkpoints = Checkpoints(
+            recipe.checkpoint,
+            folder / "checkpoints",
+            self.engine,
+            self.ema,
+            recipes.to_table(recipe),
+            lambda: self.tracker.run_id(),
+        )
+        restored = self.checkpoints.load() if resume else None
+        self.at = self.start = restored or Position(0, 0, 0)
+        """Where the run stands, and where this process found it."""
+        self.saved = restored
+        self.stops, self.watch = StopRequests(grid), Watch(folder, grid, recipe.run.watchdog)
+        if grid.is_main:
+            last_step = self.start.total if resume else None
+            self.tracker = Tracker(recipe.tracking, folder, folder.name, recipes.flat(recipe), last_step)
+        self.report = Reporter(grid.is_main, plan.steps, self.start.total)
+        self.interval = Interval([], [], 0.0)
+        self._steps_back = 0
+
+    def _task(self, facts: Facts) -> Task:
+        r, p = self.recipe, self.plan
+        same = ("name", "fingerprint", "window", "last_batch", "decoder")
+        shown = {"augment": asdict(r.augment)} | {name: getattr(r.data, name) for name in same}
+        if not isinstance(r.task, scala.Config):
+            backbone, taken = getattr(self.engine.module, "backbone", None), None
+            if backbone is not None and backbone.config.cache:
+                key = {**shown, "image_size": facts.image_size}
+                taken = Features(backbone.config.cache, backbone, self.grid, recipes.order(r), key, p.bf16)
+            return Supervised(r.augment, facts, taken)
+        sampler = scala.Sampler(r.task, r.model.widths, r.run.seed, p.steps_per_epoch)
+        taught = None
+        if r.task.teacher.name:
+            key = {"seed": r.run.seed, "global_batch": r.run.global_batch, **shown}
+            dtype = torch.bfloat16 if p.bf16 else torch.float32
+            taught = Teacher(r.task.teacher, facts, self.grid.device, dtype, r.run.global_batch, key)
+        return scala.Scala(r.task, r.augment, facts, sampler, taught)
+
+    def fit(self) -> Exit:
+        """Train to the end, or until the run is asked to stop."""
+        began = time.perf_counter()
+        self._announce()
+        with self.stops.heard(), self.watch.kept():
+            try:
+                final = self._train()
+                self._finish(final, time.perf_counter() - began)
+                ended = Exit.FINISHED
+            except StoppedError:
+                self._stop()
+                ended = Exit.STOPPED
+            except BaseException as error:
+                self.report.close()
+                self.tracker.close("FAILED", seconds=10)
+                if is_out_of_memory(error):
+                    raise self._out_of_memory(error) from error
+                raise
+            finally:
+                self.reader.close()
+        return ended
+
+    def _train(self) -> dict[str, float]:
+        """From where the run stands to its end; the metrics of the test split."""
+        self._choose_kernels()
+        if self.recipe.run.survive == "degraded" and self.saved is None:
+            self._save()  # submodules that are lost before the first checkpoint come from this one
+        while True:
+            try:
+                for epoch in range(self.at.epoch, self.recipe.run.epochs):
+                    self._train_epoch(epoch, self.at.step)
+                    self._end_epoch(epoch)
+                break
+            except NonFiniteError as error:
+                self._step_back(error)
+        final = self._evaluate("test", self.plan.steps)
+        failure = self.checkpoints.wait()
+        if failure is not None:
+            raise RefusedError(f"the last checkpoint could not be saved: {failure}")
+        return final
+
+    def _choose_kernels(self) -> None:
+        """Let every rank use the same kernels: those that are right and faster here."""
+        if not kernels.is_open(self.grid.device):
+            return
+        self.watch.doing("trying kernels")
+        teacher = getattr(getattr(self.task, "teach", None), "module", None)
+        if wanted := kernels.cases(self.recipe, self.plan, self.task.trained(self.plan.steps), teacher):
+            decision = kernels.decide(self.grid, wanted, self.folder / kernels.FILE)
+            self.report.table(
+                ("kernels of this run", "computed by", "kernel, ms", "PyTorch, ms"), kernels.rows(decision)
+            )
+            for note in decision.notes:
+                self.report.say(note)
+
+    def _train_epoch(self, epoch: int, first_step: int) -> None:
+        steps, every = self.plan.steps_per_epoch, self.recipe.checkpoint.every_steps
+        waited_since = time.perf_counter()
+        for step, batches in enumerate(self.reader.train(epoch, first_step), first_step):
+            waited = time.perf_counter() - waited_since
+            total = epoch * steps + step + 1
+            self.watch.doing(f"step {total}: forward and backward passes, reduction, update", total - 1)
+            result = self._step(batches, total - 1)
+            if result.applied and self.ema is not None:
+                self.ema.update()
+            if not result.applied:
+                loss = float(result.loss)
+                self.report.say(f"warning: step {total} was skipped: its gradient is not finite (loss {loss:g})")
+            self.at = replace(self.at, epoch=epoch, step=step + 1, total=total)
+            self.interval.waited += waited
+            self.interval.results.append(result)
+            self.interval.seconds.append(time.perf_counter() - waited_since)
+            if total % self.recipe.run.log_every == 0 or total == self.plan.steps:
+                self._log(total)
+            if every and total % every == 0 and step + 1 < steps:
+                self._save()
+            self.stops.check()
+            self.watch.doing(f"step {total + 1}: waiting for images", total)
+            waited_since = time.perf_counter()
+
+    def _end_epoch(self, epoch: int) -> None:
+        """Evaluate and save; a run that is stopped in here comes back to its beginning."""
+        done, top1 = epoch + 1, None
+        if done == self.recipe.run.epochs or done % self.recipe.run.eval_every == 0:
+            top1 = self._evaluate("val", done * self.plan.steps_per_epoch)["val/top1"]
+        self.at = replace(self.at, epoch=done, step=0)
+        self._save(top1)
+
+    def _step_back(self, error: NonFiniteError) -> None:
+        """Go on from the last checkpoint with a lower learning rate, or give up."""
+        factor = self.recipe.run.step_back
+        self._warn_of(self.checkpoints.wait())
+        found = self.checkpoints.load() if factor else None
+        if found is None:
+            raise error
+        self._steps_back += 1
+        if self._steps_back > STEPS_BACK:
+            raise RefusedError(f"{error}; going back {STEPS_BACK} times to step {found.total} did not help") from error
+        self.at = replace(found, lr_factor=found.lr_factor * factor**self._steps_back)
+        self.engine.forget_skipped()
+        self.reader.close()
+        self.interval = Interval([], [], 0.0)
+        self.tracker.go_back(found.total)
+        self.report.say(
+            f"warning: {error}; back to step {found.total}, the learning rate times {self.at.lr_factor:g} from there"
+        )
+
+    def _stop(self) -> None:
+        """Save where the run stands, if that has not been done, and say so."""
+        self.watch.doing("saving before a stop")
+        if self.at != self.saved:
+            self._save()
+        self._warn_of(self.checkpoints.wait())
+        self.report.say(f"stopped as asked after step {self.at.total}; --resume continues")
+        self.report.close()
+        self.tracker.close("KILLED")
+
+    def _out_of_memory(self, error: BaseException) -> RefusedError:
+        micro, block = self.plan.micro_batch, self.recipe.augment.mix_block if self.recipe.augment.mixes else 1
+        smaller = [n for n in range(1, micro) if micro % n == 0 and n % block == 0]
+        plan = {name: size for name, size in vars(needed(self.recipe, self.plan)).items() if size}
+        planned = ", ".join(f"{name} {size / 2**20:,.1f}" for name, size in plan.items() if name != "in_all")
+        remedy = f"run.micro_batch={smaller[-1]} (now {micro})" if smaller else "a higher engine.zero_stage"
+        return RefusedError(
+            f"{self.watch.now}: out of memory ({told(error)}); planned for each rank, MiB: {planned}, "
+            f"{plan['in_all'] / 2**20:,.1f} in all; try {remedy}"
+        )
+
+    def _step(self, batches: list[Batch], step: int) -> StepResult:
+        return self.engine.step(
+            lambda: (self.task.losses(self.engine, batch) for batch in batches),
+            self.task.passes(step),
+            self._lr(step),
+            step,
+        )
+
+    def _lr(self, step: int) -> float:
+        return self.schedule.lr(step) * self.task.lr_factor(step) * self.at.lr_factor
+
+    def _evaluate(self, split: str, step: int) -> dict[str, float]:
+        engine, widths = self.engine, self.task.trained(step)
+
+        def next_batch() -> None:
+            self.stops.check()
+            self.watch.doing(f"evaluating {split} after step {step}")
+
+        score = partial(evaluate, engine, engine.module, self.reader, split, widths, engine.runs_differ, next_batch)
+        found = {f"{split}/{k}": v for k, v in score().items()}
+        if self.ema is not None:
+            with self.ema.in_place():
+                averaged = score()
+            found |= {f"ema/{split}_{k}": v for k, v in averaged.items()}
+        self._report_bad()
+        self.tracker.log(found, step)
+        scores = {name: value for name, value in found.items() if "top1" in name}
+        line = "  ".join(f"{name} {value:.2f}" for name, value in scores.items() if "_w" not in name)
+        slim = "  ".join(
+            f"{name.partition('_w')[2]} {value:.2f}" for name, value in scores.items() if "/top1_w" in name
+        )
+        self.report.say(f"epoch {step // self.plan.steps_per_epoch}  {line}" + (f"  by width: {slim}" if slim else ""))
+        return found
+
+    def _save(self, top1: float | None = None) -> None:
+        self.watch.doing(f"saving after step {self.at.total}")
+        self._warn_of(self.checkpoints.save(self.at, top1))
+        self.saved, self._steps_back = self.at, 0
+
+    def _warn_of(self, failure: str | None) -> None:
+        if failure is not None:
+            self.report.say(f"warning: a checkpoint could not be saved, the run goes on: {failure}")
+
+    def _log(self, step: int) -> None:
+        """Bring an interval's metrics from the device, once, and hand them to the tracker."""
+        done, self.interval = self.interval, Interval([], [], 0.0)
+        losses = torch.stack([result.loss for result in done.results]).mean()
+        loss = float(self.grid.sum_over_replicas(losses)) / self.plan.replicas
+        seconds = sum(done.seconds)
+        images = self.recipe.run.global_batch * len(done.seconds)
+        metrics = {
+            "train/loss": loss,
+            "train/grad_norm": done.results[-1].grad_norm,
+            "train/lr": self._lr(step - 1),
+            "train/skipped_steps": float(self.engine.skipped_steps),
+            "perf/images_per_sec": images / seconds,
+            "perf/step_ms_p50": 1000 * statistics.median(done.seconds),
+            "perf/data_wait": done.waited / seconds,
+            **self.engine.traffic(len(done.seconds)),
+            "data/bad_samples": float(self._report_bad()),
+        }
+        if (submodules := self.recipe.model.submodules) > 1:
+            metrics["train/submodules_present"] = float(submodules - len(self.grid.absent))
+        if (peak := _peak_flops(self.grid.device)) is not None:
+            work = sum(self._flops(s) for s in range(step - len(done.seconds), step))
+            metrics["perf/mfu"] = work / seconds / self.plan.ranks / peak
+        self.tracker.log(metrics, step)
+        self.report.step(step, metrics)
+
+    def _report_bad(self) -> int:
+        """Images that any rank could not read so far; the new ones are named. Collective."""
+        new = self.bad.update()
+        for name in new[:SHOWN_BAD]:
+            self.report.say(f"warning: not readable: {name}")
+        if len(new) > SHOWN_BAD:
+            self.report.say(f"warning: … and {len(new) - SHOWN_BAD} more, see {self.bad.path}")
+        return len(self.bad.names)
+
+    def _flops(self, step: int) -> float:
+        """Of all passes of a step over the global batch, forward and backward."""
+        facts, model = self.reader.facts, self.recipe.model
+        shape = (facts.image_size, facts.channels, facts.classes)
+        return 3 * 2 * self.recipe.run.global_batch * sum(model.macs(*shape, w) for w in self.task.widths(step))
+
+    def _announce(self) -> None:
+        p, g = self.plan, self.grid
+        self.report.say(
+            f"{self.folder}: {p.parameters:,} parameters, {p.flops / 1e6:,.2f} MFLOPs an image; "
+            f"{p.replicas} replicas x {g.submodule_ranks} submodule ranks on {g.device.type} ({g.backend}), "
+            f"ZeRO-{self.recipe.engine.zero_stage}, {'bf16 autocast' if p.bf16 else 'fp32'}"
+        )
+        self.report.say(
+            f"global batch {self.recipe.run.global_batch} = {p.replicas} replicas x {p.accumulation} "
+            f"micro batches x {p.micro_batch}; {p.steps_per_epoch} steps an epoch, {p.steps} in all; "
+            f"{describe(self.engine.parameter_groups)}"
+        )
+        if self.reader.left_out:
+            self.report.say(f"not readable, as the index says: {len(self.reader.left_out)} images, see {self.bad.path}")
+        backbone = getattr(self.recipe.model, "backbone", None)
+        if backbone is not None and backbone.name and not backbone.weights and not backbone.trained_stages:
+            self.report.say("warning: the backbone is frozen with random weights; set model.backbone.weights")
+        if p.teacher_bytes:
+            self.report.say(f"the teacher's weights take {p.teacher_bytes / 2**20:,.1f} MiB on every rank")
+        if g.absent:
+            self.report.say(
+                f"submodules {list(g.absent)} of {self.recipe.model.submodules} are absent: the others are trained, "
+                "theirs stay as they are in the checkpoints"
+            )
+        if self.start.total:
+            s = self.start
+            self.report.say(f"resumed at step {s.total}: epoch {s.epoch}, step {s.step} of it")
+
+    def _finish(self, final: dict[str, float], seconds: float) -> None:
+        if self.grid.is_main:
+            self._draw(final)
+            self.tracker.artifact(self.folder / "recipe.toml")
+        self.tracker.close("FINISHED")
+        rows = {name: f"{value:.4g}" for name, value in final.items() if "_w" not in name}
+        rows |= {"time": duration(seconds), "run": str(self.folder)}
+        rows |= {
+            "curves": str(self.folder / "curves.png"),
+            "MLflow run": self.tracker.run_id() or "-",
+        }
+        self.report.summary(rows)
+
+    def _draw(self, final: dict[str, float]) -> None:
+        self.tracker.artifact(draw_curves(self.folder, self.folder.name))
+        widths = self.task.trained(self.plan.steps)
+        if len(widths) > 1:
+            found = {name.removeprefix("test/"): value for name, value in final.items()}
+            model: Model = self.engine.module  # type: ignore[assignment]
+            rows = width_rows(model, widths, found)
+            self.tracker.artifact(draw_widths(self.folder / "widths-test.png", rows, f"{self.folder.name}, test"))
+            self.report.close()
+            print_widths(rows, "test")
+
+
+def _peak_flops(device: torch.device) -> float | None:
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((1e12 * peak for part, peak in _PEAK_TFLOPS.items() if part in name), None)

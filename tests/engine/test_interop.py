@@ -1,0 +1,130 @@
+"""Weights of the published code come in, and what does not fit is named."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from hsvit_ds.cli import app
+from hsvit_ds.engine.interop import import_deit, import_hsvit, import_scala, load_model
+from hsvit_ds.errors import RefusedError
+from hsvit_ds.models.slimmable import Config as Widths
+from tools.benchmarks.published import published
+from tools.benchmarks.published_scala import Network
+
+from ..models.test_hsvit import randomised
+
+
+def weights(lightning: bool = False) -> tuple[Any, dict[str, Any]]:
+    model = randomised(published("C2A2", 32, classes=7)).eval()
+    state = model.state_dict()
+    if lightning:
+        return model, {"state_dict": {f"model.{k}": v for k, v in state.items()}, "epoch": 3}
+    return model, state
+
+
+@pytest.mark.parametrize("lightning", [False, True])
+def test_the_command_imports_published_weights(lightning: bool, tmp_path: Path) -> None:
+    model, state = weights(lightning)
+    torch.save(state, tmp_path / "published.ckpt")
+    arguments = ["import", str(tmp_path / "published.ckpt"), "-o", str(tmp_path / "ours.safetensors")]
+    result = CliRunner().invoke(app, [*arguments, "--image-size", "32", "--pool-strides", "2,2"])
+    assert result.exit_code == 0, result.output
+    x = torch.randn(4, 3, 32, 32)
+    ours = load_model(tmp_path / "ours.safetensors")
+    torch.testing.assert_close(ours(x), model(x), rtol=1e-5, atol=1e-5)
+
+
+def damaged(key: str) -> dict[str, Any]:
+    return {k: v for k, v in weights()[1].items() if k != key}
+
+
+@pytest.mark.parametrize(
+    ("state", "size", "message"),
+    [
+        (damaged("model.embed_projection.0.bias"), 32, "lack model.embed_projection.0.bias"),
+        (weights()[1] | {"surplus": torch.zeros(1)}, 32, "unknown keys in the published weights: surplus"),
+        (weights()[1], 64, r"embed_projection\.0\.weight has shape \(64, 64\), which does not fit \(1, 64, 256\)"),
+        ({"fc.weight": torch.zeros(2, 2)}, 32, "these are not weights of the published HSViT code"),
+    ],
+)
+def test_weights_that_do_not_fit_are_refused_by_key(state: dict[str, Any], size: int, message: str) -> None:
+    with pytest.raises(RefusedError, match=message):
+        import_hsvit(state, image_size=size, pool_strides=(2, 2))
+
+
+def scala_weights() -> tuple[Network, dict[str, Any]]:
+    torch.manual_seed(0)
+    model = Network(128, 2, 2, image_size=32, patch=8, classes=7)
+    return model, {"model": {f"module.{k}": v for k, v in model.state_dict().items()}}
+
+
+def test_the_command_imports_weights_of_the_published_scala(tmp_path: Path) -> None:
+    theirs, state = scala_weights()
+    torch.save(state, tmp_path / "scala.pth")
+    arguments = ["import", str(tmp_path / "scala.pth"), "-o", str(tmp_path / "ours.safetensors")]
+    result = CliRunner().invoke(app, [*arguments, "--smallest", "0.25", "--granularity", "0.125"])
+    assert result.exit_code == 0, result.output
+    ours = load_model(tmp_path / "ours.safetensors")
+    images = torch.randn(3, 3, 32, 32)
+    with torch.no_grad():
+        for width in ours.config.widths.family:
+            z, u = theirs(images, float(width))
+            torch.testing.assert_close(ours(images, width=width), (z + u) / 2, rtol=1e-5, atol=1e-5)
+    assert import_scala(state, smallest=0.5, granularity=0.5, side="trailing").config.widths == Widths(
+        smallest=0.5, granularity=0.5
+    )
+
+
+@pytest.mark.parametrize("name", ["deit_tiny_patch16_224", "deit_tiny_distilled_patch16_224"])
+def test_weights_of_timms_deit_come_in(name: str, tmp_path: Path) -> None:
+    import timm
+
+    torch.manual_seed(0)
+    theirs = timm.create_model(name, img_size=32, patch_size=8, depth=2, num_classes=7, init_values=0.5).eval()
+    torch.save({"model": theirs.state_dict()}, tmp_path / "deit.pth")
+    arguments = ["import", str(tmp_path / "deit.pth"), "-o", str(tmp_path / "ours.safetensors")]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    images = torch.randn(3, 3, 32, 32)
+    with torch.no_grad():
+        found = load_model(tmp_path / "ours.safetensors")(images)
+        torch.testing.assert_close(found, theirs(images), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"head_dist.bias": None}, r"do not fit .*: head_dist.bias is missing"),
+        ({"head_dist.bias": None, "norm.bias": None}, r"norm.bias is missing; head_dist.bias is missing"),
+        ({"surplus": torch.zeros(1)}, r"surplus is left over"),
+        ({"norm.weight": torch.zeros(3)}, r"norm.weight has shape \(3,\), not \(128,\)"),
+        ({"head.weight": None}, "these are not weights of a DeiT: .* head.weight"),
+        (
+            {"pos_embed": torch.zeros(1, 20, 128)},
+            r"pos_embed has shape \(1, 20, 128\): not the patches of a square image",
+        ),
+    ],
+)
+def test_weights_of_a_deit_that_do_not_fit_are_refused_by_key(change: dict[str, Any], message: str) -> None:
+    state = {**scala_weights()[0].state_dict(), **change}
+    with pytest.raises(RefusedError, match=message):
+        import_deit({"model": {k: v for k, v in state.items() if v is not None}})
+
+
+class Evil:
+    def __reduce__(self) -> Any:
+        return (print, ("executed",))
+
+
+def test_a_file_that_would_run_code_is_not_unpickled(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    torch.save({"state_dict": Evil()}, tmp_path / "evil.ckpt")
+    arguments = ["import", str(tmp_path / "evil.ckpt"), "-o", str(tmp_path / "o.safetensors")]
+    result = CliRunner().invoke(app, [*arguments, "--image-size", "32", "--pool-strides", "2,2"])
+    assert result.exit_code == 2
+    assert "executed" not in capfd.readouterr().out + result.output
+    assert "is not unpickled" in result.output

@@ -1,0 +1,220 @@
+"""A subnet becomes a network of its own, with the slice's logits, in every format."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from typer.testing import CliRunner
+
+from hsvit_ds.cli import app
+from hsvit_ds.data import augment, digits
+from hsvit_ds.engine.checkpoint import Position
+from hsvit_ds.errors import RefusedError
+from hsvit_ds.models.slimmable import Width
+from hsvit_ds.results.export import Budget
+from hsvit_ds.results.saved import SavedRun, open_run
+
+from ..workers.common import steps, trainer
+
+SLIM_HSVIT = [
+    "model.widths.smallest=0.5",
+    "model.widths.granularity=0.5",
+    "model.submodules=2",
+    "grid.submodule_ranks=1",
+    "task.kind=scala",
+]
+# Networks of one width.
+WHOLE = {
+    "timm": ["grid.submodule_ranks=1", 'model={kind="timm", name="test_resnet", drop_path=0.1}'],
+    "hybrid": ["grid.submodule_ranks=1"],
+}
+KINDS: dict[str, tuple[str, list[str]]] = {
+    "ViT": ("scala", []),
+    "fused ViT": ("scala", ["model.qkv=fused", "model.softmax_scale=full", "model.norm_eps=1e-5"]),
+    "HSViT": ("hsvit", SLIM_HSVIT),
+}
+
+
+@pytest.fixture(autouse=True)
+def _process_group_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The commands run in this process, which has other tests to do."""
+    monkeypatch.setattr("hsvit_ds.grid.grid.Grid.close", lambda self: None)
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> SavedRun:
+    base, overrides = KINDS[request.param]
+    return saved(tmp_path_factory.mktemp("run"), base, overrides, 3)
+
+
+def saved(folder: Path, base: str, overrides: list[str], count: int) -> SavedRun:
+    made = trainer(folder, [*overrides, "ema.decay=0.9"], base=base)
+    steps(made, count)
+    made.checkpoints.save(Position(0, count, count))
+    assert made.checkpoints.wait() is None
+    (folder / "metrics.jsonl").write_text(json.dumps({"step": count, "test/top1_w0.50": 43.21}) + "\n")
+    return open_run(folder)
+
+
+def command(*arguments: Any) -> tuple[int, str]:
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    return result.exit_code, result.output
+
+
+@torch.no_grad()
+def test_every_format_has_the_slices_logits(run: SavedRun, tmp_path: Path) -> None:
+    code, output = command("export", run.folder, "--width", "0.5", "-o", tmp_path)
+    assert code == 0, output
+    (width,) = run.widths("0.5")
+    images = torch.randn(5, 1, 32, 32)
+    expected = run.at(width)(images, width=width)
+    check_programs(tmp_path, images, expected)
+    card = (tmp_path / "README.md").read_text()
+    assert "A subnet of a slimmable network" in card
+    assert "| width | 0.50 |" in card
+    assert "| test top-1, % | 43.21 |" in card
+    if run.recipe.model.kind == "hsvit":
+        from hsvit_ds.engine.interop import load_model
+
+        alone = load_model(tmp_path / "model.safetensors")
+    else:
+        import timm
+        from safetensors.torch import load_file
+
+        alone = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+        config = json.loads((tmp_path / "config.json").read_text())
+        assert timm.data.resolve_model_data_config(alone)["crop_mode"] == "squash"
+        other = timm.create_model(config["architecture"], num_classes=config["num_classes"], **config["model_args"])
+        other.load_state_dict(load_file(tmp_path / "model.safetensors"))
+        if (eps := run.recipe.model.norm_eps) != 1e-6:
+            assert f"m.eps = {eps:g}" in card
+            for module in alone.modules():
+                if isinstance(module, torch.nn.LayerNorm):
+                    module.eps = eps
+    torch.testing.assert_close(alone(images), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", WHOLE)
+def test_every_format_of_a_network_of_one_width_has_its_logits(kind: str, tmp_path: Path) -> None:
+    run = saved(tmp_path, "hybrid", WHOLE[kind], 3)
+    out = tmp_path / "export"
+    code, output = command("export", tmp_path, "--width", "1.0", "-o", out)
+    assert code == 0, output
+    images = torch.randn(5, 1, 32, 32)
+    with torch.no_grad():
+        expected = run.model(images)
+    check_programs(out, images, expected)
+    card = (out / "README.md").read_text()
+    assert "slimmable" not in card
+    assert "width" not in card
+    if kind == "timm":
+        import timm
+
+        alone = timm.create_model(f"local-dir:{out}", pretrained=True).eval()
+        assert type(alone) is type(timm.create_model("test_resnet"))
+        assert "timm.create_model" in card
+        about = timm.data.resolve_model_data_config(alone)
+        assert (about["input_size"], about["crop_mode"]) == ((1, 32, 32), "squash")
+        assert tuple(about["mean"]) == run.facts.mean
+    else:
+        from hsvit_ds.engine.interop import load_model
+
+        alone = load_model(out / "model.safetensors")
+        assert "HSViT on test_resnet" in card
+    with torch.no_grad():
+        torch.testing.assert_close(alone(images), expected, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def check_programs(folder: Path, images: Tensor, expected: Tensor) -> None:
+    from onnxruntime import InferenceSession
+
+    program = torch.export.load(folder / "model.pt2")
+    torch.testing.assert_close(program.module()(images), expected, rtol=1e-5, atol=1e-5)
+    assert "hsvit" not in str(program.graph)
+    (onnx,) = InferenceSession(folder / "model.onnx").run(None, {"images": images.numpy()})
+    torch.testing.assert_close(torch.from_numpy(onnx), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_evaluation_scores_all_widths_in_one_pass_over_the_data(run: SavedRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    code, output = command("evaluate", run.folder)
+    assert code == 0, output
+    assert (run.folder / "widths-test.png").stat().st_size > 10_000
+    for width in run.trained:
+        assert f"│ {width}" in output
+    read = run.reader.evaluation
+    splits = []
+    monkeypatch.setattr(run.reader, "evaluation", lambda split: splits.append(split) or read(split))
+    found = run.evaluate("val", run.trained)
+    assert splits == ["val"]
+    assert found["top1"] == found["top1_w1.00"]
+    images, labels = digits.split("val")
+    images = augment.normalise(images, run.reader.facts.mean, run.reader.facts.std)
+    for width in run.trained:
+        one = run.evaluate("val", (width,))
+        assert found[f"top1_w{width}"] == one["top1"]
+        with torch.no_grad():
+            logits = run.at(width).subnet(width)(images)
+        assert one["loss"] == pytest.approx(float(torch.nn.functional.cross_entropy(logits, labels)), rel=1e-5)
+        assert one["top1"] == pytest.approx(100 * float((logits.argmax(1) == labels).float().mean()), rel=1e-5)
+
+
+def test_an_average_can_be_taken(run: SavedRun) -> None:
+    live, average = run.model.state_dict(), open_run(run.folder, ema=True).model.state_dict()
+    assert live.keys() == average.keys()
+    assert any(not torch.equal(live[name], average[name]) for name in live)
+
+
+def test_a_width_that_was_never_trained_is_refused(tmp_path: Path) -> None:
+    run = saved(tmp_path, "scala", ["task.full_epochs=1"], 2)
+    assert [str(width) for width in run.trained] == ["1.00"]
+    code, output = command("export", tmp_path, "--width", "0.5")
+    assert code == 2
+    assert "width 0.50 was never trained (trained: 1.00); --untrained takes it anyway" in output
+    code, output = command("evaluate", tmp_path, "--widths", "0.5,1", "--untrained")
+    assert code == 0, output
+    code, output = command("export", tmp_path, "--width", "0.3")
+    assert code == 2
+    assert "width 0.3 is not one of the 7 of this model; nearest: 0.25, 0.375" in output
+    code, output = command("export", tmp_path, "--width", "0.3", "--untrained")
+    assert code == 2
+    assert "0.3 x embedding 32 = 9.6 is not a multiple of heads = 2" in output
+    code, output = command("export", tmp_path, "--width", "0.5", "--budget", "1G")
+    assert (code, "give one of --width and --budget" in output) == (2, True)
+    code, output = command("evaluate", tmp_path, "--split", "dev")
+    assert (code, "--split dev: must be one of train, val, test" in output) == (2, True)
+
+
+def test_a_budget_picks_the_widest_subnet_within_it(run: SavedRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    widths = run.trained
+
+    def cost(text: str) -> Width:
+        return Budget.of(text).widest(run.model, widths)
+
+    from hsvit_ds import models
+
+    for width in widths:
+        assert cost(f"{models.macs(run.model, width)}") == width
+        assert cost(f"{models.parameters(run.model, width) / 1e6:.6f}Mparams") == width
+    assert cost("100G") == widths[-1]
+    middle = (models.macs(run.model, widths[0]) + models.macs(run.model, widths[1])) / 2
+    assert cost(f"{middle / 1e3:.3f}k") == widths[0]
+    times = {float(models.macs(run.model, w)): 2.0 + i for i, w in enumerate(widths)}
+    monkeypatch.setattr(
+        "hsvit_ds.results.export.latency_ms", lambda m: times[float(m.config.macs(m.image_size, m.channels, m.classes))]
+    )
+    run.at(*widths)
+    assert cost("3.5ms") == widths[1]
+    with pytest.raises(RefusedError, match=f"no trained width costs at most 1 macs; the smallest, {widths[0]}, costs"):
+        cost("1")
+    with pytest.raises(RefusedError, match=r"--budget 5 GB: must look like 1.3G \(multiply-adds\), 6Mparams or 8ms"):
+        cost("5 GB")
+
+
+def test_latency_is_measured(run: SavedRun) -> None:
+    assert Budget.of("1000000ms").widest(run.model, run.trained[-1:]) == run.trained[-1]

@@ -252,6 +252,15 @@ def _fields(config: Any) -> set[str]:
     return {f.name for f in dataclasses.fields(config)} if dataclasses.is_dataclass(config) else set()
 
 
+def _steps_per_epoch(recipe: Recipe) -> int:
+    run_order = order(recipe)
+    if recipe.run.global_batch > run_order.samples:
+        raise RefusedError(
+            f"run.global_batch = {recipe.run.global_batch} is more than the {run_order.samples} training images"
+        )
+    return run_order.steps_per_epoch
+
+
 def resolve(recipe: Recipe, ranks: int) -> tuple[Recipe, Plan]:
     """The recipe with everything derived filled in, and the plan for `ranks` ranks; refuses what cannot be."""
     recipe = replace(recipe, data=reader.resolved(recipe.data))
@@ -272,12 +281,7 @@ def resolve(recipe: Recipe, ranks: int) -> tuple[Recipe, Plan]:
     if isinstance(model, hsvit.Config):
         backbone = model.backbone
         features.check(backbone.cache, backbone.trained_stages, recipe.engine.zero_stage, recipe.augment)
-    run_order = order(recipe)
-    steps = run_order.steps_per_epoch
-    if recipe.run.global_batch > run_order.samples:
-        raise RefusedError(
-            f"run.global_batch = {recipe.run.global_batch} is more than the {run_order.samples} training images"
-        )
+    steps = _steps_per_epoch(recipe)
     automatic = "bf16" if torch.cuda.is_available() else "fp32"
     precision = automatic if recipe.engine.precision == "auto" else recipe.engine.precision
     with torch.device("meta"):

@@ -19,7 +19,9 @@ from .random import Draw, threshold
 
 PROGRAMS = 528  # of the weights' products, four on each multiprocessor of an H200; fewer, and their rows are split
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-WEIGHTS = ("norm_weight", "norm_bias", "qkv_weight", "qkv_bias", "out_weight", "out_bias")
+INPUTS = (
+    "tokens", "cls", "positions", "norm_weight", "norm_bias", "qkv_weight", "qkv_bias", "out_weight", "out_bias"
+)  # fmt: skip
 
 
 def grouped_attention(
@@ -68,20 +70,25 @@ def grouped_attention(
     Raises:
         ValueError: a shape, dtype or device that does not fit, with its name, value and what is needed.
     """
-    tensors = {
-        "tokens": tokens,
-        "cls": cls,
-        "positions": positions,
-        "norm_weight": norm_weight,
-        "norm_bias": norm_bias,
-        "qkv_weight": qkv_weight,
-        "qkv_bias": qkv_bias,
-        "out_weight": out_weight,
-        "out_bias": out_bias,
-    }
+    inputs = (tokens, cls, positions, norm_weight, norm_bias, qkv_weight, qkv_bias, out_weight, out_bias)
+    tensors = dict(zip(INPUTS, inputs, strict=True))
     _check(tensors, heads)
     if draw is None or not threshold(dropout):
         dropout, draw = 0.0, None
+    return _attention(tensors, heads, dropout, draw, first_group, eps, all_tokens)
+
+
+def _attention(
+    tensors: dict[str, Tensor],
+    heads: int,
+    dropout: float,
+    draw: Draw | None,
+    first_group: int,
+    eps: float,
+    all_tokens: bool,
+) -> Tensor:
+    """By the kernel or the reference, as `dispatch` decides; or only noted, while cases are listed."""
+    tokens, cls, positions = tensors["tokens"], tensors["cls"], tensors["positions"]
     low = low_dtype(tokens)
     save = torch.is_grad_enabled() and any(t.requires_grad for t in tensors.values())
     case = _case(tensors, low, heads, draw is not None, save, all_tokens)
@@ -100,10 +107,10 @@ def grouped_attention(
             eps=eps,
             all_tokens=all_tokens,
         )
-    tokens = tokens.to(low)
-    rest = [tensor for name, tensor in tensors.items() if name != "tokens"]
     key, image = (None, None) if draw is None else (draw.key, draw.image)
-    out: Tensor = _forward(tokens, *rest, key, image, heads, threshold(dropout), first_group, eps, all_tokens, save)[0]
+    rest = [tensor for name, tensor in tensors.items() if name != "tokens"]
+    drop = threshold(dropout)
+    out: Tensor = _forward(tokens.to(low), *rest, key, image, heads, drop, first_group, eps, all_tokens, save)[0]
     return out
 
 

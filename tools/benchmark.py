@@ -1,5 +1,5 @@
-"""Measures what the README and the notes quote: `python -m tools.benchmark step|scala|hybrid|memory|kernels|
-data`.
+"""Measures what the README and the notes quote: `python -m tools.benchmark start|step|scala|hybrid|memory|
+kernels|data`.
 
 Every figure is a median of several runs beside a named alternative in the same run; machines are noisy.
 """
@@ -13,9 +13,9 @@ from pathlib import Path
 
 def main() -> None:
     parser = argparse.ArgumentParser("tools.benchmark", description=__doc__)
-    parser.add_argument("what", choices=["step", "scala", "hybrid", "memory", "kernels", "data"])
+    parser.add_argument("what", choices=["start", "step", "scala", "hybrid", "memory", "kernels", "data"])
     parser.add_argument("folder", type=Path, nargs="?", help="data: of shards NAME-SPLIT-0000.tar")
-    parser.add_argument("--repeats", type=int, default=7, help="step, scala, hybrid, data: runs of each, warmed up")
+    parser.add_argument("--repeats", type=int, default=7, help="all but memory, kernels: runs of each, warmed up")
     parser.add_argument(
         "--threads", type=int, default=os.cpu_count() or 1, help="step, scala, hybrid: PyTorch's, on a CPU"
     )
@@ -29,6 +29,10 @@ def main() -> None:
         from tools.benchmarks import kernels
 
         kernels.run(args.out)
+    elif args.what == "start":
+        from tools.benchmarks import start
+
+        start.run(args.repeats, args.out)
     elif args.what == "scala":
         from tools.benchmarks import scala
 

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from scipy.special import betaincinv
 from torch import Tensor
 
 from hsvit_kernels.random import Draw, Site, uniform
@@ -252,6 +251,8 @@ def mix(images: Tensor, soft: Tensor, draw: Draw, config: Config) -> tuple[Tenso
     if config.mixup and config.cutmix:
         cuts = luck[:, 1] < 0.5
     alpha = torch.where(cuts, config.cutmix, config.mixup).double()
+    from scipy.special import betaincinv  # here, as many a command mixes nothing
+
     ratio = torch.as_tensor(betaincinv(alpha.numpy(), alpha.numpy(), luck[:, 2].numpy()))
     ratio = torch.where(luck[:, 0] < config.mix_probability, ratio, 1.0)
     height, width = images.shape[2:]

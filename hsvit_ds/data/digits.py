@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from functools import cache
+from importlib.metadata import distribution
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -19,12 +21,18 @@ _SPLIT_KEY = 20240408  # fixed for good: results of different versions stay comp
 @cache
 def split(name: str) -> tuple[Tensor, Tensor]:
     """(images uint8 [N, 1, 32, 32], labels int64 [N]) of "train", "val" or "test"."""
-    from sklearn.datasets import load_digits  # here, as it takes 2 s: a recipe is read without it
-
-    digits = load_digits()
-    shuffled = sequence(_SPLIT_KEY, count=len(digits.target)).argsort(stable=True)
+    pixels, target = _file()
+    shuffled = sequence(_SPLIT_KEY, count=len(target)).argsort(stable=True)
     start, stop = SPLITS[name]
     chosen = shuffled[start:stop]
-    small = torch.from_numpy(digits.images)[chosen, None].float() * (255 / 16)
+    small = pixels[chosen, None].float() * (255 / 16)
     images = F.interpolate(small, size=(SIDE, SIDE), mode="bilinear", align_corners=False)
-    return images.round().to(torch.uint8), torch.from_numpy(digits.target)[chosen].long()
+    return images.round().to(torch.uint8), target[chosen]
+
+
+@cache
+def _file() -> tuple[Tensor, Tensor]:
+    """(pixels [N, 8, 8] of 0 to 16, labels int64 [N]). Read without importing scikit-learn, which takes a second."""
+    file = distribution("scikit-learn").locate_file("sklearn/datasets/data/digits.csv.gz")
+    table = np.loadtxt(str(file), delimiter=",")
+    return torch.from_numpy(table[:, :-1]).view(-1, 8, 8), torch.from_numpy(table[:, -1]).long()

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -153,6 +154,15 @@ def _merge(derived: dict[str, Any], expert: dict[str, Any], where: str) -> dict[
     return merged
 
 
+def _import_muon() -> None:
+    """Import an optimizer that ours never is, and which DeepSpeed asks for at every ZeRO stage, without the decorators
+    that would load PyTorch's compiler: seconds of every rank's start."""
+    from deepspeed.runtime import compiler
+
+    with patch.object(compiler, "compile", lambda: compiler.dummy_decorator):
+        import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
+
+
 class Engine:
     """A model under DeepSpeed on a grid.
 
@@ -187,6 +197,7 @@ class Engine:
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
         # Otherwise DeepSpeed compiles a collective at start-up (30 s, needs g++) that training never uses.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        _import_muon()
         # DeepSpeed would make this group itself, with no timeout that could be set.
         deepspeed_groups._WORLD_GROUP = grid.world_group
         deepspeed.init_distributed(grid.backend, dist_init_required=False)

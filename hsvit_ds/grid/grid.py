@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..errors import RefusedError
 from . import rendezvous
+from .eager import eager
 
 T = TypeVar("T")
 
@@ -240,7 +241,7 @@ class Grid:
         return self.rank == 0
 
     # A collective in a compiled autograd function trained to something else, silently; the mark breaks the graph here.
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @eager
     def exchange(self, x: Tensor) -> Tensor:
         """Sum [B, D] over the submodule ranks of the replica: the one message of an HSViT forward, none backward."""
         summed: Tensor = _SumForward.apply(x, self.exchanges)
@@ -257,7 +258,7 @@ class Grid:
             raise ValueError(f"{images} images cannot be divided by {self.submodule_ranks} submodule ranks")
         return slice(self.submodule_rank * share, (self.submodule_rank + 1) * share)
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @eager
     def exchange_features(self, x: Tensor) -> Tensor:
         """[B / S, K, f], a backbone's maps of this rank's images, K the channels of the submodules present, to
         [B, K / S, f], this rank's channels of all images of the replica; gradients travel back."""

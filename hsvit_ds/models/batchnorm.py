@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..grid.eager import eager
 from ..grid.grid import Channel
 from .slimmable import FULL, Width
 
@@ -78,7 +79,7 @@ class BatchNorm(nn.Module):
         runs = [self._normalise(run, width) for run in x.chunk(self.statistics.runs)]
         return runs[0] if len(runs) == 1 else torch.cat(runs)
 
-    @torch.compiler.disable  # as Grid.exchange
+    @eager  # as Grid.exchange
     def _normalise_together(self, x: Tensor, width: Width) -> Tensor:
         affine = self._affine(width)
         y, mean, var = _SyncedNorm.apply(x, affine["weight"], affine["bias"], self.eps, self.statistics.channel)

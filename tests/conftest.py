@@ -15,10 +15,10 @@ if not torch.cuda.is_available():
 def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Root of a small run that nothing happened to, on two submodule ranks."""
     from .engine.test_checkpoint import train_arguments
-    from .ranks import finish, start
+    from .ranks import finish, fork
 
     root = tmp_path_factory.mktemp("uninterrupted")
-    finish(start("hsvit_ds.train", train_arguments(root), 2))
+    finish(fork("hsvit_ds.train", train_arguments(root), 2))
     return root
 
 

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
+import select
+import signal
 import socket
 import subprocess
 import sys
+import tempfile
+import time
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 ROOT = Path(__file__).parent.parent
 
@@ -26,33 +32,99 @@ def environment(**extra: str) -> dict[str, str]:
     return env | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(ROOT)} | extra
 
 
+def places(world: int) -> list[dict[str, str]]:
+    """What a launcher tells each rank."""
+    port = str(free_port())
+    return [
+        {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(world),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": port,
+        }
+        for rank in range(world)
+    ]
+
+
 def start(module: str, arguments: list[str], world: int, **extra: str) -> list[subprocess.Popen[str]]:
     """`python -m module arguments` on `world` ranks; stdout and stderr are piped together."""
-    port = str(free_port())
-    ranks = []
-    for rank in range(world):
-        env = environment(
-            RANK=str(rank),
-            LOCAL_RANK=str(rank),
-            WORLD_SIZE=str(world),
-            MASTER_ADDR="127.0.0.1",
-            MASTER_PORT=port,
-            **extra,
+    return [
+        subprocess.Popen(
+            [sys.executable, "-m", module, *arguments],
+            cwd=ROOT,
+            env=environment(**place, **extra),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
         )
-        ranks.append(
-            subprocess.Popen(
-                [sys.executable, "-m", module, *arguments],
-                cwd=ROOT,
-                env=env,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-            )
-        )
-    return ranks
+        for place in places(world)
+    ]
 
 
-def finish(ranks: list[subprocess.Popen[str]], timeout: float = 240) -> str:
+@cache
+def server() -> str:
+    """The socket of `tests.server`, started at the first use."""
+    path = Path(tempfile.mkdtemp(prefix="hsvit-ranks-")) / "socket"
+    command = [sys.executable, "-m", "tests.server", str(path)]
+    process = subprocess.Popen(command, cwd=ROOT, env=environment(), stdin=subprocess.PIPE)
+    while not path.exists():
+        if process.poll() is not None:
+            raise RuntimeError(f"{' '.join(command)} ended with {process.returncode}")
+        time.sleep(0.05)
+
+    def end() -> None:
+        process.communicate()
+        path.unlink()
+        path.parent.rmdir()
+
+    atexit.register(end)
+    return str(path)
+
+
+class Forked:
+    """A rank that the server forked; what the tests use of `subprocess.Popen`."""
+
+    def __init__(self, module: str, arguments: list[str], env: dict[str, str]) -> None:
+        self.returncode: int | None = None
+        self.output: IO[str] = tempfile.TemporaryFile("w+")  # noqa: SIM115
+        self.connection = socket.socket(socket.AF_UNIX)
+        self.connection.connect(server())
+        request = json.dumps({"environment": env, "arguments": [module, *arguments]})
+        socket.send_fds(self.connection, [request.encode()], [self.output.fileno()])
+        self.lines = self.connection.makefile()
+        self.pid = int(self.lines.readline())
+
+    def poll(self) -> int | None:
+        if self.returncode is None and select.select([self.connection], [], [], 0)[0]:
+            self.wait()
+        return self.returncode
+
+    def wait(self, timeout: float | None = None) -> int:
+        if self.returncode is None:
+            if not select.select([self.connection], [], [], timeout)[0]:
+                raise subprocess.TimeoutExpired(f"rank {self.pid}", timeout or 0)
+            self.returncode = int(self.lines.readline())
+            self.lines.close()
+            self.connection.close()
+        return self.returncode
+
+    def communicate(self, timeout: float | None = None) -> tuple[str, None]:
+        self.wait(timeout)
+        self.output.seek(0)
+        return self.output.read(), None
+
+    def kill(self) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, signal.SIGKILL)
+
+
+def fork(module: str, arguments: list[str], world: int) -> list[Forked]:
+    """As `start`, but seconds earlier: the ranks have everything imported."""
+    return [Forked(module, arguments, environment(**place)) for place in places(world)]
+
+
+def finish(ranks: list[subprocess.Popen[str]] | list[Forked], timeout: float = 240) -> str:
     """Wait for every rank; the output of all, or an error that holds it."""
     outputs = [rank.communicate(timeout=timeout)[0] for rank in ranks]
     codes = [rank.returncode for rank in ranks]
@@ -62,12 +134,13 @@ def finish(ranks: list[subprocess.Popen[str]], timeout: float = 240) -> str:
 
 
 def work(worker: str, world: int, folder: Path, arguments: Any, **extra: str) -> list[Any]:
-    """Run `tests.workers.<worker>` on `world` ranks; what each rank returned."""
+    """Run `tests.workers.<worker>` on `world` ranks; what each returned. extra: variables, for unforked processes."""
     import torch
 
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "arguments.json").write_text(json.dumps(arguments))
-    finish(start("tests.workers", [worker, str(folder)], world, **extra))
+    command = [worker, str(folder)]
+    finish(start("tests.workers", command, world, **extra) if extra else fork("tests.workers", command, world))
     return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(world)]
 
 

@@ -22,8 +22,8 @@ from hsvit_ds.errors import RefusedError
 from hsvit_ds.run.trainer import Trainer
 from hsvit_ds.train import main
 
-from ..ranks import finish, start, work
-from ..workers.common import SMALL, trainer
+from ..ranks import finish, fork, start, work
+from ..workers.common import SMALL, state, steps, trainer
 
 RECIPE = "recipes/digits/hsvit.toml"
 EMA = ["ema.decay=0.9", "optimizer.name=adamw"]
@@ -133,7 +133,7 @@ def test_a_run_killed_in_mid_epoch_and_resumed_is_bit_equal(uninterrupted: Path,
     killed_at = latest(tmp_path)
     assert killed_at is not None
     assert "step-00000020" <= killed_at.name < "step-00000071"
-    output = finish(start("hsvit_ds.train", train_arguments(tmp_path, "--resume"), 2))
+    output = finish(fork("hsvit_ds.train", train_arguments(tmp_path, "--resume"), 2))
     assert f"resumed at step {int(killed_at.name[-8:])}" in output
     whole, parts = latest(uninterrupted), latest(tmp_path)
     assert whole is not None
@@ -281,3 +281,19 @@ def test_a_checkout_without_installed_metadata_saves_its_checkpoints(
     folder = pointed(tmp_path / "checkpoints", "latest")
     assert folder is not None
     assert read_manifest(folder)["versions"]["hsvit-ds"] == hsvit_ds.__version__
+
+
+EARLIER = Path(__file__).with_name("format_2")  # of 27 November 2026, three steps, before the packages were moved
+TINY = ["model.kernels=[2,4]", "model.pool_strides=[4,4]", "model.groups=2", "model.heads=2", "model.embedding=4"]
+
+
+def test_a_checkpoint_of_an_earlier_version_resumes(tmp_path: Path) -> None:
+    shutil.copytree(EARLIER, tmp_path, dirs_exist_ok=True)
+    run = trainer(tmp_path, [*EMA, *TINY, "model.depth=1", "grid.submodule_ranks=1"], resume=True)
+    assert run.start == Position(0, 3, 3)
+    found, saved = state(run), files(EARLIER / "checkpoints/step-00000003")
+    assert found.keys() == saved.keys()
+    for key, tensor in saved.items():
+        assert torch.equal(found[key], tensor), key
+    # What the version that wrote it computed from there on.
+    assert steps(run, 6) == pytest.approx([0.7898379564, 0.7205404639, 0.6038817763], rel=1e-4)

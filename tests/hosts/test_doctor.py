@@ -26,7 +26,7 @@ from hsvit_ds.hosts.cluster import Answer, Host
 from hsvit_ds.hosts.doctor import Examination
 from hsvit_ds.run import recipe
 
-from ..ranks import ROOT, environment, finish, start
+from ..ranks import ROOT, environment, finish, fork
 
 DIGITS = ROOT / "recipes/digits/hsvit.toml"
 SSH = """#!{python}
@@ -282,7 +282,7 @@ def test_the_probe_imports_nothing_heavy_and_what_a_shell_prints_before_it_is_pa
 
 
 def test_the_all_reduce_checks_its_sum_and_the_first_rank_tells_what_it_took() -> None:
-    printed = finish(start("hsvit_ds.hosts.bandwidth", [], 2))
+    printed = finish(fork("hsvit_ds.hosts.bandwidth", [], 2))
     (found,) = re.findall(r"^\{.*\}$", printed, re.M)
     assert json.loads(found).keys() == {"backend", "ranks", "bandwidth", "latency"}
     assert json.loads(found)["ranks"] == 2

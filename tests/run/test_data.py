@@ -19,7 +19,7 @@ from hsvit_ds.data.transform import Transform
 from hsvit_ds.grid.grid import Grid
 from hsvit_ds.train import main
 
-from ..ranks import finish, start
+from ..ranks import finish, fork, start
 from ..tars import data_set, encoded, make_index, picture, sample, write_split, write_tar
 from ..workers.common import SMALL
 
@@ -103,7 +103,7 @@ def test_a_run_killed_in_mid_epoch_and_resumed_elsewhere_reads_every_sample_once
     done = int(killed_at.name[-8:])
     assert done < STEPS, "it was killed too late"
     keys += ["data.workers=3", "grid.submodule_ranks=1", "--resume"]
-    output = finish(start("tests.workers.recorded", [str(tmp_path / "second"), *arguments(tmp_path, data, *keys)], 1))
+    output = finish(fork("tests.workers.recorded", [str(tmp_path / "second"), *arguments(tmp_path, data, *keys)], 1))
     assert f"resumed at step {done}: epoch 0, step {done} of it" in output
     before, after = recorded(tmp_path / "first", 2, 2), recorded(tmp_path / "second", 1, 1)
     assert min(after) == done
@@ -123,7 +123,7 @@ def test_two_replicas_train_and_evaluate_on_a_stream(data: Path, tmp_path: Path)
         splits[split] = {"filenames": list(index.shards), "shard_lengths": index.lengths.tolist()}
     (data / "_info.json").write_text(json.dumps({"splits": splits}))
     keys = arguments(tmp_path, data, f"data.root=pipe:cat {data}", "data.workers=1", "grid.submodule_ranks=1")
-    output = finish(start("hsvit_ds.train", [*keys, "run.epochs=2"], 2))
+    output = finish(fork("hsvit_ds.train", [*keys, "run.epochs=2"], 2))
     assert f"{STEPS} steps an epoch, {2 * STEPS} in all" in output
     assert output.count("val/top1") == 2
     assert output.count("test/top1") == 2  # its line and the summary's

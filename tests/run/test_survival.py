@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from ..engine.test_checkpoint import assert_equal, latest, train_arguments
-from ..ranks import finish, start
+from ..ranks import finish, fork
 
 
 def interrupted(
@@ -17,7 +17,7 @@ def interrupted(
 ) -> tuple[list[int], list[str]]:
     """Exit codes and outputs of a run's ranks."""
     arguments = [str(rank), phase, action, *train_arguments(root, *more)]
-    ranks = start("tests.workers.interrupted", arguments, world)
+    ranks = fork("tests.workers.interrupted", arguments, world)
     outputs = [process.communicate(timeout=240)[0] for process in ranks]
     return [process.returncode for process in ranks], outputs
 
@@ -45,7 +45,7 @@ def test_a_signal_to_one_rank_saves_and_stops_all_and_the_resumed_run_is_bit_equ
     folder = latest(tmp_path)
     assert folder is not None
     assert int(folder.name[5:13]) == saved
-    output = finish(start("hsvit_ds.train", train_arguments(tmp_path, *keys, "--resume"), 2))
+    output = finish(fork("hsvit_ds.train", train_arguments(tmp_path, *keys, "--resume"), 2))
     assert f"resumed at step {saved}" in output
     assert "val/top1" in output
     whole, parts = latest(uninterrupted), latest(tmp_path)

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ..ranks import ROOT, environment, free_port, start
+from ..ranks import ROOT, environment, fork, free_port
 from ..workers.common import SMALL
 
 RECIPE = "recipes/digits/hsvit.toml"
@@ -161,7 +161,7 @@ def test_a_port_in_use_is_named() -> None:
 
 
 def test_a_refusal_on_every_rank_is_printed_once(tmp_path: Path) -> None:
-    ranks = start("hsvit_ds.train", [RECIPE, "--resume", "run.root=/proc/runs"], 2)
+    ranks = fork("hsvit_ds.train", [RECIPE, "--resume", "run.root=/proc/runs"], 2)
     outputs = [rank.communicate(timeout=120)[0] for rank in ranks]
     assert [rank.returncode for rank in ranks] == [2, 2]
     assert "".join(outputs).count("hsvit: error:") == 1

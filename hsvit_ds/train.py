@@ -66,10 +66,10 @@ def main(argv: list[str] | None = None) -> None:
         except RefusedError:
             grid.close()  # all ranks are refused, and gloo aborts where one exits before the others
             raise
+        from .run.survival import last_words
         from .run.trainer import Trainer
 
         trainer = Trainer(recipe, plan, grid, folder, args.resume or args.run is not None)
-        from .run.survival import last_words
     with last_words(trainer.watch, args.debug):
         ended = trainer.fit()
         grid.close()

@@ -7,23 +7,48 @@ import subprocess
 import sys
 import tomllib
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 from .ranks import ROOT, environment
+
+pytestmark = pytest.mark.heavy
 
 UV = Path(sys.executable).parent / "uv"
 
 
-def run(*command: object, cwd: Path = ROOT) -> str:
-    done = subprocess.run(
-        [str(c) for c in command], cwd=cwd, env=environment(PYTHONPATH=""), capture_output=True, text=True, check=False
-    )
+def run(*command: object, cwd: Path = ROOT, **variables: Any) -> str:
+    env = environment(**{"PYTHONPATH": ""} | variables)
+    done = subprocess.run([str(c) for c in command], cwd=cwd, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
 
-def test_the_wheel_s_kernels_need_only_torch_and_triton(tmp_path: Path) -> None:
-    run(UV, "build", "--wheel", "-o", tmp_path)
-    (wheel,) = tmp_path.glob("hsvit_ds-*.whl")
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("wheel")
+    run(UV, "build", "--wheel", "-o", folder)
+    (found,) = folder.glob("hsvit_ds-*.whl")
+    return found
+
+
+def test_the_wheel_is_the_whole_package_and_its_commands_work(wheel: Path, tmp_path: Path) -> None:
+    files = run(sys.executable, "-m", "zipfile", "-l", wheel)
+    for path in [*(ROOT / "hsvit_ds").rglob("*.py"), *(ROOT / "kernels/hsvit_kernels").rglob("*.py")]:
+        assert str(path.relative_to(ROOT)).removeprefix("kernels/") in files
+    assert "hsvit_ds/py.typed" in files
+    assert "hsvit_kernels/configurations.json" in files
+    assert "tests/" not in files
+    run(UV, "pip", "install", "--target", tmp_path, "--no-deps", wheel)  # before what is installed for the tests
+    here = {"cwd": tmp_path, "PYTHONPATH": str(tmp_path)}
+    script = "import hsvit_ds.run.trainer, hsvit_ds.results.saved, hsvit_ds.hosts.launch; print(hsvit_ds.__file__)"
+    assert str(tmp_path) in run(sys.executable, "-c", script, **here)
+    assert "key=value" in run(sys.executable, "-m", "hsvit_ds.train", "--help", **here)
+    assert "[model]" in run(sys.executable, "bin/hsvit", "recipe", ROOT / "recipes/digits/scala.toml", **here)
+
+
+def test_the_wheel_s_kernels_need_only_torch_and_triton(wheel: Path, tmp_path: Path) -> None:
     # torch's own requirements and nothing of ours, at the lock's versions
     run(UV, "venv", "--python", sys.executable, tmp_path / "clean")
     python = tmp_path / "clean/bin/python"
@@ -41,11 +66,6 @@ print(tuple(hsvit_kernels.grouped_attention(torch.randn(5, 6, 8), *weights, head
     printed = run(python, "-c", script, cwd=tmp_path)
     assert printed.startswith("(5, 2, 8)")
     assert "clean" in printed
-    files = run(python, "-m", "zipfile", "-l", wheel)
-    assert "hsvit_ds/py.typed" in files
-    assert "hsvit_kernels/reference.py" in files
-    assert "hsvit_kernels/configurations.json" in files
-    assert "tests/" not in files
 
 
 def test_the_lock_holds_every_requirement_with_hashes_and_no_url() -> None:

@@ -4,9 +4,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 UV := $(shell command -v uv 2>/dev/null || echo .uv/bin/uv)
 RECIPE ?= recipes/digits/hsvit.toml
+# Two, as many a test has several ranks of its own; a file's tests share what they set up.
+PARALLEL := -n 2 --dist loadfile
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: env train test test-slow test-cluster kills lint types lock clean
+.PHONY: env train check test test-slow test-cluster kills lint types lock clean
 
 env: $(VENV)/.locked
 
@@ -25,11 +27,15 @@ $(VENV)/.locked: requirements.lock pyproject.toml
 train: env
 	$(BIN)/deepspeed --num_accelerators 2 --module hsvit_ds.train $(RECIPE)
 
+# Before each commit: a minute and a half. Its tests fill the cores, and so do those of `make test`.
+check: env lint types
+	$(BIN)/python -m pytest $(PARALLEL) -m "not heavy and not slow and not gpu and not cluster"
+
 test: env lint types
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(PARALLEL)
 
 test-slow: env
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m slow $(if $(SELECT),-k '$(SELECT)')
 
 # Hosts on this machine, in namespaces: needs root, sshd, pdsh and iproute2.
 test-cluster: env

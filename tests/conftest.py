@@ -6,20 +6,47 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+from . import ranks
+from .workers import common
 
 
 @pytest.fixture(scope="session")
 def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Root of a small run that nothing happened to, on two submodule ranks."""
     from .engine.test_checkpoint import train_arguments
-    from .ranks import finish, fork
 
     root = tmp_path_factory.mktemp("uninterrupted")
-    finish(fork("hsvit_ds.train", train_arguments(root), 2))
+    ranks.finish(ranks.fork("hsvit_ds.train", train_arguments(root), 2))
     return root
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """`make check` has no ranks: a test that starts some and is not marked fails."""
+    ranks.allowed = any(item.get_closest_marker(name) for name in ("heavy", "gpu", "cluster"))
+
+
+@pytest.fixture(autouse=True)
+def _groups_end_with_their_test() -> Iterator[None]:
+    """Each gloo group has threads that wake a hundred times a second; after hundreds of tests that is half a core."""
+    groups = dist.distributed_c10d._world.pg_names
+    before = set(groups)
+    yield
+    if dist.is_initialized():
+        kept = {dist.group.WORLD, *before}
+        kept |= {
+            value
+            for grid in common._grids.values()
+            for value in vars(grid).values()
+            if isinstance(value, dist.ProcessGroup)
+        }
+        for group in set(groups) - kept:
+            dist.destroy_process_group(group)
 
 
 @pytest.fixture(autouse=True)

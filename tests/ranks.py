@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import IO, Any
 
 ROOT = Path(__file__).parent.parent
+allowed = True
+"""Whether the test that runs is marked for what it costs."""
 
 
 def free_port() -> int:
@@ -34,6 +36,7 @@ def environment(**extra: str) -> dict[str, str]:
 
 def places(world: int) -> list[dict[str, str]]:
     """What a launcher tells each rank."""
+    assert allowed, "mark the test with pytest.mark.heavy: it starts ranks"
     port = str(free_port())
     return [
         {
@@ -94,15 +97,17 @@ class Forked:
         socket.send_fds(self.connection, [request.encode()], [self.output.fileno()])
         self.lines = self.connection.makefile()
         self.pid = int(self.lines.readline())
+        self.ended = select.poll()  # select.select() knows 1,024 files, and a process of many tests has more
+        self.ended.register(self.connection, select.POLLIN)
 
     def poll(self) -> int | None:
-        if self.returncode is None and select.select([self.connection], [], [], 0)[0]:
+        if self.returncode is None and self.ended.poll(0):
             self.wait()
         return self.returncode
 
     def wait(self, timeout: float | None = None) -> int:
         if self.returncode is None:
-            if not select.select([self.connection], [], [], timeout)[0]:
+            if not self.ended.poll(None if timeout is None else 1000 * timeout):
                 raise subprocess.TimeoutExpired(f"rank {self.pid}", timeout or 0)
             self.returncode = int(self.lines.readline())
             self.lines.close()

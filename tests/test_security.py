@@ -148,6 +148,7 @@ def test_trust_unpickles_with_one_warning(tmp_path: Path) -> None:
     assert load_model(file.with_suffix(".safetensors")).config.embedding == 128
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("whole", [True, False])
 def test_the_command_in_the_refusal_keeps_the_tensors(whole: bool, tmp_path: Path) -> None:
     import timm
@@ -263,6 +264,7 @@ def test_a_password_can_stay_in_netrc(private: str, tmp_path: Path, monkeypatch:
     assert (found.labels >= 0).all()
 
 
+@pytest.mark.heavy
 @needs_curl
 def test_a_secret_of_the_environment_is_not_kept_with_a_run(private: str, tmp_path: Path) -> None:
     secrets = {"KEY": "me:s3cret", "MLFLOW_TRACKING_PASSWORD": "s3cret"}
@@ -303,6 +305,7 @@ grid.close()
 """
 
 
+@pytest.mark.heavy
 def test_the_ranks_meet_on_one_interface_alone() -> None:
     port, ranks = free_port(), []
     for rank in range(2):

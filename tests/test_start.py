@@ -9,6 +9,8 @@ import pytest
 
 from .ranks import ROOT, environment
 
+pytestmark = pytest.mark.heavy
+
 COMPILER = {"torch._dynamo", "torch._inductor"}
 LIBRARIES = {"sklearn", "torchvision", "timm", "scipy", "mlflow", "deepspeed", "matplotlib", "webdataset"}
 

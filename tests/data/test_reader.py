@@ -163,6 +163,7 @@ def test_a_shard_that_changes_under_a_run_is_refused(
         list(chain(steps, *(one.train(epoch, 0) for epoch in range(1, 10))))
 
 
+@pytest.mark.heavy
 def test_dead_workers_are_replaced_and_nothing_is_lost(
     folder: Path, readers: list[Reader], capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -269,7 +270,8 @@ def test_a_split_that_is_not_there_is_refused(folder: Path, tmp_path: Path) -> N
         open_split(Config(name="tiny", classes=10, root=str(tmp_path / "empty")), "train")
 
 
-@pytest.mark.parametrize("world", [1, 2, 4])
+@pytest.mark.heavy
+@pytest.mark.parametrize("world", [1, 4])
 def test_a_global_batch_is_the_same_for_any_ranks_and_workers(
     folder: Path, tmp_path: Path, world: int, whole: list[dict[str, Any]]
 ) -> None:

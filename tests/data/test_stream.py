@@ -174,6 +174,7 @@ def test_evaluation_reads_every_sample_once_and_in_as_many_forwards_everywhere(
     assert sorted(numbers(folder, kept, "val")) == list(range(21))
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("done", range(1, 8))
 def test_an_evaluation_that_starts_anew_goes_on_where_it_was(
     url: str, done: int, monkeypatch: pytest.MonkeyPatch
@@ -194,6 +195,7 @@ def test_an_evaluation_that_starts_anew_goes_on_where_it_was(
     assert sum(whole[:done], Counter()) + sum(passes(done), Counter()) == sum(whole, Counter())
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("cache", [False, True])
 @pytest.mark.parametrize("fault", ["fail", "truncate", "stall"])
 def test_a_server_that_fails_for_a_while_loses_nothing(
@@ -291,6 +293,7 @@ def test_a_label_out_of_range_is_refused_by_name(url: str) -> None:
     assert "has label 9, but the data set has 9 classes, 0 to 8" in answers[-1].refused
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("workers", [0, 2])
 def test_the_reader_is_the_same_for_urls(folder: Path, url: str, workers: int) -> None:
     one = reader(url, workers=workers)

@@ -25,6 +25,8 @@ from hsvit_ds.train import main
 from ..ranks import finish, fork, start, work
 from ..workers.common import SMALL, state, steps, trainer
 
+pytestmark = pytest.mark.heavy
+
 RECIPE = "recipes/digits/hsvit.toml"
 EMA = ["ema.decay=0.9", "optimizer.name=adamw"]
 HYBRID = "a hybrid: ZeRO-1, then ZeRO-3 on submodule ranks, then ZeRO-0"

@@ -179,19 +179,6 @@ def test_the_schedule_warms_up_and_follows_a_cosine() -> None:
     assert by_epoch.lr(10) == by_epoch.lr(14) == pytest.approx(0.5)
 
 
-def test_triton_kernels_train_as_the_reference(tmp_path: Path) -> None:
-    """On a CPU they run in Triton's interpreter, hence the few images."""
-    few = ["run.global_batch=2", "augment.mix_block=2", "model.groups=2", "optimizer.name=sgd"]
-    norms, states = [], []
-    for kernels in ("reference", "triton"):
-        here = run(tmp_path / kernels, *few, f"engine.kernels={kernels}")
-        norms.append(steps(here, 3))
-        states.append(state(here))
-    assert norms[1] == pytest.approx(norms[0], rel=1e-5)
-    for name, tensor in states[0].items():
-        torch.testing.assert_close(states[1][name], tensor, rtol=1e-5, atol=1e-6)
-
-
 def test_kernels_that_cannot_run_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispatch, "INTERPRETED", False)
     with pytest.raises(RefusedError, match="engine: kernels = triton, but the tensors are on cpu; Triton needs CUDA"):

@@ -11,6 +11,8 @@ import torch
 from ..ranks import assert_same_run, work
 from ..workers.common import steps, trainer
 
+pytestmark = pytest.mark.heavy
+
 TOLERANCE = {"sgd": 1e-6, "adamw": 1e-5}
 SGD, ADAMW = ["optimizer.name=sgd"], ["optimizer.name=adamw", "optimizer.lr=0.0012"]
 ALL, LAST, FROZEN = (f"model.backbone.trained_stages={n}" for n in (-1, 2, 0))
@@ -39,25 +41,37 @@ for stage in (1, 3):
     ]
 GATHERED = "images gathered"
 CASES[GATHERED] = [*SGD, ALL, "data.share=gather"]
+# World size, submodule ranks.
+PLACES = {"two replicas": (2, 1), "two submodule ranks": (2, 2), "2 x 2": (4, 2)}
+MARKS = {"2 x 2": pytest.mark.slow}
 
 
-def run(folder: Any, world: int, submodule_ranks: int) -> list[dict[str, Any]]:
+def cases(place: str) -> list[str]:
+    """Those of a place; what accumulation does to a backbone that is trained in full is a matter of replicas."""
+    return [case for case in CASES if place == "two replicas" or "all, accumulated" not in case]
+
+
+def run(folder: Any, names: list[str], world: int, submodule_ranks: int) -> list[dict[str, Any]]:
     place = f"grid.submodule_ranks={submodule_ranks}"
-    cases = {name: [*case, place] for name, case in CASES.items()}
-    return work("steps", world, folder, {"base": "hybrid", "cases": cases})
+    arguments = {"base": "hybrid", "cases": {name: [*CASES[name], place] for name in names}}
+    return work("steps", world, folder, arguments)
 
 
 @pytest.fixture(scope="module")
 def one_process(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    return run(tmp_path_factory.mktemp("one"), 1, 1)[0]
+    return run(tmp_path_factory.mktemp("one"), list(CASES), 1, 1)[0]
 
 
-@pytest.fixture(scope="module", params=[(2, 1), (2, 2), (4, 2)], ids=["two replicas", "two submodule ranks", "2 x 2"])
+@pytest.fixture(scope="module", params=[pytest.param(place, marks=MARKS.get(place, ())) for place in PLACES])
 def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    return run(tmp_path_factory.mktemp("ranks"), *request.param)
+    return run(tmp_path_factory.mktemp("ranks"), cases(request.param), *PLACES[request.param])
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    ("ranks", "case"),
+    [pytest.param(place, case, marks=MARKS.get(place, ())) for place in PLACES for case in cases(place)],
+    indirect=["ranks"],
+)
 def test_a_grid_equals_one_process(case: str, one_process: dict[str, Any], ranks: list[dict[str, Any]]) -> None:
     tolerance = TOLERANCE["adamw" if "adamw" in case else "sgd"]
     assert_same_run([rank[case] for rank in ranks], one_process[case], tolerance)

@@ -9,6 +9,8 @@ import torch
 
 from ..ranks import work
 
+pytestmark = pytest.mark.heavy
+
 CASES = {
     f"ZeRO-{stage}, {kernels}, {accumulation} micro batches": {
         "zero_stage": stage,

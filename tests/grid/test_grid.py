@@ -10,6 +10,8 @@ import torch
 
 from ..ranks import assert_same_run, work
 
+pytestmark = pytest.mark.heavy
+
 STAGES = (0, 1, 2, 3)
 BATCHES = {
     "global statistics": ["run.bn_batch=0"],

@@ -281,6 +281,7 @@ def test_the_probe_imports_nothing_heavy_and_what_a_shell_prints_before_it_is_pa
     assert set(json.loads(done.stdout)["packages"]) == set(probe.PACKAGES)
 
 
+@pytest.mark.heavy
 def test_the_all_reduce_checks_its_sum_and_the_first_rank_tells_what_it_took() -> None:
     printed = finish(fork("hsvit_ds.hosts.bandwidth", [], 2))
     (found,) = re.findall(r"^\{.*\}$", printed, re.M)
@@ -342,6 +343,7 @@ def test_the_command_prints_a_table_and_a_remedy_for_each_fault(hosts: Hosts) ->
     assert "all-reduce" not in done.stdout
 
 
+@pytest.mark.heavy
 def test_a_failed_all_reduce_is_told_with_what_a_rank_said_and_no_secret(
     hosts: Hosts, monkeypatch: pytest.MonkeyPatch
 ) -> None:

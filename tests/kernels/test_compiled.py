@@ -18,6 +18,8 @@ from hsvit_ds.run import recipe as recipes
 from tests.ranks import ROOT
 from tools.compiled import attention_shapes
 
+pytestmark = pytest.mark.heavy
+
 RESULTS = ROOT / "kernels/results/compiled.csv"
 SHARED_LIMIT = {"80": 166912, "90": 232448, "100": 232448}  # bytes a program may use, CUDA programming guide
 # Shapes of no published model, of more registers than there are: bytes of stack that they may use.
@@ -38,6 +40,7 @@ def compiled(*arguments: str, package: Path | None = None) -> subprocess.Complet
     return subprocess.run([sys.executable, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True)
 
 
+@pytest.mark.slow
 def test_every_launch_compiles_for_every_class_dtype_and_flag() -> None:
     found = compiled("-m", "tools.compiled", "--check")
     assert found.returncode == 0, found.stdout[-3000:] + found.stderr[-3000:]
@@ -52,6 +55,7 @@ def test_every_launch_becomes_machine_code_and_every_shape_compiles() -> None:
     assert found.returncode == 0, found.stdout[-3000:] + found.stderr[-3000:]
 
 
+@pytest.mark.slow
 def test_training_compiles_for_sm_80_90_and_100_as_committed() -> None:
     found = compiled("-m", "tools.compiled", "--print")
     assert found.returncode == 0, found.stdout[-3000:] + found.stderr[-3000:]

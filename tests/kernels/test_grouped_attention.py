@@ -87,6 +87,7 @@ def test_the_key_bias_gets_an_exact_zero() -> None:
     assert v[:, :, :].abs().max() > 0
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.float16, 2e-2), (torch.bfloat16, 0.1)])
 def test_compiled_equals_eager(dtype: torch.dtype, tolerance: float) -> None:
     """Tracing alone, where gradients once went wrong; tests/engine/test_engine.py goes through inductor."""

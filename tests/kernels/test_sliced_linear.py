@@ -210,6 +210,7 @@ def test_the_operations_are_registered_as_pytorch_expects() -> None:
     torch.library.opcheck(operations.sliced_linear_input_gradient.default, (dz, weight.detach()))
 
 
+@pytest.mark.heavy
 def test_gradients_are_those_of_the_function() -> None:
     inputs = tensors(3, 12, 8)
     dispatch.force("reference")  # fp64

@@ -9,11 +9,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hsvit_ds.models import hsvit, vit
+from hsvit_ds.models import hsvit, slimmable, vit
 from hsvit_ds.models.batchnorm import Statistics, move_running_statistics, set_statistics
 from hsvit_ds.models.slimmable import FULL, Width
 from hsvit_kernels import dispatch, force
 from hsvit_kernels.random import Draw
+
+pytestmark = pytest.mark.heavy
 
 PRECISIONS = [torch.float32, torch.bfloat16, torch.float16]
 SLIM = {"smallest": 0.5, "granularity": 0.25}
@@ -30,7 +32,7 @@ class OneRank:
 
 
 def small_hsvit() -> nn.Module:
-    widths = hsvit.slimmable.Config(**SLIM)
+    widths = slimmable.Config(**SLIM)
     config = hsvit.Config(
         kernels=(8, 16), pool_strides=(4, 2), groups=8, depth=2, heads=2, embedding=16, submodules=2, widths=widths,
         submodule_drop=0.2,
@@ -39,7 +41,7 @@ def small_hsvit() -> nn.Module:
 
 
 def small_vit() -> nn.Module:
-    widths = vit.slimmable.Config(**SLIM)
+    widths = slimmable.Config(**SLIM)
     config = vit.Config(embedding=16, heads=2, depth=2, patch_size=8, drop_path=0.2, widths=widths)
     return config.build(image_size=16, channels=3, classes=10)
 
@@ -55,8 +57,9 @@ def step(model: nn.Module, low: torch.dtype, width: Width) -> Callable[[int], Te
     return lambda number: compiled(images, Draw.of(0, number, image=torch.arange(4)))
 
 
-@pytest.mark.parametrize("low", PRECISIONS, ids=str)
-@pytest.mark.parametrize("kernels", ["auto", "triton"])
+@pytest.mark.parametrize(
+    ("kernels", "low"), [*(("auto", low) for low in PRECISIONS), ("triton", torch.bfloat16)], ids=str
+)
 @pytest.mark.parametrize("build", [small_hsvit, small_vit])
 def test_a_model_is_one_graph_that_is_compiled_once(
     build: Callable[[], nn.Module], kernels: str, low: torch.dtype, monkeypatch: pytest.MonkeyPatch
@@ -77,6 +80,7 @@ def test_a_model_is_one_graph_that_is_compiled_once(
                 move_running_statistics(model, applied=True, channel=None)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("build", [small_hsvit, small_vit])
 def test_every_width_is_a_graph(build: Callable[[], nn.Module]) -> None:
     torch._dynamo.reset()

@@ -78,6 +78,7 @@ def saved(model: nn.Module, path: Path) -> Path:
     return path
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("name", BASELINES)
 def test_the_papers_baselines_are_there_by_name(name: str) -> None:
     millions, giga_macs = BASELINES[name]

@@ -21,6 +21,8 @@ from hsvit_ds.results.saved import SavedRun, open_run
 
 from ..workers.common import steps, trainer
 
+pytestmark = pytest.mark.heavy
+
 SLIM_HSVIT = [
     "model.widths.smallest=0.5",
     "model.widths.granularity=0.5",

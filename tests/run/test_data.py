@@ -23,6 +23,8 @@ from ..ranks import finish, fork, start
 from ..tars import data_set, encoded, make_index, picture, sample, write_split, write_tar
 from ..workers.common import SMALL
 
+pytestmark = pytest.mark.heavy
+
 RECIPE = "recipes/digits/hsvit.toml"
 STEPS, BATCH = 30, 16
 ALONE = ["data.workers=0", "grid.submodule_ranks=1"]

@@ -28,6 +28,8 @@ from ..ranks import ROOT, work
 from ..workers.common import SMALL, state, steps, trainer
 from ..workers.degraded import segment
 
+pytestmark = pytest.mark.heavy
+
 ADAMW = ["model.submodules=4", "optimizer.name=adamw", "ema.decay=0.9", "checkpoint.keep_last=1"]
 SGD = ["model.submodules=4", "optimizer.name=sgd", "run.global_batch=24"]
 # What is trained whole for two steps, and then goes on without some submodules.

@@ -20,7 +20,7 @@ from tests.kernels import test_first_use as first
 from tests.kernels.test_first_use import ALL, INPUT, LAYER, ONE, StandIn
 from tests.workers.common import state, steps, trainer
 
-pytestmark = pytest.mark.usefixtures("nothing_is_known")
+pytestmark = [pytest.mark.heavy, pytest.mark.usefixtures("nothing_is_known")]
 nothing_is_known = first.nothing_is_known
 
 
@@ -184,6 +184,7 @@ BASES = {
         "run.global_batch=2",
         "augment.mix_block=2",
         "model.groups=2",
+        "model.depth=1",
         "optimizer.name=sgd",
     ],
     "scala": ["run.global_batch=2", "augment.mix_block=2", "model.depth=1", "optimizer.name=sgd"],

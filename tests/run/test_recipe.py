@@ -22,6 +22,7 @@ DIGITS = ROOT / "recipes/digits/hsvit.toml"
 ALL = sorted((ROOT / "recipes").rglob("*.toml"))
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("path", ALL, ids=lambda p: str(p.relative_to(ROOT / "recipes")))
 def test_every_recipe_resolves_builds_and_steps(path: Path, tmp_path: Path) -> None:
     recipe, plan = recipes.resolve(recipes.read(path), recipes.read(path).grid.submodule_ranks)

@@ -11,6 +11,8 @@ import pytest
 from ..engine.test_checkpoint import assert_equal, latest, train_arguments
 from ..ranks import finish, fork
 
+pytestmark = pytest.mark.heavy
+
 
 def interrupted(
     root: Path, rank: int | str, phase: str, action: str, *more: str, world: int = 2

@@ -16,6 +16,8 @@ from safetensors.torch import load_file
 from ..ranks import ROOT, environment, fork, free_port
 from ..workers.common import SMALL
 
+pytestmark = pytest.mark.heavy
+
 RECIPE = "recipes/digits/hsvit.toml"
 SHORT = [*SMALL, "run.epochs=1", "run.global_batch=128"]
 
@@ -39,6 +41,7 @@ def weights(root: Path) -> dict[str, torch.Tensor]:
     }
 
 
+@pytest.mark.slow
 def test_deepspeed_torchrun_and_python_give_the_same_weights(tmp_path: Path) -> None:
     # SGD, as AdamW turns rounding where a gradient is nearly zero into steps; tests/grid/test_grid.py has both.
     module, overrides = "hsvit_ds.train", [RECIPE, *SHORT, "optimizer.name=sgd"]
@@ -58,6 +61,7 @@ def test_deepspeed_torchrun_and_python_give_the_same_weights(tmp_path: Path) -> 
         torch.testing.assert_close(found["python"][key], tensor, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_default_recipe_reaches_98_percent_seen_in_mlflow(tmp_path: Path) -> None:
     """`make train`'s command; then a resumed run continues its MLflow run."""
     command = [executable("deepspeed"), "--num_accelerators", "2", "--master_port", str(free_port())]

@@ -12,6 +12,8 @@ from hsvit_ds.run import recipe as recipes
 from tests.ranks import ROOT, work
 from tests.workers.common import trainer
 
+pytestmark = pytest.mark.heavy
+
 RECIPE = ROOT / "recipes/digits/hybrid.toml"
 # Dropout in the groups stays on.
 SAME = [

@@ -17,6 +17,7 @@ from tools.benchmarks import kernels as benchmarks
 ROOFS = benchmarks.Roofs(1.0, 1.0)
 
 
+@pytest.mark.heavy
 def test_attention_implementations_agree() -> None:
     case = baselines.Attention(2, 2, 5, 16, 2, heads=2)
     rows = list(benchmarks.attention_rows(case, "cpu", torch.float32, ROOFS))
@@ -91,6 +92,7 @@ def test_every_way_to_read_gives_every_image_of_a_pass(data: data_alternatives.D
     assert sorted(data_alternatives.reads(data)) == sorted(data_alternatives.webdataset_reads(data))
 
 
+@pytest.mark.heavy
 def test_the_data_tables_have_a_row_for_every_alternative(data: data_alternatives.Data) -> None:
     paths = {"hsvit-ds, bilinear", "hsvit-ds, bicubic"}
     paths |= {f"{name}, Pillow, torchvision" for name in ("webdataset", "ImageFolder")}

@@ -1,4 +1,4 @@
-"""Five steps of every case: initial weights, gradient norms, the canonical state, and the collectives of step two."""
+"""Three steps of every case: initial weights, gradient norms, the canonical state, and the collectives of step two."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def one_case(run: Any, choose: bool) -> dict[str, Any]:
     traffic = run.engine.traffic(1)
     second_step = [(name, names.get(group, "other"), numbers) for name, group, numbers in calls]
     run.start = type(run.start)(0, 2, 2)
-    norms += steps(run, 5)
+    norms += steps(run, 3)
     return {
         "initial": initial,
         "norms": norms,

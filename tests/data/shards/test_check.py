@@ -74,6 +74,7 @@ def last_label(members: Members) -> bytes:
     return next(data for name, data in members if name == members[-1][0].split(".")[0] + ".cls")
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     ("plant", "kind", "text"),
     [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -41,40 +42,49 @@ for stage in (1, 3):
     ]
 GATHERED = "images gathered"
 CASES[GATHERED] = [*SGD, ALL, "data.share=gather"]
+# What accumulation does to a backbone that is trained in full is a matter of replicas.
+ACCUMULATION = [case for case in CASES if "all, accumulated" in case]
 # World size, submodule ranks.
-PLACES = {"two replicas": (2, 1), "two submodule ranks": (2, 2), "2 x 2": (4, 2)}
-MARKS = {"2 x 2": pytest.mark.slow}
+PLACES = [
+    pytest.param((2, 1), id="two replicas"),
+    pytest.param((2, 2), id="two submodule ranks"),
+    pytest.param((4, 2), id="2 x 2", marks=pytest.mark.slow),
+]
 
 
-def cases(place: str) -> list[str]:
-    """Those of a place; what accumulation does to a backbone that is trained in full is a matter of replicas."""
-    return [case for case in CASES if place == "two replicas" or "all, accumulated" not in case]
-
-
-def run(folder: Any, names: list[str], world: int, submodule_ranks: int) -> list[dict[str, Any]]:
+def run(folder: Any, names: Iterable[str], world: int, submodule_ranks: int) -> list[dict[str, Any]]:
     place = f"grid.submodule_ranks={submodule_ranks}"
-    arguments = {"base": "hybrid", "cases": {name: [*CASES[name], place] for name in names}}
-    return work("steps", world, folder, arguments)
+    cases = {name: [*CASES[name], place] for name in names}
+    return work("steps", world, folder, {"base": "hybrid", "cases": cases})
 
 
 @pytest.fixture(scope="module")
 def one_process(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    return run(tmp_path_factory.mktemp("one"), list(CASES), 1, 1)[0]
+    return run(tmp_path_factory.mktemp("one"), CASES, 1, 1)[0]
 
 
-@pytest.fixture(scope="module", params=[pytest.param(place, marks=MARKS.get(place, ())) for place in PLACES])
+@pytest.fixture(scope="module", params=PLACES)
 def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    return run(tmp_path_factory.mktemp("ranks"), cases(request.param), *PLACES[request.param])
+    return run(tmp_path_factory.mktemp("ranks"), [case for case in CASES if case not in ACCUMULATION], *request.param)
 
 
-@pytest.mark.parametrize(
-    ("ranks", "case"),
-    [pytest.param(place, case, marks=MARKS.get(place, ())) for place in PLACES for case in cases(place)],
-    indirect=["ranks"],
-)
+@pytest.fixture(scope="module")
+def accumulating(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    return run(tmp_path_factory.mktemp("accumulating"), ACCUMULATION, 2, 1)
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case not in ACCUMULATION])
 def test_a_grid_equals_one_process(case: str, one_process: dict[str, Any], ranks: list[dict[str, Any]]) -> None:
     tolerance = TOLERANCE["adamw" if "adamw" in case else "sgd"]
     assert_same_run([rank[case] for rank in ranks], one_process[case], tolerance)
+
+
+@pytest.mark.parametrize("case", ACCUMULATION)
+def test_replicas_that_accumulate_equal_one_process(
+    case: str, one_process: dict[str, Any], accumulating: list[dict[str, Any]]
+) -> None:
+    tolerance = TOLERANCE["adamw" if "adamw" in case else "sgd"]
+    assert_same_run([rank[case] for rank in accumulating], one_process[case], tolerance)
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if "frozen" in case or "last" in case])

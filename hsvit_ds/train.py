@@ -60,9 +60,8 @@ def main(argv: list[str] | None = None) -> None:
         grid = Grid(recipe.grid, recipe.model.submodules)
         try:
             grid.together(lambda: check_splits(recipe.data))
-            folder = grid.agree(
-                lambda: claim_folder(args.run or recipes.run_folder(recipe.run, args.resume), recipes.dumps(recipe))
-            )
+            text = recipes.dumps(recipe)
+            folder = grid.agree(lambda: claim_folder(args.run or recipes.run_folder(recipe.run, args.resume), text))
         except RefusedError:
             grid.close()  # all ranks are refused, and gloo aborts where one exits before the others
             raise

@@ -26,7 +26,7 @@ def load() -> None:
     """What ranks import, those of timm's models and those that draw their curves too."""
     for name in ("deepspeed", "timm", "scipy.special", "matplotlib.figure", "torch._dynamo", "hsvit_ds.run.trainer"):
         importlib.import_module(name)
-    engine._import_muon()
+    engine.import_muon()
 
 
 def forked(listener: socket.socket) -> dict[str, Any]:
@@ -64,8 +64,9 @@ if __name__ == "__main__":
     load()
     gc.freeze()
     with socket.socket(socket.AF_UNIX) as door:
-        door.bind(sys.argv[1])
+        door.bind(f"{sys.argv[1]}.partial")
         door.listen(64)
+        os.rename(f"{sys.argv[1]}.partial", sys.argv[1])  # whoever sees it can connect
         request = forked(door)
     os.environ.clear()
     os.environ.update(request["environment"])

@@ -51,7 +51,7 @@ from hsvit_ds.run import trainer
 from hsvit_ds.engine import engine
 digits.split("train")
 import deepspeed
-engine._import_muon()
+engine.import_muon()
 assert "deepspeed.runtime.zero.muon.muon_optimizer" in sys.modules
 loaded = {"torch._dynamo", "torch._inductor", "sklearn", "timm", "torchvision"} & set(sys.modules)
 assert not loaded, loaded

@@ -154,7 +154,7 @@ def _merge(derived: dict[str, Any], expert: dict[str, Any], where: str) -> dict[
     return merged
 
 
-def _import_muon() -> None:
+def import_muon() -> None:
     """Import an optimizer that ours never is, and which DeepSpeed asks for at every ZeRO stage, without the decorators
     that would load PyTorch's compiler: seconds of every rank's start."""
     from deepspeed.runtime import compiler
@@ -197,7 +197,7 @@ class Engine:
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
         # Otherwise DeepSpeed compiles a collective at start-up (30 s, needs g++) that training never uses.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        _import_muon()
+        import_muon()
         # DeepSpeed would make this group itself, with no timeout that could be set.
         deepspeed_groups._WORLD_GROUP = grid.world_group
         deepspeed.init_distributed(grid.backend, dist_init_required=False)

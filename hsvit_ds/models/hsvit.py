@@ -34,6 +34,8 @@ from .submodules import Head, Submodules
 
 @dataclass(frozen=True, kw_only=True)
 class Config(Architecture):
+    """What a recipe's `model` says of an HSViT; below the model, `Architecture` is enough."""
+
     def build(
         self,
         *,

@@ -48,6 +48,7 @@ def test_the_wheel_is_the_whole_package_and_its_commands_work(wheel: Path, tmp_p
     assert "[model]" in run(sys.executable, "bin/hsvit", "recipe", ROOT / "recipes/digits/scala.toml", **here)
 
 
+@pytest.mark.slow
 def test_the_wheel_s_kernels_need_only_torch_and_triton(wheel: Path, tmp_path: Path) -> None:
     # torch's own requirements and nothing of ours, at the lock's versions
     run(UV, "venv", "--python", sys.executable, tmp_path / "clean")

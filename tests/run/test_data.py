@@ -83,6 +83,7 @@ def marked(mark: str) -> list[int]:
     return found
 
 
+@pytest.mark.slow
 def test_a_run_killed_in_mid_epoch_and_resumed_elsewhere_reads_every_sample_once(data: Path, tmp_path: Path) -> None:
     """Two submodule ranks that gather, with a worker each, killed with -9; then one rank with three workers."""
     keys = ["checkpoint.every_steps=5", "checkpoint.keep_last=9"]

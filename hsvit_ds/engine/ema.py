@@ -32,11 +32,13 @@ class EMA:
         self.buffers = {name: buffer.clone() for name, buffer in self.live.items()}
 
     @torch.no_grad()
-    def update(self) -> None:
-        for average, master in zip(self.flats, self.shards.masters, strict=True):
-            average.lerp_(master.detach(), 1 - self.decay)
-        for name, average in self.buffers.items():
-            average.lerp_(self.live[name], 1 - self.decay)
+    def update(self, applied: Tensor) -> None:
+        """End a step. applied: a bool, on the device; after a step that was not, the averages stay."""
+        averages = [*self.flats, *self.buffers.values()]
+        live = [*(master.detach() for master in self.shards.masters), *(self.live[name] for name in self.buffers)]
+        moves = torch._foreach_sub(live, averages)
+        torch._foreach_mul_(moves, applied * (1 - self.decay))
+        torch._foreach_add_(averages, moves)
 
     @contextmanager
     def in_place(self) -> Iterator[None]:

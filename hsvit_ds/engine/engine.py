@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import logging
-import math
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import torch
@@ -69,10 +68,23 @@ class BatchStatistics:
 
 @dataclass(frozen=True)
 class StepResult:
+    """What became of a step, on the device: reading it would wait for the step. `Engine.settle` reads many at once."""
+
+    step: int
     loss: Tensor
-    """Mean loss of this rank's micro batches, on the device."""
-    grad_norm: float
+    """Mean loss of this rank's micro batches."""
+    grad_norm: Tensor
     """Global norm before clipping; not finite for a skipped step."""
+    applied: Tensor
+    """Whether the gradient was finite; a bool."""
+
+
+class Settled(NamedTuple):
+    """A `StepResult` on the host."""
+
+    step: int
+    loss: float
+    grad_norm: float
     applied: bool
 
 
@@ -218,6 +230,9 @@ class Engine:
         self.module: nn.Module = self.deepspeed.module
         self.step_state = step_state(self.module)
         self.shards: Shards = shards(config.zero_stage, self.module, self.optimizer, grid)
+        if config.zero_stage == 0 and optimizer_config.name == "sgd" and optimizer_config.momentum:
+            # PyTorch makes these at the first step, without numbers in them where that step is left out.
+            self.shards.set_moment("momentum_buffer", [torch.zeros_like(m) for m in self.shards.masters])
         # Where the ranks of a replica split its images, each has batch statistics of its own.
         norms = grid.all_norms if getattr(self.module, "splits_images", False) else grid.norms
         synced = batch_statistics.synced and norms.size > 1
@@ -226,6 +241,8 @@ class Engine:
         self._partial = [p for p in self.module.parameters() if p.requires_grad and _is_partial(p)]
         self.skipped_steps = 0
         self._skipped_in_a_row = 0
+        self._unsettled: list[StepResult] = []
+        self._passes: Passes = lambda: iter(())  # of the last step
         if config.compile:
             # Each width is a graph of its own: numbers that change with it are not to become variables of one.
             torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, WIDTHS)
@@ -249,7 +266,8 @@ class Engine:
         }
 
     def step(self, passes: Passes, count: int, lr: float, step: int) -> StepResult:
-        """Run every pass of every micro batch, reduce once, clip, step.
+        """Run every pass of every micro batch, reduce once, clip, step. A non-finite gradient is not applied; the host
+        learns of it in `settle`, and does not wait here (DeepSpeed's own optimizers, at ZeRO 1 to 3, wait).
 
         Args:
             passes: gives the step's micro batches anew; see `Passes`.
@@ -275,12 +293,27 @@ class Engine:
         self.step_state.clear()
         self.step_state.gathers = False
         move_running_statistics(self.module, applied, self.runs_differ)
-        loss = torch.stack(losses).sum() / self.accumulation
-        if not applied:
-            self._skip(passes, loss, step)
-        else:
-            self._skipped_in_a_row = 0
-        return StepResult(loss, norm, applied)
+        result = StepResult(step, torch.stack(losses).sum() / self.accumulation, norm, applied)
+        self._unsettled.append(result)
+        self._passes = passes
+        return result
+
+    def settle(self) -> Iterator[Settled]:
+        """What became of the steps since the last call, brought from the device at once. Collective.
+
+        Raises:
+            NonFiniteError: too many in a row were skipped.
+        """
+        unsettled, self._unsettled = self._unsettled, []
+        if not unsettled:
+            return
+        rows = torch.stack([torch.stack((r.loss.double(), r.grad_norm, r.applied.double())) for r in unsettled])
+        for result, (loss, norm, applied) in zip(unsettled, rows.tolist(), strict=True):
+            if applied:
+                self._skipped_in_a_row = 0
+            else:
+                self._skip(result.step, loss, is_last=result is unsettled[-1])
+            yield Settled(result.step, loss, norm, bool(applied))
 
     def _one_reduction(self) -> AbstractContextManager[None]:
         # Without it stages 1 and 2 silently keep the last pass only; boundaries would reduce once a pass.
@@ -301,53 +334,62 @@ class Engine:
             if parameter.grad is not None:
                 parameter.grad.copy_(whole.view(parameter.grad.shape))
 
-    def _update(self) -> tuple[bool, float]:
-        """(whether the step was applied, gradient norm); a non-finite gradient is never applied."""
-        if self.config.zero_stage == 0:
-            norm = self._clip()
-            if not math.isfinite(norm):
-                self.deepspeed.zero_grad()
-                return False, norm
-        self.deepspeed.step()
+    def _update(self) -> tuple[Tensor, Tensor]:
+        """(whether the step was applied, gradient norm in fp64), on the device; a non-finite gradient never is."""
         if self.config.zero_stage:
-            norm = float(self.deepspeed.get_global_grad_norm())
-        return bool(self.deepspeed.was_step_applied()), norm
+            self.deepspeed.step()
+            norm: Any = self.deepspeed.get_global_grad_norm()
+            norm = torch.as_tensor(norm, dtype=torch.float64, device=self.grid.device)
+            return torch.full_like(norm, self.deepspeed.was_step_applied(), dtype=torch.bool), norm
+        norm = self._clip()
+        applied = norm.isfinite()
+        # What PyTorch's fused optimizers leave a step out by; that is how GradScaler does it.
+        self.shards.optimizer.found_inf = 1 - applied.float()  # type: ignore[attr-defined]
+        self.deepspeed.step()
+        return applied, norm
 
     @torch.no_grad()
-    def _clip(self) -> float:
+    def _clip(self) -> Tensor:
         """Stage 0: DeepSpeed neither reports the norm without clipping nor skips a non-finite gradient there."""
-        gradients = [(p.grad, p) for p in self.module.parameters() if p.grad is not None]
-        squares = torch.zeros(2, dtype=torch.float64, device=self.grid.device)  # own, shared
-        for gradient, parameter in gradients:
-            shared = not getattr(parameter, "model_parallel", False)
-            squares[int(shared)] += torch.linalg.vector_norm(gradient).double().square()
-        own = squares[:1].clone()
+        own: list[Tensor] = []
+        shared: list[Tensor] = []
+        for parameter in self.module.parameters():
+            if parameter.grad is not None:
+                (own if getattr(parameter, "model_parallel", False) else shared).append(parameter.grad)
+        squares = torch.zeros(2, dtype=torch.float64, device=self.grid.device)
+        for row, gradients in zip(squares, (own, shared), strict=True):
+            if gradients:
+                row += torch.stack(torch._foreach_norm(gradients)).double().square().sum()
         if self.grid.submodule_ranks > 1:
-            self.grid.sum_over_submodule_ranks(own)
-        norm = float((own[0] + squares[1]).sqrt())
-        if self.clip and math.isfinite(norm) and norm > self.clip:
-            for gradient, _ in gradients:
-                gradient.mul_(self.clip / (norm + 1e-6))
+            self.grid.sum_over_submodule_ranks(squares[:1])
+        norm = squares.sum().sqrt()
+        if self.clip:
+            scale = torch.where(norm > self.clip, self.clip / (norm + 1e-6), 1).float()
+            torch._foreach_mul_(own + shared, scale)
         return norm
 
-    def _skip(self, passes: Passes, loss: Tensor, step: int) -> None:
+    def _skip(self, step: int, loss: float, is_last: bool) -> None:
         """Count a skipped step; at the limit stop, naming where the first non-finite number appears."""
         self.skipped_steps += 1
         self._skipped_in_a_row += 1
         if self._skipped_in_a_row <= self.config.max_skipped_steps:
             return
-        places = self.grid.gather(self._diagnose(passes))
-        rank = next((rank for rank, place in enumerate(places) if place), None)
-        where = "every loss and output is finite, so the backward pass overflowed"
+        if is_last:
+            places = self.grid.gather(self._diagnose(self._passes))
+            rank = next((rank for rank, place in enumerate(places) if place), None)
+            where = "every loss and output is finite, so the backward pass overflowed"
+            if rank is not None:
+                where = f"rank {rank}: loss {loss:g}, {places[rank]}"
+        else:
+            where = "its images are gone; run.log_every = 1 looks at once and names the place"
         raise NonFiniteError(
             f"{self._skipped_in_a_row} steps in a row, up to step {step}, had a non-finite gradient "
-            f"(engine.max_skipped_steps = {self.config.max_skipped_steps}); "
-            f"{where if rank is None else f'rank {rank}: loss {float(loss):g}, {places[rank]}'}"
+            f"(engine.max_skipped_steps = {self.config.max_skipped_steps}); {where}"
         )
 
     def forget_skipped(self) -> None:
         """Begin to count skipped steps in a row anew."""
-        self._skipped_in_a_row = 0
+        self._skipped_in_a_row, self._unsettled = 0, []
 
     def _diagnose(self, passes: Passes) -> str:
         """Where this rank's first non-finite number is, empty where there is none. Collective.

@@ -16,7 +16,7 @@ from ..models import timm_models
 @dataclass(frozen=True, kw_only=True)
 class Config:
     name: str = "adamw"
-    """"adamw" (fused) or "sgd"."""
+    """"adamw" or "sgd", PyTorch's fused ones."""
     lr: float = 1e-3
     """Learning rate after warm-up."""
     min_lr: float = 0.0
@@ -124,7 +124,7 @@ def build(groups: list[dict], config: Config) -> torch.optim.Optimizer:
     # DeepSpeed's own optimizers would compile an extension at start-up.
     params = [{k: v for k, v in group.items() if k != "names"} for group in groups]  # torch keeps lr_scale
     if config.name == "sgd":
-        return torch.optim.SGD(params, lr=config.lr, momentum=config.momentum)
+        return torch.optim.SGD(params, lr=config.lr, momentum=config.momentum, fused=True)
     return torch.optim.AdamW(params, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
 
 

@@ -146,16 +146,22 @@ def set_statistics(model: nn.Module, statistics: Statistics) -> None:
 
 
 @torch.no_grad()
-def move_running_statistics(model: nn.Module, applied: bool, channel: Channel | None) -> None:
+def move_running_statistics(model: nn.Module, applied: Tensor, channel: Channel | None) -> None:
     """End a step: move every running statistic once, by the mean over the step's runs, or forget a skipped step's.
 
-    channel: the ranks whose runs differ, None where every rank saw all of them. One all-reduce for the whole model.
+    applied: a bool, on the device. channel: the ranks whose runs differ, None where every rank saw all of them. One
+    all-reduce for the whole model.
     """
-    if applied:
-        for layer, (mean, var, runs) in _means(model, FULL, channel).items():
-            momentum = layer.momentum * (runs > 0).to(mean)  # a step need not train full width
-            layer.running_mean.lerp_(mean, momentum)
-            layer.running_var.lerp_(var, momentum)
+    means = _means(model, FULL, channel)
+    for momentum in {layer.momentum for layer in means}:
+        layers = [layer for layer in means if layer.momentum == momentum]
+        mean, var, runs = torch.cat([means[layer] for layer in layers], dim=1)
+        for name, now in (("running_mean", mean), ("running_var", var)):
+            buffers = [getattr(layer, name) for layer in layers]
+            before = torch.cat(buffers)
+            # A step need not train full width, and a skipped one's means may not be finite.
+            after = torch.where(applied & (runs > 0), before.lerp(now, momentum), before)
+            torch._foreach_copy_(buffers, after.split([len(buffer) for buffer in buffers]))
     forget(model)
     for layer in _layers(model):
         layer.recalibrated.clear()

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import statistics
 import time
-from dataclasses import asdict, dataclass, replace
+from contextlib import suppress
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
@@ -28,27 +29,17 @@ from ..tasks.teacher import Teacher
 from . import kernels
 from . import recipe as recipes
 from .evaluation import evaluate
+from .interval import Interval
 from .memory import needed
 from .recipe import Plan, Recipe
 from .report import Reporter, draw_curves, draw_widths, duration, print_widths, width_rows
 from .survival import StoppedError, StopRequests, Watch, is_out_of_memory, told
 from .tracking import Tracker, Untracked
 
-# Dense bf16 TFLOP/s of one GPU, by a part of its name (vendors' data sheets), for perf/mfu.
-_PEAK_TFLOPS = {"A100": 312, "H100": 989, "H200": 989, "B200": 2250, "L40S": 362}
 SHOWN_BAD = 10
 """Unreadable images that are printed at a time."""
 STEPS_BACK = 3
 """Times that a run may go back to one checkpoint (run.step_back)."""
-
-
-@dataclass
-class Interval:
-    """What happened since the last logged step."""
-
-    results: list[StepResult]
-    seconds: list[float]
-    waited: float
 
 
 class Trainer:
@@ -106,7 +97,7 @@ class Trainer:
             last_step = self.start.total if resume else None
             self.tracker = Tracker(recipe.tracking, folder, folder.name, recipes.flat(recipe), last_step)
         self.report = Reporter(grid.is_main, plan.steps, self.start.total)
-        self.interval = Interval([], [], 0.0)
+        self.interval = Interval(grid.device)
         self._steps_back = 0
 
     def _task(self, facts: Facts) -> Task:
@@ -184,28 +175,41 @@ class Trainer:
 
     def _train_epoch(self, epoch: int, first_step: int) -> None:
         steps, every = self.plan.steps_per_epoch, self.recipe.checkpoint.every_steps
-        waited_since = time.perf_counter()
+        self.interval.waits()
         for step, batches in enumerate(self.reader.train(epoch, first_step), first_step):
-            waited = time.perf_counter() - waited_since
+            self.interval.works()
             total = epoch * steps + step + 1
             self.watch.doing(f"step {total}: forward and backward passes, reduction, update", total - 1)
             result = self._step(batches, total - 1)
-            if result.applied and self.ema is not None:
-                self.ema.update()
-            if not result.applied:
-                loss = float(result.loss)
-                self.report.say(f"warning: step {total} was skipped: its gradient is not finite (loss {loss:g})")
+            if self.ema is not None:
+                self.ema.update(result.applied)
+            self.interval.ended()
             self.at = replace(self.at, epoch=epoch, step=step + 1, total=total)
-            self.interval.waited += waited
-            self.interval.results.append(result)
-            self.interval.seconds.append(time.perf_counter() - waited_since)
-            if total % self.recipe.run.log_every == 0 or total == self.plan.steps:
+            logs = total % self.recipe.run.log_every == 0 or total == self.plan.steps
+            saves = every and total % every == 0 and step + 1 < steps
+            if logs or saves or step + 1 == steps:
+                self._settle()
+            self.interval.rests()
+            if logs:
                 self._log(total)
-            if every and total % every == 0 and step + 1 < steps:
+            if saves:
                 self._save()
             self.stops.check()
             self.watch.doing(f"step {total + 1}: waiting for images", total)
-            waited_since = time.perf_counter()
+            self.interval.waits()
+
+    def _settle(self) -> None:
+        """Wait for the steps so far, and learn which of them were skipped. Only here does the host wait for the device.
+
+        Raises:
+            NonFiniteError: too many in a row.
+        """
+        for settled in self.engine.settle():
+            self.interval.settled.append(settled)
+            if not settled.applied:
+                self.report.say(
+                    f"warning: step {settled.step + 1} was skipped: its gradient is not finite (loss {settled.loss:g})"
+                )
 
     def _end_epoch(self, epoch: int) -> None:
         """Evaluate and save; a run that is stopped in here comes back to its beginning."""
@@ -228,7 +232,7 @@ class Trainer:
         self.at = replace(found, lr_factor=found.lr_factor * factor**self._steps_back)
         self.engine.forget_skipped()
         self.reader.close()
-        self.interval = Interval([], [], 0.0)
+        self.interval = Interval(self.grid.device)
         self.tracker.go_back(found.total)
         self.report.say(
             f"warning: {error}; back to step {found.total}, the learning rate times {self.at.lr_factor:g} from there"
@@ -237,6 +241,8 @@ class Trainer:
     def _stop(self) -> None:
         """Save where the run stands, if that has not been done, and say so."""
         self.watch.doing("saving before a stop")
+        with suppress(NonFiniteError):  # nothing of those steps was applied
+            self._settle()
         if self.at != self.saved:
             self._save()
         self._warn_of(self.checkpoints.wait())
@@ -300,27 +306,22 @@ class Trainer:
 
     def _log(self, step: int) -> None:
         """Bring an interval's metrics from the device, once, and hand them to the tracker."""
-        done, self.interval = self.interval, Interval([], [], 0.0)
-        losses = torch.stack([result.loss for result in done.results]).mean()
-        loss = float(self.grid.sum_over_replicas(losses)) / self.plan.replicas
-        seconds = sum(done.seconds)
-        images = self.recipe.run.global_batch * len(done.seconds)
+        done, self.interval = self.interval, Interval(self.grid.device)
+        mean = torch.tensor(statistics.fmean(settled.loss for settled in done.settled), device=self.grid.device)
+        loss = float(self.grid.sum_over_replicas(mean)) / self.plan.replicas
+        flops = sum(self._flops(s) for s in range(step - done.steps, step))
         metrics = {
             "train/loss": loss,
-            "train/grad_norm": done.results[-1].grad_norm,
+            "train/grad_norm": done.settled[-1].grad_norm,
             "train/lr": self._lr(step - 1),
             "train/skipped_steps": float(self.engine.skipped_steps),
-            "perf/images_per_sec": images / seconds,
-            "perf/step_ms_p50": 1000 * statistics.median(done.seconds),
-            "perf/data_wait": done.waited / seconds,
-            **self.engine.traffic(len(done.seconds)),
+            **done.speed(self.recipe.run.global_batch),
+            **done.mfu(flops // self.plan.ranks),
+            **self.engine.traffic(done.steps),
             "data/bad_samples": float(self._report_bad()),
         }
         if (submodules := self.recipe.model.submodules) > 1:
             metrics["train/submodules_present"] = float(submodules - len(self.grid.absent))
-        if (peak := _peak_flops(self.grid.device)) is not None:
-            work = sum(self._flops(s) for s in range(step - len(done.seconds), step))
-            metrics["perf/mfu"] = work / seconds / self.plan.ranks / peak
         self.tracker.log(metrics, step)
         self.report.step(step, metrics)
 
@@ -333,7 +334,7 @@ class Trainer:
             self.report.say(f"warning: … and {len(new) - SHOWN_BAD} more, see {self.bad.path}")
         return len(self.bad.names)
 
-    def _flops(self, step: int) -> float:
+    def _flops(self, step: int) -> int:
         """Of all passes of a step over the global batch, forward and backward."""
         facts, model = self.reader.facts, self.recipe.model
         shape = (facts.image_size, facts.channels, facts.classes)
@@ -390,10 +391,3 @@ class Trainer:
             self.tracker.artifact(draw_widths(self.folder / "widths-test.png", rows, f"{self.folder.name}, test"))
             self.report.close()
             print_widths(rows, "test")
-
-
-def _peak_flops(device: torch.device) -> float | None:
-    if device.type != "cuda":
-        return None
-    name = torch.cuda.get_device_name(device)
-    return next((1e12 * peak for part, peak in _PEAK_TFLOPS.items() if part in name), None)

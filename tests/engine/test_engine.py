@@ -49,38 +49,77 @@ def poisoned(here: Trainer, bad_steps: set[int]) -> None:
 
 
 @STAGES
-def test_a_non_finite_step_is_not_applied(stage: int, tmp_path: Path) -> None:
-    here = run(tmp_path, f"engine.zero_stage={stage}", "optimizer.clip=0.5")
-    poisoned(here, {1})
-    batches = here.reader.train(0, 0)
-    assert here._step(next(batches), 0).applied
-    before = state(here)
-    assert not here._step(next(batches), 1).applied
-    for name, tensor in state(here).items():
-        assert torch.equal(tensor, before[name]), name
-    assert here.engine.skipped_steps == 1
-    assert here._step(next(batches), 2).applied
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_a_non_finite_step_is_not_applied(stage: int, optimizer: str, tmp_path: Path) -> None:
+    """Neither in the middle nor as the first one, at which optimizers make their state."""
+    for bad in (0, 1):
+        keys = [f"engine.zero_stage={stage}", "optimizer.clip=0.5", f"optimizer.name={optimizer}", "ema.decay=0.5"]
+        here = run(tmp_path, *keys)
+        assert here.ema is not None
+        poisoned(here, {bad})
+        for step, batches in zip(range(3), here.reader.train(0, 0), strict=False):
+            before = state(here)
+            result = here._step(batches, step)
+            here.ema.update(result.applied)
+            after = state(here)
+            (settled,) = here.engine.settle()
+            assert settled.applied == bool(result.applied) == (step != bad)
+            assert (settled.loss == settled.loss) == (step != bad)
+            moved = [name for name, tensor in after.items() if name in before and not torch.equal(tensor, before[name])]
+            assert bool(moved) == (step != bad), moved
+            assert all(bool(tensor.isfinite().all()) for tensor in after.values())
+        assert here.engine.skipped_steps == 1
+
+
+def ended(here: Trainer, steps: int) -> None:
+    """Do steps as the loop would with run.log_every = `steps`."""
+    for step, batches in zip(range(steps), here.reader.train(0, 0), strict=False):
+        here._step(batches, step)
+    list(here.engine.settle())
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_a_step_left_out_leaves_no_trace_in_the_ones_after_it(optimizer: str, tmp_path: Path) -> None:
+    keys = ["engine.zero_stage=0", f"optimizer.name={optimizer}", "optimizer.weight_decay=0.1"]
+    found = []
+    for bad in ({0, 2}, set()):
+        here = run(tmp_path, *keys)
+        poisoned(here, bad)
+        for step, batches in zip(range(4), here.reader.train(0, 0), strict=False):
+            if bad or step in (1, 3):
+                here._step(batches, step)
+        found.append(state(here))
+    for name, tensor in found[0].items():
+        assert torch.equal(tensor, found[1][name]), name
 
 
 def test_non_finite_steps_in_a_row_end_the_run_with_the_place(tmp_path: Path) -> None:
     here = run(tmp_path, "engine.zero_stage=0", "engine.max_skipped_steps=2")
     with torch.no_grad():
         here.engine.module.submodules.qkv_weight[0, 0, 0, 0] = float("inf")
-    batches = here.reader.train(0, 0)
-    for step in range(2):
-        assert not here._step(next(batches), step).applied
     with pytest.raises(
         RefusedError,
         match=r"3 steps in a row, up to step 2, .* rank 0: loss nan, non-finite parameter submodules\.qkv_weight",
     ):
-        here._step(next(batches), 2)
+        ended(here, 3)
 
 
 def test_a_non_finite_loss_of_finite_weights_is_named(tmp_path: Path) -> None:
     here = run(tmp_path, "engine.max_skipped_steps=0")
     poisoned(here, {0})
     with pytest.raises(RefusedError, match=r"1 steps in a row, up to step 0, .* rank 0: loss nan, non-finite loss"):
-        here._step(next(here.reader.train(0, 0)), 0)
+        ended(here, 1)
+
+
+def test_too_many_skipped_steps_end_the_run_although_others_followed(tmp_path: Path) -> None:
+    here = run(tmp_path, "engine.max_skipped_steps=1")
+    poisoned(here, {1, 2})
+    with pytest.raises(RefusedError, match=r"2 steps in a row, up to step 2, .*; its images are gone; run.log_every"):
+        ended(here, 5)
+    here = run(tmp_path, "engine.max_skipped_steps=1")
+    poisoned(here, {1, 3})  # never two in a row
+    ended(here, 5)
+    assert here.engine.skipped_steps == 2
 
 
 def test_clipping_bounds_the_update_and_reports_the_norm_before_it(tmp_path: Path) -> None:

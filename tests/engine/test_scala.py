@@ -183,9 +183,10 @@ def epochs(run: Trainer, start: int, stop: int) -> list[list[str]]:
         first = start - epoch * size if epoch == start // size else 0
         for batches in islice(run.reader.train(epoch, first), min(size, stop - epoch * size) - first):
             step = batches[0].step
-            assert run._step(batches, step).applied
+            result = run._step(batches, step)
+            assert result.applied
             assert run.ema is not None
-            run.ema.update()
+            run.ema.update(result.applied)
             widths.append([str(width) for width in run.task.widths(step)])
     return widths
 

@@ -175,7 +175,7 @@ def test_a_frozen_backbone_is_not_touched_by_training() -> None:
     before = {key: tensor.clone() for key, tensor in model.backbone.state_dict().items()}
     assert model.backbone(images(64), draw()).grad_fn is None
     model(images(64), draw()).square().sum().backward()
-    move_running_statistics(model, applied=True, channel=None)
+    move_running_statistics(model, applied=torch.tensor(True), channel=None)
     for key, tensor in model.backbone.state_dict().items():
         assert torch.equal(tensor, before[key])
     assert all(p.grad is None for p in model.backbone.parameters())
@@ -188,7 +188,7 @@ def test_the_last_stages_are_trained_and_the_others_frozen(name: str) -> None:
     net = randomised(model.train().backbone).net
     before = {key: tensor.clone() for key, tensor in net.state_dict().items()}
     model(images(64), draw()).square().sum().backward()
-    move_running_statistics(model, applied=True, channel=None)
+    move_running_statistics(model, applied=torch.tensor(True), channel=None)
     last = LAST_TWO_STAGES[name]
     for key, parameter in net.named_parameters():
         assert parameter.requires_grad == (parameter.grad is not None) == key.startswith(last)

@@ -21,7 +21,7 @@ def test_equals_pytorchs_in_training_and_evaluation() -> None:
     for _ in range(3):
         x = torch.randn(8, 3, 5, 5)
         torch.testing.assert_close(ours(x), theirs(x))
-        move_running_statistics(ours, applied=True, channel=None)
+        move_running_statistics(ours, applied=torch.tensor(True), channel=None)
     torch.testing.assert_close(ours.running_var, theirs.running_var)
     torch.testing.assert_close(ours.running_mean, theirs.running_mean)
     torch.testing.assert_close(ours.eval()(x), theirs.eval()(x))
@@ -36,7 +36,7 @@ def test_statistics_over_fixed_runs_do_not_depend_on_accumulation() -> None:
     torch.testing.assert_close(torch.cat([parts(run) for run in x.chunk(3)]), outputs)
     for layer in (whole, parts):
         assert not layer.running_mean.any()  # nothing moves before the step's end
-        move_running_statistics(layer, applied=True, channel=None)
+        move_running_statistics(layer, applied=torch.tensor(True), channel=None)
     torch.testing.assert_close(parts.running_mean, whole.running_mean)
     torch.testing.assert_close(parts.running_var, whole.running_var)
     torch.testing.assert_close(whole.running_mean, 0.1 * x.mean((0, 2, 3)))
@@ -45,6 +45,6 @@ def test_statistics_over_fixed_runs_do_not_depend_on_accumulation() -> None:
 def test_a_skipped_step_moves_nothing() -> None:
     layer, _ = pair()
     layer(torch.randn(4, 3, 2, 2))
-    move_running_statistics(layer, applied=False, channel=None)
+    move_running_statistics(layer, applied=torch.tensor(False), channel=None)
     assert not layer.running_mean.any()
     assert not any(sums.any() for sums in layer.noted.values())

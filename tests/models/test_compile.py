@@ -77,7 +77,7 @@ def test_a_model_is_one_graph_that_is_compiled_once(
         for number in range(1, 4):  # micro batches, and a step's end between them
             forward(number).float().sum().backward()
             if number == 2:
-                move_running_statistics(model, applied=True, channel=None)
+                move_running_statistics(model, applied=torch.tensor(True), channel=None)
 
 
 @pytest.mark.slow
@@ -102,7 +102,7 @@ def test_statistics_are_noted_by_compiled_forwards_as_by_eager_ones() -> None:
             forward = step(model, torch.float32, FULL)
             for number in range(3):
                 forward(number)
-        move_running_statistics(model, applied=True, channel=None)
+        move_running_statistics(model, applied=torch.tensor(True), channel=None)
         moved.append({name: b for name, b in model.named_buffers() if name.endswith(("mean", "var"))})
     assert len(moved[0]) == 8
     for name, buffer in moved[0].items():

@@ -81,7 +81,7 @@ def test_statistics_of_a_width_are_those_of_the_images_shown() -> None:
     torch.testing.assert_close(var, maps.var((0, 2, 3)), rtol=1e-4, atol=1e-4)
     before = model.submodules.trunk[0].norm1.running_mean.clone()
     model.train()(x, draw=Draw.of(0, image=torch.arange(64)), width=half)
-    move_running_statistics(model, True, None)
+    move_running_statistics(model, torch.tensor(True), None)
     assert torch.equal(model.submodules.trunk[0].norm1.running_mean, before), "only full passes move them"
     assert not model.submodules.trunk[0].norm1.recalibrated, "they are of weights that have changed"
 

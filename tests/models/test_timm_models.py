@@ -112,7 +112,7 @@ def test_equals_timms_model_in_training_and_moves_the_same_statistics(name: str)
     for key, parameter in theirs.named_parameters():
         torch.testing.assert_close(found[key].grad, parameter.grad, msg=lambda text, k=key: f"{k}: {text}")
     before = {key: tensor.clone() for key, tensor in ours.net.state_dict().items() if "running" in key}
-    move_running_statistics(ours, applied=True, channel=None)
+    move_running_statistics(ours, applied=torch.tensor(True), channel=None)
     moved, expected = ours.net.state_dict(), theirs.state_dict()
     assert before
     for key, tensor in before.items():

@@ -58,15 +58,15 @@ def test_a_signal_to_one_rank_saves_and_stops_all_and_the_resumed_run_is_bit_equ
 
 def test_a_rank_that_hangs_ends_with_its_stacks_and_the_last_collective(tmp_path: Path) -> None:
     codes, outputs = interrupted(tmp_path, 1, "step 12: forward", "hang", "run.watchdog=8")
-    assert codes == [77, 77], outputs  # rank 0 has waited for rank 1 as long
+    # Rank 0, which waits for rank 1, finds itself stuck too, or finds it gone.
+    assert codes in ([77, 77], [76, 77]), outputs
     word = last_word(tmp_path, 1)
     assert word["kind"] == "stuck"
     assert word["step"] == 11
     assert "step 12: forward and backward passes, reduction, update took more than 8 s (run.watchdog)" in word["error"]
-    assert "last collective: all_reduce of (16, 15) torch.float32 (CLS sums, 2 ranks)" in word["error"]
-    assert (
-        "last collective: all_reduce of (16, 15) torch.float32 (CLS sums, 2 ranks)" in last_word(tmp_path, 0)["error"]
-    )
+    collective = "last collective: all_reduce of (16, 15) torch.float32 (CLS sums, 2 ranks)"
+    assert collective in word["error"]
+    assert (collective if codes[0] == 77 else "lost other ranks") in last_word(tmp_path, 0)["error"]
     stacks = (tmp_path / "digits-hsvit-001/errors/rank-0001.stacks.txt").read_text()
     assert "interrupted.py" in stacks
     assert "in happen" in stacks
@@ -93,19 +93,22 @@ def test_out_of_memory_names_the_phase_the_plan_and_a_smaller_micro_batch(tmp_pa
     assert word["error"].endswith("try run.micro_batch=8 (now 16)")
 
 
+@pytest.mark.parametrize("interval", [1, 10])
 def test_non_finite_steps_are_named_and_the_run_goes_on_from_its_last_checkpoint_with_a_lower_rate(
-    tmp_path: Path,
+    interval: int, tmp_path: Path
 ) -> None:
-    keys = ["grid.submodule_ranks=1", "engine.max_skipped_steps=2", "run.step_back=0.5"]
+    """At once, or when the interval is over."""
+    keys = ["grid.submodule_ranks=1", "engine.max_skipped_steps=2", "run.step_back=0.5", f"run.log_every={interval}"]
     codes, outputs = interrupted(tmp_path, 0, "step 15:", "nan", *keys, world=1)
     assert codes == [0], outputs
     for step in (15, 16):
         assert f"warning: step {step} was skipped: its gradient is not finite (loss nan)" in outputs[0]
     assert "warning: 3 steps in a row, up to step 16, had a non-finite gradient" in outputs[0]
+    assert ("non-finite parameter" in outputs[0]) == (interval == 1)
     assert "back to step 10, the learning rate times 0.5 from there" in outputs[0]
     logged = [json.loads(line) for line in (tmp_path / "digits-hsvit-001/metrics.jsonl").read_text().splitlines()]
     steps = [line["step"] for line in logged if "train/loss" in line]
-    assert steps == [10, 20, 30, 40, 50, 60, 70, 71]
+    assert steps == [step for step in range(1, 72) if step % interval == 0 or step == 71]
     manifest = json.loads((tmp_path / "digits-hsvit-001/checkpoints/step-00000071/manifest.json").read_text())
     assert manifest["position"]["lr_factor"] == 0.5
 

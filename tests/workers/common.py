@@ -97,8 +97,8 @@ def steps(run: Trainer, stop: int) -> list[float]:
         result = run._step(batches, step)
         assert result.applied
         if run.ema is not None:
-            run.ema.update()
-        norms.append(result.grad_norm)
+            run.ema.update(result.applied)
+        norms.append(float(result.grad_norm))
     return norms
 
 

@@ -55,7 +55,7 @@ def one_case(grid: Grid, zero_stage: int, gather: bool, kernels: str = "auto", a
         steps.calls.clear()
         mine = batch.view(accumulation, world_size(), share, K)[:, grid.replica]
         result = engine.step(lambda mine=mine: (losses(x) for x in mine), len(WIDTHS), 0.1, step)
-        norms.append(result.grad_norm)
+        norms.append(float(result.grad_norm))
     data = [(name, numbers) for name, group, numbers in steps.calls if group is grid.data_group]
     weights = dict(engine.shards.gather([m.detach() for m in engine.shards.masters]))
     trained = sum(tensor.numel() for tensor in weights.values())

@@ -52,7 +52,7 @@ def main(argv: list[str] | None = None) -> None:
     with shown(2, args.debug):
         secrets.load()
         check_kernels()
-        from .data.reader import check_splits
+        from .data.splits import check_splits
         from .grid.grid import Grid, world_size
         from .run import recipe as recipes
 

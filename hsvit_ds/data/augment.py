@@ -149,6 +149,13 @@ class Config:
         return (*found, "crop") if self.crop == "random_resized" else tuple(found)
 
     @property
+    def needs_workers(self) -> tuple[str, ...]:
+        """The keys set that workers alone can compute, from an image's file, anew each time."""
+        found = tuple(k for k in ("policy", "colour_jitter") if getattr(self, k))
+        found += ("crop",) if self.crop == "random_resized" else ()
+        return () if self.canvas else found
+
+    @property
     def needs_files(self) -> tuple[str, ...]:
         """The keys set that workers compute, from image files."""
         return tuple(k for k in ("flip", "policy", "colour_jitter", "canvas") if getattr(self, k)) + (

@@ -116,6 +116,32 @@ def answers(answer: Answer, jobs: Callable[[int], Iterator[Any]], workers: int, 
     return Loader(start, workers)
 
 
+class Again:
+    """The answers to the same few jobs, again and again, by workers that wait in between. Arguments as of `answers`."""
+
+    def __init__(self, answer: Answer, jobs: Sequence[Any], workers: int, pin: bool) -> None:
+        self._answer, self._jobs, self._workers, self._pin = answer, jobs, workers, pin
+        self._waiting: DataLoader[Images] | None = None
+
+    def once(self) -> Loader:
+        return Loader(self._from, self._workers)
+
+    def _from(self, first: int) -> Iterator[Images]:
+        there, self._waiting = self._waiting, None  # one that does not end well is not asked again
+        if first or there is None:
+            jobs = self._jobs[first:]
+            there = data_loader(
+                _Answers(self._answer), self._workers, self._pin, sampler=jobs, persistent_workers=self._workers > 0
+            )
+        yield from there
+        if not first:
+            self._waiting = there
+
+    def close(self) -> None:
+        """End the workers."""
+        self._waiting = None
+
+
 def preload(modules: Sequence[str]) -> None:
     """Have the fork server import what the workers will use: once, instead of once for each of them."""
     multiprocessing.get_context("forkserver").set_forkserver_preload([__name__, *modules])

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -14,157 +13,17 @@ from ..errors import RefusedError
 from ..grid.grid import Grid
 from . import augment, decode, loader, stream
 from .batch import PADDING, Batch, Images, Job
-from .index import Index, open_index, split_shards, stand_in
-from .loader import Loader
+from .index import Index
+from .loader import Again, Loader
 from .order import Order, Share
-from .sets import SETS, Facts, photographs
+from .resident import Split
 from .sources import InMemory, Shards, Source, digits_split
+from .splits import Config, facts, not_on_device, open_split, shares_images
 from .stream import Streamed
 from .transform import Transform
 
-
-@dataclass(frozen=True, kw_only=True)
-class Config:
-    name: str = "digits"
-    """The data set: "digits" is built in; "cifar10", "imagenette", "tiny_imagenet" and "imagenet1k" are known; any
-    other name is a set of your own, with `classes`."""
-    root: str = ""
-    """Folder of its shards NAME-SPLIT-0000.tar, indexed by `hsvit shards index`; or a URL with `_info.json` (https:,
-    gs:, pipe:cat /x), whose shards are streamed, with the weaker promises of `stream.py`."""
-    index: str = ""
-    """Folder of the index files, where they are not beside the shards."""
-    classes: int = 0
-    """Of a data set of your own; 0: of the known one."""
-    image_size: int = 0
-    """Side of the images that the model takes, pixels; 0: that of the known data set, 224 for your own."""
-    window: int = 8192
-    """Samples shuffled together after the shards were."""
-    last_batch: str = "drop"
-    """The last incomplete global batch of an epoch: "drop" it, or "fill" it up with the epoch's first samples."""
-    share: str = "auto"
-    """"none": every submodule rank reads all images of its replica; "gather": each reads its part and they gather
-    uint8; "auto": gather from 3 submodule ranks and above 64 px on."""
-    cache: str = ""
-    """Folder for streamed shards, which are then fetched once; "": fetched in every epoch."""
-    timeout: float = 30.0
-    """Seconds that a server may send nothing before it is asked again."""
-    workers: int = 4
-    """Processes of a rank that read, decode and augment; 0: the rank itself."""
-    decoder: str = "auto"
-    """"simplejpeg" (turbo-JPEG), "pillow", or "auto": the first that is installed. Resolved with its version: another
-    one gives other pixels, and is refused."""
-    any_decoder: bool = False
-    """Go on although the images were decoded by another program or version before, or are on another rank."""
-    fingerprint: str = ""
-    """Of the training split's index; filled in, and compared when a run is resumed."""
-    max_bad_fraction: float = 0.01
-    """Share of the training images that may be unreadable before the run stops."""
-    eval_batch: int = 256
-    """Images of a forward in evaluation, on each replica."""
-
-    def __post_init__(self) -> None:
-        for name, allowed in {"share": ("auto", "none", "gather"), "last_batch": ("drop", "fill")}.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(f'{name} = "{getattr(self, name)}": must be one of {", ".join(allowed)}')
-        for name in ("window", "eval_batch"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} = {getattr(self, name)}: must be at least 1")
-        for name in ("workers", "classes", "image_size"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} = {getattr(self, name)}: must not be negative")
-        stream.check_root(self.root)
-        if self.timeout <= 0:
-            raise ValueError(f"timeout = {self.timeout}: must be above 0 seconds")
-        if not 0 <= self.max_bad_fraction <= 1:
-            raise ValueError(f"max_bad_fraction = {self.max_bad_fraction}: must be in [0, 1]")
-        if self.name not in SETS and not self.classes:
-            raise ValueError(
-                f'name = "{self.name}": not one of {", ".join(SETS)}; for a data set of your own set classes too'
-            )
-        if self.name == "digits" and (self.root or self.classes or self.image_size):
-            raise ValueError('name = "digits" is built in: it takes no root, classes or image_size')
-
-
-def facts(config: Config) -> Facts:
-    """What the model depends on; no file is read."""
-    known = SETS.get(config.name) or photographs(224, config.classes)
-    return dataclasses.replace(
-        known, image_size=config.image_size or known.image_size, classes=config.classes or known.classes
-    )
-
-
-def open_split(config: Config, split: str) -> Index | stream.Split | None:
-    """Where the samples of a split are: by their index, behind URLs, or None for a set in memory.
-
-    Raises:
-        RefusedError: nothing is there, or it is not of this data set.
-    """
-    if config.name == "digits":
-        return None
-    if stream.is_url(config.root):
-        return stream.open_split(config.root, split, config.timeout)
-    if not config.root:
-        raise RefusedError(f"data.root is not set: the folder of {config.name}'s shards, NAME-SPLIT-0000.tar")
-    folder = Path(config.root)
-    if not folder.is_dir():
-        raise RefusedError(f"data.root = {folder}: no such folder")
-    shards = split_shards(folder)
-    name = stand_in(split, shards)
-    if name is None:
-        found = ", ".join(shards) or "no file NAME-SPLIT-0000.tar"
-        raise RefusedError(f"data.root = {folder}: no shards of the split {split} ({found})")
-    path = (Path(config.index) if config.index else folder) / f"{name}.index.npz"
-    index = open_index(path, folder)
-    if not len(index):
-        raise RefusedError(f"{path}: holds no sample; hsvit shards check {folder} tells why")
-    worst, classes = int(index.labels.argmax()), facts(config).classes
-    if index.labels[worst] >= classes:
-        raise RefusedError(
-            f"{path}: {index.name(worst)} has label {index.labels[worst]}, but {config.name} has {classes} classes, "
-            f"0 to {classes - 1}; is data.root the right folder, or data.classes to be set?"
-        )
-    return index
-
-
-def check_splits(config: Config) -> None:
-    """Refuse a data set that lacks a split, before a run trains an epoch to find out."""
-    for split in ("train", "val", "test"):
-        open_split(config, split)
-
-
-def resolved(config: Config) -> Config:
-    """With the decoder and the fingerprint of the data filled in; refuses others than a recipe names."""
-    if config.name == "digits" or not config.root:
-        return config
-    there = open_split(config, "train")
-    assert there is not None
-    if config.fingerprint not in ("", there.fingerprint):
-        raise RefusedError(
-            f'data.fingerprint = "{config.fingerprint}", but the training split in {config.root} has '
-            f'"{there.fingerprint}": other samples, labels or shards. Take them with data.fingerprint=""'
-        )
-    return dataclasses.replace(config, decoder=decode.resolved(config.decoder), fingerprint=there.fingerprint)
-
-
-def shard_lengths(config: Config) -> tuple[int, ...]:
-    """Samples in each shard of the training split; without data.root one shard of the published size."""
-    if config.name == "digits" or (config.name in SETS and not config.root):
-        return (facts(config).samples["train"],)
-    there = open_split(config, "train")
-    assert there is not None
-    return tuple(int(length) for length in there.lengths)
-
-
-def shares_images(config: Config, submodule_ranks: int, image_size: int) -> bool:
-    """Whether the ranks of a replica each read a part and gather; decided by `share`, see there.
-
-    Streams are always shared: two ranks that read one apart might not get the same images again after a fault.
-    """
-    if stream.is_url(config.root):
-        return submodule_ranks > 1
-    if config.share == "auto":
-        return submodule_ranks > 2 and image_size > 64
-    return config.share == "gather" and submodule_ranks > 1
+SHARE = 10
+"""One in so many bytes of a device's memory may hold a split's images."""
 
 
 class Reader:
@@ -181,16 +40,22 @@ class Reader:
         # Named here for a run that is opened elsewhere: its own decoder may be another version.
         self._transform = Transform(augmentation, self.facts.image_size, decode.installed(config.decoder), order.seed)
         there = grid.together(lambda: open_split(config, "train"))
-        self._gathers = shares_images(config, grid.submodule_ranks, self.facts.image_size)
-        self._training = self._source("train", there)
         self._pins = grid.device.type == "cuda"
         loader.preload(self._transform.modules)
+        self._gathers = shares_images(config, grid.submodule_ranks, self.facts.image_size)
+        self._training = self._source("train", there)
+        self._bad: list[str] = []
+        self._residents: dict[str, Split] = {}
+        self._resident, self.placement = self._settled("train", there, self._training, augmentation.canvas)
+        """The training split on the device, and where its images come from, in words."""
+        self._views = None if self._resident is None else self._resident.views(self._transform)
+        self._gathers = self._gathers and self._resident is None
+        self._passes: dict[str, Again] = {}
         self._stream: Loader | None = None
         self._answers: Iterator[Images] = iter(())
         self._position = (-1, -1)
         self.left_out = list(there.problems) if isinstance(there, Index) else []
         """Samples of the training split that its index leaves out, and why."""
-        self._bad: list[str] = []
         if there is not None:
             if not config.any_decoder:
                 self._check_ranks("the decoder", self._transform.decoder)
@@ -221,6 +86,26 @@ class Reader:
             timeout=self.config.timeout,
         )
 
+    def _settled(
+        self, split: str, there: Index | stream.Split | None, source: Source | Streamed, canvas: int = 0
+    ) -> tuple[Split | None, str]:
+        """(a split on the device or None, a word about it)."""
+        c, device = self.config, self.grid.device
+        if c.on_device == "never" or (c.on_device == "auto" and device.type != "cuda"):
+            return None, ""
+        if why := not_on_device(c, self.augmentation):
+            return None, f"{split}: images come from {c.workers} workers, as {why}"
+        assert isinstance(source, InMemory | Shards)
+        size = self.count(split) * self.facts.channels * (canvas or self.facts.image_size) ** 2
+        if c.on_device == "auto" and size > (most := torch.cuda.get_device_properties(device).total_memory // SHARE):
+            mib = f"{size / 2**20:,.0f} MiB are more than {most / 2**20:,.0f}"
+            return None, f"{split}: images come from {c.workers} workers, as {mib}, a tenth of the device's memory"
+        key = f"{there.fingerprint if there is not None else split}, {split == 'train'}"
+        if key not in self._residents:
+            self._residents[key] = Split(source, split == "train", c.workers, device)
+            self._bad += self._residents[key].bad
+        return self._residents[key], f"{split}: {self.count(split):,} images on the device, {size / 2**20:,.1f} MiB"
+
     @property
     def _workers(self) -> int:
         return 0 if isinstance(self._training, InMemory) else self.config.workers
@@ -231,7 +116,15 @@ class Reader:
         if isinstance(source, Streamed):
             done = (epoch * self.order.steps_per_epoch + step) * self.share.accumulation
             return source.start(self._workers, self._pins, done)
-        return loader.answers(source.training, lambda n: self._jobs(epoch, step, n), self._workers, self._pins)
+        answer, workers = self._answer()
+        return loader.answers(answer, lambda n: self._jobs(epoch, step, n), workers, self._pins)
+
+    def _answer(self) -> tuple[Callable[[Job], Images], int]:
+        """What answers the jobs of training, and in how many workers."""
+        if self._views is not None:
+            return self._views.training, self._workers if self._views.is_random else 0
+        assert not isinstance(self._training, Streamed)
+        return self._training.training, self._workers
 
     def train(self, epoch: int, first_step: int) -> Iterator[list[Batch]]:
         """The micro batches of every step of `epoch` from `first_step` on; skipped steps read nothing.
@@ -239,7 +132,7 @@ class Reader:
         The workers go on into the next epoch, which is there without waiting when it is asked for next.
         """
         if self._position != (epoch, first_step):
-            self.close()
+            self._close_stream()
             self._stream = self._started(epoch, first_step)
             self._answers = iter(self._stream)
         steps = self.order.steps_per_epoch
@@ -272,7 +165,10 @@ class Reader:
         return whole.chunk(self.grid.submodule_ranks)[self.grid.submodule_rank] if self._gathers else whole
 
     def _batch(self, read: Images, index: Tensor, step: int) -> Batch:
-        images, labels, views = self._shared(read)
+        if self._resident is None:
+            images, labels, views = self._shared(read)
+        else:
+            images, labels, views = self._resident.look_up(read, self.augmentation)
         return Batch(images, labels, views, index, self.order.seed, step)
 
     def _shared(self, read: Images) -> tuple[Tensor, Tensor, Tensor]:
@@ -305,17 +201,19 @@ class Reader:
         Every replica gets the same number of equal batches (ZeRO-3 gathers parameters in each forward), filled up
         where they are not valid. The label of an image that cannot be read is `batch.UNREADABLE`.
         """
-        source, count = self._source(split, open_split(self.config, split)), self.count(split)
+        there = open_split(self.config, split)
+        source, count = self._source(split, there), self.count(split)
         size = min(self.config.eval_batch, -(-count // self.grid.replicas))
         size += -size % self.grid.submodule_ranks  # which divide the images between them, or a backbone's part of them
-        if isinstance(source, Streamed):
-            size //= self.grid.submodule_ranks if self._gathers else 1
-            answers = dataclasses.replace(source, count=size, once=True).start(self._workers, self._pins)
-        else:
-            starts = range(self.grid.replica * size, count + self.grid.replica * size, size * self.grid.replicas)
-            positions = [torch.arange(size) + start for start in starts]
-            samples = [self._mine(torch.where(p < count, p, -1)) for p in positions]
-            answers = loader.answers(source.held_out, lambda n: iter(samples[n:]), self._workers, self._pins)
+        starts = range(self.grid.replica * size, count + self.grid.replica * size, size * self.grid.replicas)
+        positions = [torch.arange(size) + start for start in starts]
+        samples = [torch.where(p < count, p, -1) for p in positions]
+        resident, _ = (None, "") if self._resident is None else self._settled(split, there, source)
+        if resident is not None:
+            for images, labels in map(resident.held_out, samples):
+                yield images, labels, labels != PADDING
+            return
+        answers = self._pass(split, source, samples, size)
         try:
             for read in answers:
                 images, labels, _ = self._shared(read)
@@ -323,20 +221,44 @@ class Reader:
         finally:
             answers.close()
 
+    def _pass(self, split: str, source: Source | Streamed, samples: list[Tensor], size: int) -> Loader:
+        """The images of a split, in forwards of `size`; by workers that wait for the next time."""
+        if isinstance(source, Streamed):
+            size //= self.grid.submodule_ranks if self._gathers else 1
+            return dataclasses.replace(source, count=size, once=True).start(self._workers, self._pins)
+        key = f"{split}, {size}"
+        if key not in self._passes:
+            jobs = [self._mine(numbers) for numbers in samples]
+            self._passes[key] = Again(source.held_out, jobs, self._workers, self._pins)
+        return self._passes[key].once()
+
+    def calibration(self, steps: int) -> Iterator[list[Batch]]:
+        """The micro batches of the first steps of the first epoch; the training stream stays where it is."""
+        if isinstance(self._training, Streamed):  # which its own workers alone can read
+            yield from islice(self.train(0, 0), steps)
+            return
+        steps, micros = min(steps, self.order.steps_per_epoch), self.share.accumulation
+        if "calibration" not in self._passes:
+            answer, workers = self._answer()
+            jobs = list(islice(self._jobs(0, 0, 0), steps * micros))
+            self._passes["calibration"] = Again(answer, jobs, workers, self._pins)
+        loaded = self._passes["calibration"].once()
+        answers = iter(loaded)
+        try:
+            for step in range(steps):
+                yield [self._batch(next(answers), self.share.indices(micro), step) for micro in range(micros)]
+        finally:
+            loaded.close()
+
     def close(self) -> None:
         """End the workers."""
+        self._close_stream()
+        for waiting in self._passes.values():
+            waiting.close()
+        self._passes.clear()
+
+    def _close_stream(self) -> None:
         self._position = (-1, -1)
         if self._stream is not None:
             self._stream.close()
             self._stream = None
-
-
-def check_share(config: Config, facts: Facts, submodule_ranks: int, micro_batch: int) -> None:
-    """Refuse a micro batch that the ranks of a replica cannot divide, and streams that they do not."""
-    if stream.is_url(config.root) and config.share == "none" and submodule_ranks > 1:
-        raise RefusedError('data.share = "none": the ranks of a replica share a stream; set "auto" or "gather"')
-    if shares_images(config, submodule_ranks, facts.image_size) and micro_batch % submodule_ranks:
-        raise RefusedError(
-            f'data.share = "{config.share}": the micro batch of {micro_batch} is not divisible by '
-            f'{submodule_ranks} submodule ranks; choose another global batch, or data.share = "none"'
-        )

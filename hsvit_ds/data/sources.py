@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 from collections import OrderedDict
-from typing import Protocol
+from collections.abc import Callable
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -86,13 +87,20 @@ class Shards:
         raise RefusedError(f"{self.index.folder}: no image of the split can be read")
 
     def held_out(self, samples: Tensor) -> Images:
-        found = empty(len(samples), self.transform.size, 0)
+        return self._once(samples, self.transform.size, 0, lambda data: (self.transform.held_out(data), ()))
+
+    def same(self, samples: Tensor) -> Images:
+        """What of training images is the same every time, see `Transform.same`; their heights and widths as views."""
+        return self._once(samples, self.transform.config.canvas or self.transform.size, 2, self.transform.same)
+
+    def _once(self, samples: Tensor, side: int, view: int, made: Callable[[bytes], tuple[Tensor, Any]]) -> Images:
+        found = empty(len(samples), side, view)
         found.labels.fill_(PADDING)
         for i, sample in enumerate(samples.tolist()):
             if sample < 0:
                 continue
             try:
-                found.pixels[i] = self.transform.held_out(self.read(sample))
+                found.pixels[i], found.views[i] = (torch.as_tensor(x) for x in made(self.read(sample)))
                 found.labels[i] = int(self.index.labels[sample])
             except BadImageError as error:
                 found.bad.append(f"{self.index.name(sample)}: {error}")

@@ -42,19 +42,13 @@ class Transform:
             BadImageError: it cannot be read.
         """
         c = self.config
-        high, low = key(self.seed, int(Site.AUGMENT), epoch, sample, copy)
-        random.seed(high << 32 | low)
+        high, low = self._seed(epoch, sample, copy)
         picture = Picture(data, self.decoder)
+        if c.canvas:
+            return self._whole(picture), self._view(picture.height, picture.width)
         box = self._crop(picture.height, picture.width)
         flip = random.random() < c.flip
-        if c.canvas:
-            whole = Box(0, 0, picture.height, picture.width)
-            pixels = _resized(picture.pixels(whole, c.canvas), (c.canvas, c.canvas), c.filter)
-            return pixels, self._view(picture, box, flip)
-        if c.crop == "none":
-            x = self._centred(picture)
-        else:
-            x = _resized(picture.pixels(box, self.size), (self.size, self.size), c.filter)
+        x = self._whole(picture) if c.crop != "random_resized" else self._resized(picture, box)
         x = x.flip(2) if flip else x
         if self._policies:
             np.random.seed(low)
@@ -65,9 +59,39 @@ class Transform:
             x = torch.from_numpy(np.array(image)).permute(2, 0, 1)
         return x, []
 
+    def same(self, data: bytes) -> tuple[Tensor, tuple[int, int]]:
+        """(uint8 [3, S, S], height and width of the image): what of a training image is the same every time, where only
+        a `view` of it is random.
+
+        Raises:
+            BadImageError: it cannot be read.
+        """
+        picture = Picture(data, self.decoder)
+        return self._whole(picture), (picture.height, picture.width)
+
+    def view(self, size: tuple[int, int], epoch: int, sample: int, copy: int) -> list[float]:
+        """What `training` would cut out of an image of this height and width: see `augment.VIEW`."""
+        self._seed(epoch, sample, copy)
+        return self._view(*size)
+
     def held_out(self, data: bytes) -> Tensor:
         """uint8 [3, S, S] for evaluation: see `augment.Config.eval_crop`."""
         return self._centred(Picture(data, self.decoder))
+
+    def _seed(self, epoch: int, sample: int, copy: int) -> tuple[int, int]:
+        high, low = key(self.seed, int(Site.AUGMENT), epoch, sample, copy)
+        random.seed(high << 32 | low)
+        return high, low
+
+    def _whole(self, picture: Picture) -> Tensor:
+        """All of a training image, as the device or a flip takes it."""
+        if not self.config.canvas and self.config.crop == "none":
+            return self._centred(picture)
+        return self._resized(picture, Box(0, 0, picture.height, picture.width))
+
+    def _resized(self, picture: Picture, box: Box) -> Tensor:
+        side = self.config.canvas or self.size
+        return _resized(picture.pixels(box, side), (side, side), self.config.filter)
 
     def _centred(self, picture: Picture) -> Tensor:
         share, size = self.config.eval_crop, self.size
@@ -96,8 +120,9 @@ class Transform:
         tall, wide = min(height, round(width / low)), min(width, round(height * high))
         return Box((height - tall) // 2, (width - wide) // 2, tall, wide)
 
-    def _view(self, picture: Picture, box: Box, flip: bool) -> list[float]:
-        height, width = picture.height, picture.width
+    def _view(self, height: int, width: int) -> list[float]:
+        box = self._crop(height, width)
+        flip = random.random() < self.config.flip
         most = self.config.colour_jitter
         colours = [random.uniform(1 - most, 1 + most) for _ in range(3)]
         view = [box.top / height, box.left / width, box.height / height, box.width / width, float(flip), *colours]

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from .. import models
-from ..data import reader
+from ..data import splits
 from ..errors import RefusedError
 from ..models import slimmable, vit
 from ..models.hsvit import Config as HSViTConfig
@@ -254,7 +254,7 @@ def load_run(folder: Path, ema: bool = False) -> LoadedRun:
         raise RefusedError(f"{folder}: no checkpoint of a run there ({folder}/checkpoints/latest is missing)")
     manifest = read_manifest(checkpoint)
     recipe = manifest["recipe"]
-    facts = reader.facts(reader.Config(**recipe["data"]))
+    facts = splits.facts(splits.Config(**recipe["data"]))
     config = models.without_weights(_config(recipe["model"]))
     model = config.build(image_size=facts.image_size, channels=facts.channels, classes=facts.classes)
     if not next(model.parameters()).is_meta:

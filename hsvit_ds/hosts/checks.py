@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from .. import models
-from ..data import reader
+from ..data import splits
 from ..data.stream import is_url
 from ..errors import RefusedError
 from ..models import hsvit, timm_models
@@ -124,7 +124,7 @@ def _gib(size: int) -> str:
 
 def checkpoint_bytes(recipe: Recipe) -> int:
     """Of the checkpoints that stay, the best one and one that is being written: weights and two moments in fp32."""
-    facts = reader.facts(recipe.data)
+    facts = splits.facts(recipe.data)
     try:
         model = models.without_weights(recipe.model).resolved(facts.image_size)
     except ValueError as error:
@@ -140,7 +140,7 @@ def data_files(recipe: Recipe) -> list[str]:
     if data.name == "digits" or is_url(data.root):
         return []
     if not data.root:
-        reader.open_split(data, "train")  # refuses it
+        splits.open_split(data, "train")  # refuses it
     return [escape(data.root), f"{escape(data.index or data.root)}/*.index.npz"]
 
 

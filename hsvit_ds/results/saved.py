@@ -15,8 +15,9 @@ from torch import Tensor
 from hsvit_kernels.random import Site, sequence
 
 from ..data.order import Share
-from ..data.reader import Reader, facts
+from ..data.reader import Reader
 from ..data.sets import Facts
+from ..data.splits import facts
 from ..data.stream import is_command
 from ..engine.interop import load_run
 from ..errors import RefusedError

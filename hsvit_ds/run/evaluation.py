@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
 
 import torch
 from torch import Tensor, nn
@@ -146,7 +145,7 @@ def recalibrate_widths(
         return
     smaller = [width for width in widths if not width.is_full]
     with recalibrate(module, smaller, runs_differ):
-        for batches in islice(reader.train(0, 0), CALIBRATION_STEPS):
+        for batches in reader.calibration(CALIBRATION_STEPS):
             for batch in batches:
                 images = augment.pixels(batch, reader.augmentation, reader.facts)
                 for width in smaller:

@@ -16,7 +16,7 @@ from hsvit_kernels.cases import Cases
 from hsvit_kernels.dispatch import forced
 from hsvit_kernels.first_use import Machine
 
-from ..data import reader
+from ..data import splits
 from ..engine.zero import step_state
 from ..errors import RefusedError
 from ..grid.grid import Grid
@@ -53,7 +53,7 @@ def cases(recipe: Recipe, plan: Plan, widths: Sequence[Width], teacher: nn.Modul
                     model(held_out, width=width)
     if teacher is not None:
         weight = next(teacher.parameters())
-        facts = reader.facts(recipe.data)
+        facts = splits.facts(recipe.data)
         shape = (facts.channels, facts.image_size, facts.image_size)
         with listing() as asked, torch.no_grad():
             teacher(torch.zeros(plan.micro_batch, *shape, dtype=weight.dtype, device=weight.device))

@@ -12,7 +12,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ..data import reader
+from ..data import splits
 from ..engine import engine
 from .recipe import Plan, Recipe
 from .rehearsal import first_share, rehearsal
@@ -44,7 +44,7 @@ class Memory:
 
 def needed(recipe: Recipe, plan: Plan) -> Memory:
     """The memory of one rank for a resolved recipe."""
-    facts = reader.facts(recipe.data)
+    facts = splits.facts(recipe.data)
     with torch.device("meta"):
         model = recipe.model.build(
             image_size=facts.image_size,

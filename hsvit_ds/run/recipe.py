@@ -16,7 +16,7 @@ import torch
 from pydantic import Discriminator, TypeAdapter, ValidationError
 
 from .. import models
-from ..data import augment, reader
+from ..data import augment, splits
 from ..data.order import Order, Share
 from ..data.sets import Facts
 from ..data.stream import is_url
@@ -83,7 +83,7 @@ class Recipe:
     run: Run = field(default_factory=Run)
     model: Annotated[models.Config, Discriminator("kind")]
     task: Annotated[supervised.Config | scala.Config, Discriminator("kind")] = field(default_factory=supervised.Config)
-    data: reader.Config = field(default_factory=reader.Config)
+    data: splits.Config = field(default_factory=splits.Config)
     augment: augment.Config = field(default_factory=augment.Config)
     optimizer: optimizer.Config = field(default_factory=optimizer.Config)
     ema: ema.Config = field(default_factory=ema.Config)
@@ -123,7 +123,7 @@ class Plan:
 def order(recipe: Recipe) -> Order:
     """The order of the training split."""
     return Order(
-        reader.shard_lengths(recipe.data),
+        splits.shard_lengths(recipe.data),
         recipe.data.window,
         recipe.run.global_batch,
         recipe.run.seed,
@@ -263,8 +263,8 @@ def _steps_per_epoch(recipe: Recipe) -> int:
 
 def resolve(recipe: Recipe, ranks: int) -> tuple[Recipe, Plan]:
     """The recipe with everything derived filled in, and the plan for `ranks` ranks; refuses what cannot be."""
-    recipe = replace(recipe, data=reader.resolved(recipe.data))
-    facts = reader.facts(recipe.data)
+    recipe = replace(recipe, data=splits.resolved(recipe.data))
+    facts = splits.facts(recipe.data)
     if recipe.data.name == "digits" and (keys := recipe.augment.needs_files):
         raise RefusedError(f"augment.{keys[0]} needs image files; the digits are in memory: use augment.shift")
     try:
@@ -275,7 +275,8 @@ def resolve(recipe: Recipe, ranks: int) -> tuple[Recipe, Plan]:
     replicas = grid.replicas(ranks, recipe.grid.submodule_ranks, model.submodules, recipe.grid.absent)
     _check_survival(recipe.run, model)
     micro, accumulation = _batches(recipe.run, replicas)
-    reader.check_share(recipe.data, facts, recipe.grid.submodule_ranks, micro)
+    splits.check_share(recipe.data, facts, recipe.grid.submodule_ranks, micro)
+    splits.check_on_device(recipe.data, recipe.augment)
     _check_blocks(recipe, micro)
     _check_stream(recipe)
     if isinstance(model, hsvit.Config):
@@ -287,14 +288,14 @@ def resolve(recipe: Recipe, ranks: int) -> tuple[Recipe, Plan]:
     with torch.device("meta"):
         shape = model.build(image_size=facts.image_size, channels=facts.channels, classes=facts.classes)
     # The ranks of a replica split its images where a backbone is, so a batch statistic spans them.
-    splits = recipe.grid.submodule_ranks if model.splits_images else 1
-    if micro % splits:
+    parts = recipe.grid.submodule_ranks if model.splits_images else 1
+    if micro % parts:
         raise RefusedError(
-            f"a backbone's images are divided among the ranks of a replica, but grid.submodule_ranks = {splits} does "
+            f"a backbone's images are divided among the ranks of a replica, but grid.submodule_ranks = {parts} does "
             f"not divide the micro batch of {micro}"
         )
     trained_norms = any(isinstance(m, BatchNorm) and m.weight.requires_grad for m in shape.modules())
-    runs, synced = _bn_runs(recipe.run, replicas, splits, micro, accumulation) if trained_norms else (1, False)
+    runs, synced = _bn_runs(recipe.run, replicas, parts, micro, accumulation) if trained_norms else (1, False)
     recipe = replace(
         recipe,
         model=model,

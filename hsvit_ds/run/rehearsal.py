@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from hsvit_kernels.random import Draw
 
 from .. import models
-from ..data import reader
+from ..data import splits
 from ..engine import engine
 from ..grid.grid import Config, shares
 from .recipe import Plan, Recipe
@@ -51,7 +51,7 @@ def first_share(recipe: Recipe) -> range:
 @contextmanager
 def rehearsal(recipe: Recipe, plan: Plan) -> Iterator[Rehearsal]:
     """Within the block every tensor is fake, and the run's precision is in force."""
-    facts = reader.facts(recipe.data)
+    facts = splits.facts(recipe.data)
     with FakeTensorMode(allow_non_fake_inputs=True):
         model: Any = models.without_weights(recipe.model).build(
             image_size=facts.image_size,

@@ -11,10 +11,11 @@ from pathlib import Path
 
 import torch
 
-from ..data import reader as readers
 from ..data.bad import BadSamples
 from ..data.batch import Batch
+from ..data.reader import Reader
 from ..data.sets import Facts
+from ..data.splits import facts as facts_of
 from ..engine.checkpoint import Checkpoints, Position
 from ..engine.ema import EMA
 from ..engine.engine import BatchStatistics, Engine, NonFiniteError, StepResult
@@ -51,7 +52,7 @@ class Trainer:
 
     def __init__(self, recipe: Recipe, plan: Plan, grid: Grid, folder: Path, resume: bool) -> None:
         self.recipe, self.plan, self.grid, self.folder = recipe, plan, grid, folder
-        facts = readers.facts(recipe.data)
+        facts = facts_of(recipe.data)
         model = recipe.model.build(
             image_size=facts.image_size,
             channels=facts.channels,
@@ -72,9 +73,7 @@ class Trainer:
         )
         self.schedule = Schedule(recipe.optimizer, recipe.run.epochs, plan.steps_per_epoch)
         self.task = self._task(facts)
-        self.reader = readers.Reader(
-            recipe.data, recipe.augment, recipes.order(recipe), plan.share(recipe, grid.replica), grid
-        )
+        self.reader = Reader(recipe.data, recipe.augment, recipes.order(recipe), plan.share(recipe, grid.replica), grid)
         self.bad = BadSamples(folder, self.reader, recipe.data.max_bad_fraction)
         self.ema = None
         if recipe.ema.decay:
@@ -352,6 +351,8 @@ class Trainer:
             f"micro batches x {p.micro_batch}; {p.steps_per_epoch} steps an epoch, {p.steps} in all; "
             f"{describe(self.engine.parameter_groups)}"
         )
+        if self.reader.placement:
+            self.report.say(self.reader.placement)
         if self.reader.left_out:
             self.report.say(f"not readable, as the index says: {len(self.reader.left_out)} images, see {self.bad.path}")
         backbone = getattr(self.recipe.model, "backbone", None)

@@ -17,7 +17,8 @@ import torch
 from hsvit_ds.data import augment
 from hsvit_ds.data.index import open_index
 from hsvit_ds.data.order import Order, Share
-from hsvit_ds.data.reader import Config, Reader
+from hsvit_ds.data.reader import Reader
+from hsvit_ds.data.splits import Config
 from hsvit_ds.errors import RefusedError
 from hsvit_ds.grid.grid import Config as GridConfig
 from hsvit_ds.grid.grid import Grid
@@ -182,6 +183,38 @@ def test_dead_workers_are_replaced_and_nothing_is_lost(
     assert "hsvit: warning: a data worker died (" in capfd.readouterr().err
 
 
+@pytest.mark.heavy
+def test_evaluations_and_calibrations_start_no_worker_anew(folder: Path, readers: list[Reader]) -> None:
+    alone, one = reader(folder), reader(folder, workers=1)
+    readers.append(one)
+    training = one.train(0, 0)
+    next(training)
+    seen = []
+    for _ in range(3):
+        labels = torch.cat([labels[valid] for _, labels, valid in one.evaluation("val")])
+        assert labels.tolist() == [i % 10 for i in range(21)]
+        found = [step[0].images for step in one.calibration(2)]
+        assert all(torch.equal(a, step[0].images) for a, step in zip(found, alone.train(0, 0), strict=False))
+        assert len(found) == 2
+        seen.append(set(fork_server_children()))
+    assert seen[0] == seen[1] == seen[2]
+    assert len(seen[0]) >= 3  # of training, evaluation and calibration
+    rest = [step[0].images for step in training]
+    assert all(torch.equal(a, step[0].images) for a, step in zip(rest, alone.train(0, 1), strict=True))
+
+
+@pytest.mark.heavy
+def test_an_evaluation_whose_workers_died_in_between_is_whole(folder: Path, readers: list[Reader]) -> None:
+    one = reader(folder, workers=2, eval_batch=4)
+    readers.append(one)
+    for _ in range(2):
+        labels = torch.cat([labels[valid] for _, labels, valid in one.evaluation("val")])
+        assert labels.tolist() == [i % 10 for i in range(21)]
+        for process in fork_server_children():
+            os.kill(process, signal.SIGKILL)
+        time.sleep(0.1)
+
+
 def fork_server_children() -> list[int]:
     """This process's data workers."""
     from multiprocessing.forkserver import _forkserver
@@ -264,23 +297,30 @@ def test_a_split_that_is_not_there_is_refused(folder: Path, tmp_path: Path) -> N
     with pytest.raises(RefusedError, match=r"no shards of the split val \(train\)"):
         reader(tmp_path / "half").count("val")
     (tmp_path / "empty").mkdir()
-    from hsvit_ds.data.reader import open_split
+    from hsvit_ds.data.splits import open_split
 
     with pytest.raises(RefusedError, match=r"no shards of the split train \(no file NAME-SPLIT-0000.tar\)"):
         open_split(Config(name="tiny", classes=10, root=str(tmp_path / "empty")), "train")
 
 
 @pytest.mark.heavy
-@pytest.mark.parametrize("world", [1, 4])
+@pytest.mark.parametrize(("world", "canvas"), [(1, 0), (4, 0), (4, 40)])
 def test_a_global_batch_is_the_same_for_any_ranks_and_workers(
-    folder: Path, tmp_path: Path, world: int, whole: list[dict[str, Any]]
+    folder: Path, tmp_path: Path, world: int, whole: list[dict[str, Any]], canvas: int
 ) -> None:
-    """For S = 1 and 2, 0, 1 and 3 workers, every rank of a replica reading all images or its part: ids, labels and
-    augmented pixels are those of one process without workers."""
+    """For S = 1 and 2, 0, 1 and 3 workers, every rank of a replica reading all images or its part, or having all of
+    them on its device: ids, labels, pixels and views are those of one process without workers."""
     cases = [
-        {"submodule_ranks": s, "workers": workers, "share": "gather" if workers != 1 else "none"}
+        {
+            "submodule_ranks": s,
+            "workers": workers,
+            "share": "gather" if workers != 1 else "none",
+            "on_device": on_device,
+            "canvas": canvas,
+        }
         for s in (1, 2)
-        for workers in (0, 1, 3)
+        for on_device in (("never", "always") if canvas else ("never",))
+        for workers in ((0, 1) if canvas else (0, 1, 3))
         if world % s == 0
     ]
     answers = work("data", world, tmp_path / "ranks", {"root": str(folder), "cases": cases})
@@ -297,10 +337,10 @@ def test_a_global_batch_is_the_same_for_any_ranks_and_workers(
 
 
 @pytest.fixture
-def whole(folder: Path) -> list[dict[str, Any]]:
+def whole(folder: Path, canvas: int) -> list[dict[str, Any]]:
     from ..workers.data import AUGMENT, EPOCHS, described
 
-    one = reader(folder, augmentation=AUGMENT)
+    one = reader(folder, augmentation=augment.Config(**{**vars(AUGMENT), "canvas": canvas}))
     found = [described(one, step[0]) for epoch in range(EPOCHS) for step in one.train(epoch, 0)]
     seen = [Counter(i for step in found[e * 4 : (e + 1) * 4] for i in step["samples"]) for e in range(EPOCHS)]
     assert all(set(epoch.values()) == {1} and len(epoch) == 48 for epoch in seen)  # each once, without the rest

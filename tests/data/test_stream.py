@@ -21,7 +21,8 @@ from hsvit_ds.data import augment, stream
 from hsvit_ds.data.decode import installed
 from hsvit_ds.data.index import open_index, split_shards
 from hsvit_ds.data.order import Order, Share
-from hsvit_ds.data.reader import Config, Reader, resolved, shard_lengths
+from hsvit_ds.data.reader import Reader
+from hsvit_ds.data.splits import Config, resolved, shard_lengths
 from hsvit_ds.data.stream import Split, Streamed
 from hsvit_ds.data.transform import Transform
 from hsvit_ds.errors import RefusedError

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from hsvit_ds.data.reader import facts
+from hsvit_ds.data.splits import facts
 from hsvit_ds.models import hsvit
 from hsvit_ds.run import recipe as recipes
 from tests.ranks import ROOT

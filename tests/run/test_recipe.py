@@ -9,7 +9,7 @@ import torch
 from typer.testing import CliRunner
 
 from hsvit_ds.cli import app
-from hsvit_ds.data import reader
+from hsvit_ds.data import splits
 from hsvit_ds.errors import RefusedError
 from hsvit_ds.grid.grid import Grid
 from hsvit_ds.run import recipe as recipes
@@ -26,7 +26,7 @@ ALL = sorted((ROOT / "recipes").rglob("*.toml"))
 @pytest.mark.parametrize("path", ALL, ids=lambda p: str(p.relative_to(ROOT / "recipes")))
 def test_every_recipe_resolves_builds_and_steps(path: Path, tmp_path: Path) -> None:
     recipe, plan = recipes.resolve(recipes.read(path), recipes.read(path).grid.submodule_ranks)
-    facts = reader.facts(recipe.data)
+    facts = splits.facts(recipe.data)
     with torch.device("meta"):
         model = recipe.model.build(image_size=facts.image_size, channels=facts.channels, classes=facts.classes)
     assert sum(p.numel() for p in model.parameters()) == plan.parameters

@@ -31,8 +31,9 @@ from hsvit_ds.data.decode import Box, Picture
 from hsvit_ds.data.index import Index, open_index
 from hsvit_ds.data.order import Order
 from hsvit_ds.data.order import Share as Part
-from hsvit_ds.data.reader import Config, Reader
+from hsvit_ds.data.reader import Reader
 from hsvit_ds.data.sets import IMAGENET_MEAN, IMAGENET_STD
+from hsvit_ds.data.splits import Config
 from hsvit_ds.grid.grid import Config as GridConfig
 from hsvit_ds.grid.grid import Grid
 from tools.benchmarks import data_alternatives as alternatives

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hsvit_ds.data import reader
+from hsvit_ds.data import splits
 from hsvit_ds.engine.engine import BatchStatistics, Engine
 from hsvit_ds.grid.grid import Grid, world_size
 from hsvit_ds.run import recipe as recipes
@@ -67,7 +67,7 @@ def measure(recipe: Path, overrides: list[str], ranks: int) -> dict[str, int]:
 
 def worker(out: Path, path: Path, overrides: list[str]) -> None:
     recipe, plan = recipes.resolve(recipes.read(path, overrides), world_size())
-    facts, grid = reader.facts(recipe.data), Grid(recipe.grid, recipe.model.submodules)
+    facts, grid = splits.facts(recipe.data), Grid(recipe.grid, recipe.model.submodules)
     before = held(grid.device)
     model = recipe.model.build(
         image_size=facts.image_size, channels=facts.channels, classes=facts.classes, here=grid.submodules, grid=grid

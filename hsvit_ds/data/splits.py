@@ -1,0 +1,190 @@
+"""A data set as a recipe names it: what is known of it, where its splits are, what of it is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..errors import RefusedError
+from . import augment, decode, stream
+from .index import Index, open_index, split_shards, stand_in
+from .sets import SETS, Facts, photographs
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    name: str = "digits"
+    """The data set: "digits" is built in; "cifar10", "imagenette", "tiny_imagenet" and "imagenet1k" are known; any
+    other name is a set of your own, with `classes`."""
+    root: str = ""
+    """Folder of its shards NAME-SPLIT-0000.tar, indexed by `hsvit shards index`; or a URL with `_info.json` (https:,
+    gs:, pipe:cat /x), whose shards are streamed, with the weaker promises of `stream.py`."""
+    index: str = ""
+    """Folder of the index files, where they are not beside the shards."""
+    classes: int = 0
+    """Of a data set of your own; 0: of the known one."""
+    image_size: int = 0
+    """Side of the images that the model takes, pixels; 0: that of the known data set, 224 for your own."""
+    window: int = 8192
+    """Samples shuffled together after the shards were."""
+    last_batch: str = "drop"
+    """The last incomplete global batch of an epoch: "drop" it, or "fill" it up with the epoch's first samples."""
+    share: str = "auto"
+    """"none": every submodule rank reads all images of its replica; "gather": each reads its part and they gather
+    uint8; "auto": gather from 3 submodule ranks and above 64 px on."""
+    on_device: str = "auto"
+    """Whether images are decoded once and live on the device: "always", "never", or "auto": on a GPU, where the split
+    takes at most a tenth of its memory and only flips or `augment.canvas` show an image in another way."""
+    cache: str = ""
+    """Folder for streamed shards, which are then fetched once; "": fetched in every epoch."""
+    timeout: float = 30.0
+    """Seconds that a server may send nothing before it is asked again."""
+    workers: int = 4
+    """Processes of a rank that read, decode and augment; 0: the rank itself."""
+    decoder: str = "auto"
+    """"simplejpeg" (turbo-JPEG), "pillow", or "auto": the first that is installed. Resolved with its version: another
+    one gives other pixels, and is refused."""
+    any_decoder: bool = False
+    """Go on although the images were decoded by another program or version before, or are on another rank."""
+    fingerprint: str = ""
+    """Of the training split's index; filled in, and compared when a run is resumed."""
+    max_bad_fraction: float = 0.01
+    """Share of the training images that may be unreadable before the run stops."""
+    eval_batch: int = 256
+    """Images of a forward in evaluation, on each replica."""
+
+    def __post_init__(self) -> None:
+        choices = {
+            "share": ("auto", "none", "gather"),
+            "last_batch": ("drop", "fill"),
+            "on_device": ("auto", "always", "never"),
+        }
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f'{name} = "{getattr(self, name)}": must be one of {", ".join(allowed)}')
+        for name in ("window", "eval_batch"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} = {getattr(self, name)}: must be at least 1")
+        for name in ("workers", "classes", "image_size"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} = {getattr(self, name)}: must not be negative")
+        stream.check_root(self.root)
+        if self.timeout <= 0:
+            raise ValueError(f"timeout = {self.timeout}: must be above 0 seconds")
+        if not 0 <= self.max_bad_fraction <= 1:
+            raise ValueError(f"max_bad_fraction = {self.max_bad_fraction}: must be in [0, 1]")
+        if self.name not in SETS and not self.classes:
+            raise ValueError(
+                f'name = "{self.name}": not one of {", ".join(SETS)}; for a data set of your own set classes too'
+            )
+        if self.name == "digits" and (self.root or self.classes or self.image_size):
+            raise ValueError('name = "digits" is built in: it takes no root, classes or image_size')
+
+
+def facts(config: Config) -> Facts:
+    """What the model depends on; no file is read."""
+    known = SETS.get(config.name) or photographs(224, config.classes)
+    return dataclasses.replace(
+        known, image_size=config.image_size or known.image_size, classes=config.classes or known.classes
+    )
+
+
+def open_split(config: Config, split: str) -> Index | stream.Split | None:
+    """Where the samples of a split are: by their index, behind URLs, or None for a set in memory.
+
+    Raises:
+        RefusedError: nothing is there, or it is not of this data set.
+    """
+    if config.name == "digits":
+        return None
+    if stream.is_url(config.root):
+        return stream.open_split(config.root, split, config.timeout)
+    if not config.root:
+        raise RefusedError(f"data.root is not set: the folder of {config.name}'s shards, NAME-SPLIT-0000.tar")
+    folder = Path(config.root)
+    if not folder.is_dir():
+        raise RefusedError(f"data.root = {folder}: no such folder")
+    shards = split_shards(folder)
+    name = stand_in(split, shards)
+    if name is None:
+        found = ", ".join(shards) or "no file NAME-SPLIT-0000.tar"
+        raise RefusedError(f"data.root = {folder}: no shards of the split {split} ({found})")
+    path = (Path(config.index) if config.index else folder) / f"{name}.index.npz"
+    index = open_index(path, folder)
+    if not len(index):
+        raise RefusedError(f"{path}: holds no sample; hsvit shards check {folder} tells why")
+    worst, classes = int(index.labels.argmax()), facts(config).classes
+    if index.labels[worst] >= classes:
+        raise RefusedError(
+            f"{path}: {index.name(worst)} has label {index.labels[worst]}, but {config.name} has {classes} classes, "
+            f"0 to {classes - 1}; is data.root the right folder, or data.classes to be set?"
+        )
+    return index
+
+
+def check_splits(config: Config) -> None:
+    """Refuse a data set that lacks a split, before a run trains an epoch to find out."""
+    for split in ("train", "val", "test"):
+        open_split(config, split)
+
+
+def resolved(config: Config) -> Config:
+    """With the decoder and the fingerprint of the data filled in; refuses others than a recipe names."""
+    if config.name == "digits" or not config.root:
+        return config
+    there = open_split(config, "train")
+    assert there is not None
+    if config.fingerprint not in ("", there.fingerprint):
+        raise RefusedError(
+            f'data.fingerprint = "{config.fingerprint}", but the training split in {config.root} has '
+            f'"{there.fingerprint}": other samples, labels or shards. Take them with data.fingerprint=""'
+        )
+    return dataclasses.replace(config, decoder=decode.resolved(config.decoder), fingerprint=there.fingerprint)
+
+
+def shard_lengths(config: Config) -> tuple[int, ...]:
+    """Samples in each shard of the training split; without data.root one shard of the published size."""
+    if config.name == "digits" or (config.name in SETS and not config.root):
+        return (facts(config).samples["train"],)
+    there = open_split(config, "train")
+    assert there is not None
+    return tuple(int(length) for length in there.lengths)
+
+
+def shares_images(config: Config, submodule_ranks: int, image_size: int) -> bool:
+    """Whether the ranks of a replica each read a part and gather; decided by `share`, see there.
+
+    Streams are always shared: two ranks that read one apart might not get the same images again after a fault.
+    """
+    if stream.is_url(config.root):
+        return submodule_ranks > 1
+    if config.share == "auto":
+        return submodule_ranks > 2 and image_size > 64
+    return config.share == "gather" and submodule_ranks > 1
+
+
+def not_on_device(config: Config, augmentation: augment.Config) -> str:
+    """Why images have to come from workers, empty where they need not."""
+    if stream.is_url(config.root):
+        return f"data.root = {config.root} is a stream"
+    if keys := augmentation.needs_workers:
+        return f"augment.{keys[0]} = {getattr(augmentation, keys[0])!r} is computed by them, from the files"
+    return ""
+
+
+def check_on_device(config: Config, augmentation: augment.Config) -> None:
+    """Refuse images on the device that have to come from workers."""
+    if config.on_device == "always" and (why := not_on_device(config, augmentation)):
+        raise RefusedError(f'data.on_device = "always": images have to come from workers, as {why}; set "auto"')
+
+
+def check_share(config: Config, facts: Facts, submodule_ranks: int, micro_batch: int) -> None:
+    """Refuse a micro batch that the ranks of a replica cannot divide, and streams that they do not."""
+    if stream.is_url(config.root) and config.share == "none" and submodule_ranks > 1:
+        raise RefusedError('data.share = "none": the ranks of a replica share a stream; set "auto" or "gather"')
+    if shares_images(config, submodule_ranks, facts.image_size) and micro_batch % submodule_ranks:
+        raise RefusedError(
+            f'data.share = "{config.share}": the micro batch of {micro_batch} is not divisible by '
+            f'{submodule_ranks} submodule ranks; choose another global batch, or data.share = "none"'
+        )

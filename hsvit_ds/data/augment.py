@@ -7,6 +7,7 @@ cutmix over fixed blocks.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -197,8 +198,8 @@ def _cut_out(canvas: Tensor, views: Tensor, size: int, mean: Tensor, std: Tensor
 
 def _grey(x: Tensor) -> Tensor:
     """[B, 3, H, W] to [B, 1, H, W], by the weights of ITU-R 601-2."""
-    weights = torch.tensor([0.299, 0.587, 0.114], device=x.device).view(1, 3, 1, 1)
-    return (x * weights).sum(1, keepdim=True)
+    red, green, blue = x.split(1, 1)
+    return red * 0.299 + green * 0.587 + blue * 0.114
 
 
 @cache
@@ -208,26 +209,33 @@ def _compiled_cut_out() -> Any:
 
 def cut_out(canvas: Tensor, views: Tensor, size: int, facts: Facts) -> Tensor:
     """`_cut_out`, compiled on GPUs."""
-    shape = (1, -1, 1, 1)
-    mean = torch.tensor([255 * m for m in facts.mean], device=canvas.device).view(shape)
-    std = torch.tensor([255 * s for s in facts.std], device=canvas.device).view(shape)
+    mean = _by_channel([255 * m for m in facts.mean], canvas.device)
+    std = _by_channel([255 * s for s in facts.std], canvas.device)
     function = _compiled_cut_out() if canvas.device.type == "cuda" else _cut_out
     return function(canvas, views, size, mean, std)
 
 
 def normalise(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
     """uint8 [B, C, H, W] to fp32, (x / 255 - mean) / std for each channel."""
-    shape = (1, -1, 1, 1)
-    scale = torch.tensor([1 / (255 * s) for s in std], device=images.device).view(shape)
-    shift = torch.tensor([m / s for m, s in zip(mean, std, strict=True)], device=images.device)
+    scale = _by_channel([1 / (255 * s) for s in std], images.device)
+    shift = _by_channel([m / s for m, s in zip(mean, std, strict=True)], images.device)
     # In place: on a CPU new memory for every operation takes three times as long as the arithmetic.
-    return images.float().mul_(scale).sub_(shift.view(shape))
+    return images.float().mul_(scale).sub_(shift)
+
+
+def _by_channel(numbers: Sequence[float], device: torch.device) -> Tensor:
+    return _sent(torch.tensor(numbers), device).view(1, -1, 1, 1)
+
+
+def _sent(numbers: Tensor, device: torch.device) -> Tensor:
+    """On the device, without waiting for it. Some kilobytes at most: with more the driver waits for all work so far."""
+    return numbers.to(device, non_blocking=True)
 
 
 def shift(images: Tensor, draw: Draw, largest: int) -> Tensor:
     """Move each image [B, C, H, W] by up to `largest` pixels along each axis; uncovered pixels become 0."""
     side = 2 * largest + 1
-    luck = draw.uniform(Site.AUGMENT, torch.arange(2, dtype=torch.int32)).to(images.device)
+    luck = _sent(draw.uniform(Site.AUGMENT, torch.arange(2, dtype=torch.int32)), images.device)
     moves = (luck * side).long()  # [B, 2] in [0, 2 largest]
     height, width = images.shape[2:]
     padded = F.pad(images, (largest,) * 4)
@@ -263,27 +271,36 @@ def mix(images: Tensor, soft: Tensor, draw: Draw, config: Config) -> tuple[Tenso
     ratio = torch.as_tensor(betaincinv(alpha.numpy(), alpha.numpy(), luck[:, 2].numpy()))
     ratio = torch.where(luck[:, 0] < config.mix_probability, ratio, 1.0)
     height, width = images.shape[2:]
-    box = _boxes(ratio, luck[:, 3:], height, width) & cuts.view(-1, 1, 1)
-    ratio = torch.where(cuts, 1 - box.double().mean((1, 2)), ratio)
+    sides = _cut_box(ratio, luck[:, 3:], height, width)  # [blocks, 4]: top, bottom, left, right
+    area = ((sides[:, 1] - sides[:, 0]) * (sides[:, 3] - sides[:, 2])).double()
+    share = torch.where(cuts, 1 - area / (height * width), ratio)
+    numbers = torch.cat((sides, cuts[:, None], share[:, None]), 1).float()
+    sides, cut, share = _sent(numbers, images.device).split((4, 1, 1), 1)
     # [blocks, 1, 1, H, W]: the share of the sample itself in every pixel
-    pixel = torch.where(cuts.view(-1, 1, 1), 1 - box.float(), ratio.float().view(-1, 1, 1))
-    pixel = pixel[:, None, None].to(images.device)
-    share = ratio.float().view(-1, 1, 1).to(images.device)
+    share = share.view(-1, 1, 1)
+    pixel = torch.where(cut.view(-1, 1, 1) > 0, 1 - _boxes(sides, height, width).float(), share)[:, None, None]
     x, y = images.unflatten(0, (blocks, block)), soft.unflatten(0, (blocks, block))
     x = x * pixel + x.flip(1) * (1 - pixel)
     y = y * share + y.flip(1) * (1 - share)
     return x.flatten(0, 1), y.flatten(0, 1)
 
 
-def _boxes(ratio: Tensor, centre: Tensor, height: int, width: int) -> Tensor:
-    """bool [blocks, H, W]: a box of area 1 - ratio around `centre` [blocks, 2], cut at the border."""
-    inside = []
+def _cut_box(ratio: Tensor, centre: Tensor, height: int, width: int) -> Tensor:
+    """int64 [blocks, 4]: top, bottom, left, right of a box of area 1 - ratio around `centre` [blocks, 2], cut at the
+    border."""
+    sides = []
     for axis, side in enumerate((height, width)):
         half = ((1 - ratio).sqrt() * side).floor().long() // 2
         middle = (centre[:, axis] * side).long()
-        pixel = torch.arange(side)
-        inside.append((pixel >= (middle - half)[:, None]) & (pixel < (middle + half)[:, None]))
-    return inside[0][:, :, None] & inside[1][:, None, :]
+        sides += [(middle - half).clamp(0, side), (middle + half).clamp(0, side)]
+    return torch.stack(sides, 1)
+
+
+def _boxes(sides: Tensor, height: int, width: int) -> Tensor:
+    """bool [n, H, W]: what is inside of boxes [n, 4]: top, bottom, left, right."""
+    top, bottom, left, right = sides[:, :, None].unbind(1)
+    row, column = torch.arange(height, device=sides.device), torch.arange(width, device=sides.device)
+    return ((row >= top) & (row < bottom))[:, :, None] & ((column >= left) & (column < right))[:, None, :]
 
 
 def erase(images: Tensor, draw: Draw, config: Config) -> Tensor:
@@ -299,13 +316,11 @@ def erase(images: Tensor, draw: Draw, config: Config) -> Tensor:
     wide = (area / ratio).sqrt().round().clamp(1, width)
     top, left = (luck[:, 3] * (height - tall + 1)).floor(), (luck[:, 4] * (width - wide + 1)).floor()
     tall = torch.where(luck[:, 0] < config.erase, tall, 0)
-    row, column = torch.arange(height), torch.arange(width)
-    inside = (row >= top[:, None]) & (row < (top + tall)[:, None])
-    across = (column >= left[:, None]) & (column < (left + wide)[:, None])
-    box = (inside[:, None, :, None] & across[:, None, None, :]).to(images.device)
+    sides = _sent(torch.stack((top, top + tall, left, left + wide), 1), images.device)
+    box = _boxes(sides, height, width)[:, None]
     if config.erase_with == "zeros":
         return images.masked_fill_(box, 0)
-    here = Draw(draw.key.to(images.device), draw.image.to(images.device))
+    here = Draw(_sent(draw.key, images.device), _sent(draw.image, images.device))
     pixels = torch.arange(images[0].numel(), dtype=torch.int32, device=images.device).view(images.shape[1:])
     first, second, *_ = here.words(Site.ERASING, pixels + 8)
     noise = (-2 * uniform(first).log()).sqrt() * torch.cos(2 * math.pi * uniform(second))  # Box and Muller

@@ -56,6 +56,22 @@ def test_a_run_tries_its_kernels_and_trains_with_those_that_win(tmp_path: Path) 
     assert {v["state"] for v in json.loads(file.read_text())["machines"][0]["verdicts"].values()} == {"right"}
 
 
+@pytest.mark.parametrize("base", ["hsvit", "scala"])
+@pytest.mark.parametrize("kernels", ["triton", "reference"])
+def test_captured_steps_equal_eager_ones_and_wait_for_nothing(base: str, kernels: str, tmp_path: Path) -> None:
+    """Nor do eager ones. Images on the device, dropout, drop path, mixing, clipping, an average."""
+    pytest.importorskip("deepspeed")
+    found = {}
+    for capture in ("true", "false"):
+        keys = ["grid.submodule_ranks=1", "engine.zero_stage=0", "ema.decay=0.9", f"engine.capture={capture}"]
+        one = case(*keys, f"engine.kernels={kernels}") | {"base": base, "waiting": "error"}
+        found[capture] = work("steps", 1, tmp_path / capture, one, **EXACT)[0]["case"]
+    assert found["true"]["not_captured"] == ""
+    assert found["true"]["norms"] == pytest.approx(found["false"]["norms"], rel=1e-5)
+    for key, tensor in found["true"]["state"].items():
+        torch.testing.assert_close(tensor.cpu(), found["false"]["state"][key].cpu(), rtol=1e-5, atol=1e-5)
+
+
 def test_the_compiled_crop_equals_the_eager_one() -> None:
     from hsvit_ds.data import augment
     from hsvit_ds.data.sets import photographs

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -18,8 +17,10 @@ import hsvit_kernels
 from ..errors import RefusedError, first_line
 from ..grid.grid import Grid
 from ..models import timm_models
-from ..models.batchnorm import Statistics, forget, move_running_statistics, set_statistics
+from ..models.batchnorm import Statistics, move_running_statistics, set_statistics
+from . import captured
 from . import optimizer as optimizers
+from .outcomes import Outcomes, Passes, StepResult
 from .zero import Shards, shards, step_state
 
 
@@ -36,6 +37,8 @@ class Config:
     """Recompute the activations of a timm model in backward instead of keeping them."""
     compile: bool = False
     """torch.compile the model's training graph; evaluation stays eager."""
+    capture: bool = True
+    """On a GPU, launch a forward, and its backward, as one CUDA graph for each width, where the model allows."""
     max_skipped_steps: int = 10
     """Steps in a row that may be skipped for a non-finite gradient before the run stops."""
     deepspeed: dict[str, Any] = field(default_factory=dict)
@@ -52,10 +55,6 @@ class Config:
             raise ValueError(f"max_skipped_steps = {self.max_skipped_steps}: must not be negative")
 
 
-class NonFiniteError(RefusedError):
-    """Too many steps in a row had a non-finite gradient."""
-
-
 @dataclass(frozen=True)
 class BatchStatistics:
     """How BatchNorm's runs lie in a micro batch; derived by the recipe from `run.bn_batch`."""
@@ -64,32 +63,6 @@ class BatchStatistics:
     """Runs in one micro batch."""
     synced: bool
     """One run spans the micro batches of all replicas."""
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """What became of a step, on the device: reading it would wait for the step. `Engine.settle` reads many at once."""
-
-    step: int
-    loss: Tensor
-    """Mean loss of this rank's micro batches."""
-    grad_norm: Tensor
-    """Global norm before clipping; not finite for a skipped step."""
-    applied: Tensor
-    """Whether the gradient was finite; a bool."""
-
-
-class Settled(NamedTuple):
-    """A `StepResult` on the host."""
-
-    step: int
-    loss: float
-    grad_norm: float
-    applied: bool
-
-
-Passes = Callable[[], Iterator[Iterable[Tensor]]]
-"""For each micro batch, the losses of its passes, each computed when asked for."""
 
 
 def _is_partial(parameter: Any) -> bool:
@@ -239,13 +212,18 @@ class Engine:
         set_statistics(self.module, Statistics(batch_statistics.runs, norms if synced else None))
         self.runs_differ = norms if norms.size > 1 and not synced else None
         self._partial = [p for p in self.module.parameters() if p.requires_grad and _is_partial(p)]
-        self.skipped_steps = 0
-        self._skipped_in_a_row = 0
-        self._unsettled: list[StepResult] = []
-        self._passes: Passes = lambda: iter(())  # of the last step
+        self.outcomes = Outcomes(self.module, self.shards, grid, config.max_skipped_steps)
         if config.compile:
             # Each width is a graph of its own: numbers that change with it are not to become variables of one.
             torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, WIDTHS)
+        self.not_captured = "engine.capture = false"
+        if config.capture:
+            self.not_captured = captured.why_not(self.module, grid, config.zero_stage, synced)
+        if not self.not_captured:
+            forward = torch.compile(self.module.forward, dynamic=False) if config.compile else self.module.forward
+            low = torch.bfloat16 if bf16 else None
+            self.module.forward = captured.Captured(self.module, forward, low)
+        elif config.compile:
             self.deepspeed.compile(compile_kwargs={"dynamic": False})
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -267,7 +245,7 @@ class Engine:
 
     def step(self, passes: Passes, count: int, lr: float, step: int) -> StepResult:
         """Run every pass of every micro batch, reduce once, clip, step. A non-finite gradient is not applied; the host
-        learns of it in `settle`, and does not wait here (DeepSpeed's own optimizers, at ZeRO 1 to 3, wait).
+        learns of it from `outcomes`, and does not wait here (DeepSpeed's own optimizers, at ZeRO 1 to 3, wait).
 
         Args:
             passes: gives the step's micro batches anew; see `Passes`.
@@ -275,7 +253,8 @@ class Engine:
             lr: learning rate of this step. step: its number, for messages.
         """
         self.module.train()
-        self.step_state.gathers = True
+        # What is captured cannot know which pass is the step's last: there autograd adds the slices up.
+        self.step_state.gathers = bool(self.not_captured)
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
         losses: list[Tensor] = []
@@ -288,32 +267,16 @@ class Engine:
                     self.step_state.last = len(losses) == last
                     self.deepspeed.backward(loss / self.accumulation)
                     losses.append(loss.detach().float())
+                if not self.not_captured and len(losses) <= last:
+                    captured.own_gradients(self.module)
             self._sum_partial()
         applied, norm = self._update()
         self.step_state.clear()
         self.step_state.gathers = False
         move_running_statistics(self.module, applied, self.runs_differ)
         result = StepResult(step, torch.stack(losses).sum() / self.accumulation, norm, applied)
-        self._unsettled.append(result)
-        self._passes = passes
+        self.outcomes.add(result, passes)
         return result
-
-    def settle(self) -> Iterator[Settled]:
-        """What became of the steps since the last call, brought from the device at once. Collective.
-
-        Raises:
-            NonFiniteError: too many in a row were skipped.
-        """
-        unsettled, self._unsettled = self._unsettled, []
-        if not unsettled:
-            return
-        rows = torch.stack([torch.stack((r.loss.double(), r.grad_norm, r.applied.double())) for r in unsettled])
-        for result, (loss, norm, applied) in zip(unsettled, rows.tolist(), strict=True):
-            if applied:
-                self._skipped_in_a_row = 0
-            else:
-                self._skip(result.step, loss, is_last=result is unsettled[-1])
-            yield Settled(result.step, loss, norm, bool(applied))
 
     def _one_reduction(self) -> AbstractContextManager[None]:
         # Without it stages 1 and 2 silently keep the last pass only; boundaries would reduce once a pass.
@@ -367,56 +330,3 @@ class Engine:
             scale = torch.where(norm > self.clip, self.clip / (norm + 1e-6), 1).float()
             torch._foreach_mul_(own + shared, scale)
         return norm
-
-    def _skip(self, step: int, loss: float, is_last: bool) -> None:
-        """Count a skipped step; at the limit stop, naming where the first non-finite number appears."""
-        self.skipped_steps += 1
-        self._skipped_in_a_row += 1
-        if self._skipped_in_a_row <= self.config.max_skipped_steps:
-            return
-        if is_last:
-            places = self.grid.gather(self._diagnose(self._passes))
-            rank = next((rank for rank, place in enumerate(places) if place), None)
-            where = "every loss and output is finite, so the backward pass overflowed"
-            if rank is not None:
-                where = f"rank {rank}: loss {loss:g}, {places[rank]}"
-        else:
-            where = "its images are gone; run.log_every = 1 looks at once and names the place"
-        raise NonFiniteError(
-            f"{self._skipped_in_a_row} steps in a row, up to step {step}, had a non-finite gradient "
-            f"(engine.max_skipped_steps = {self.config.max_skipped_steps}); {where}"
-        )
-
-    def forget_skipped(self) -> None:
-        """Begin to count skipped steps in a row anew."""
-        self._skipped_in_a_row, self._unsettled = 0, []
-
-    def _diagnose(self, passes: Passes) -> str:
-        """Where this rank's first non-finite number is, empty where there is none. Collective.
-
-        Repeats the step's forwards: randomness is counted, so they are the same.
-        """
-        found = [
-            f"non-finite parameter {fragment.name}"
-            for flat, fragments in zip(self.shards.masters, self.shards.layout, strict=True)
-            for fragment in fragments
-            if not bool(fragment.of(flat).isfinite().all())
-        ]
-
-        def look(name: str) -> Callable[..., None]:
-            def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
-                if isinstance(output, Tensor) and not bool(output.isfinite().all()):
-                    found.append(f"non-finite output of {name or 'the model'}")
-
-            return hook
-
-        hooks = [m.register_forward_hook(look(n)) for n, m in self.module.named_modules()]
-        try:
-            with torch.no_grad():
-                for micro in passes():
-                    found += ["non-finite loss" for loss in micro if not bool(loss.isfinite())]
-        finally:
-            for hook in hooks:
-                hook.remove()
-            forget(self.module)
-        return found[0] if found else ""

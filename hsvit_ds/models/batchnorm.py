@@ -174,6 +174,16 @@ def forget(model: nn.Module) -> None:
 
 
 @contextmanager
+def unnoted(model: nn.Module) -> Iterator[None]:
+    """Forwards inside the block leave no trace in the statistics."""
+    before = [{width: sums.clone() for width, sums in layer.noted.items()} for layer in _layers(model)]
+    yield
+    for layer, sums in zip(_layers(model), before, strict=True):
+        for width, now in layer.noted.items():  # tensors that stay, see above
+            now.copy_(sums[width]) if width in sums else now.zero_()
+
+
+@contextmanager
 def recalibrate(model: nn.Module, widths: Sequence[Width], channel: Channel | None = None) -> Iterator[None]:
     """Take the statistics of every width anew from the forwards, at each of `widths`, of the model inside the block,
     as for US-Net (arXiv 1903.05134); everything else is in eval mode. channel: as above."""

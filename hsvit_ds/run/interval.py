@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ..engine.engine import Settled
+from ..engine.outcomes import Settled
 
 # Dense bf16 TFLOP/s of one GPU, by a part of its name (vendors' data sheets), for perf/mfu.
 _PEAK_TFLOPS = {"A100": 312, "H100": 989, "H200": 989, "B200": 2250, "L40S": 362}

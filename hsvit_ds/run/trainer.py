@@ -18,8 +18,9 @@ from ..data.sets import Facts
 from ..data.splits import facts as facts_of
 from ..engine.checkpoint import Checkpoints, Position
 from ..engine.ema import EMA
-from ..engine.engine import BatchStatistics, Engine, NonFiniteError, StepResult
-from ..engine.optimizer import Schedule, describe
+from ..engine.engine import BatchStatistics, Engine
+from ..engine.optimizer import Schedule
+from ..engine.outcomes import NonFiniteError, StepResult
 from ..errors import Exit, RefusedError
 from ..grid.grid import Grid
 from ..models import Model
@@ -27,7 +28,7 @@ from ..tasks import Task, scala
 from ..tasks.features import Features
 from ..tasks.supervised import Supervised
 from ..tasks.teacher import Teacher
-from . import kernels
+from . import kernels, opening
 from . import recipe as recipes
 from .evaluation import evaluate
 from .interval import Interval
@@ -120,7 +121,9 @@ class Trainer:
     def fit(self) -> Exit:
         """Train to the end, or until the run is asked to stop."""
         began = time.perf_counter()
-        self._announce()
+        where = self.folder, self.start
+        for line in opening.lines(self.recipe, self.plan, self.grid, self.engine, self.reader, *where):
+            self.report.say(line)
         with self.stops.heard(), self.watch.kept():
             try:
                 final = self._train()
@@ -203,7 +206,7 @@ class Trainer:
         Raises:
             NonFiniteError: too many in a row.
         """
-        for settled in self.engine.settle():
+        for settled in self.engine.outcomes.settle():
             self.interval.settled.append(settled)
             if not settled.applied:
                 self.report.say(
@@ -229,7 +232,7 @@ class Trainer:
         if self._steps_back > STEPS_BACK:
             raise RefusedError(f"{error}; going back {STEPS_BACK} times to step {found.total} did not help") from error
         self.at = replace(found, lr_factor=found.lr_factor * factor**self._steps_back)
-        self.engine.forget_skipped()
+        self.engine.outcomes.forget()
         self.reader.close()
         self.interval = Interval(self.grid.device)
         self.tracker.go_back(found.total)
@@ -313,7 +316,7 @@ class Trainer:
             "train/loss": loss,
             "train/grad_norm": done.settled[-1].grad_norm,
             "train/lr": self._lr(step - 1),
-            "train/skipped_steps": float(self.engine.skipped_steps),
+            "train/skipped_steps": float(self.engine.outcomes.skipped),
             **done.speed(self.recipe.run.global_batch),
             **done.mfu(flops // self.plan.ranks),
             **self.engine.traffic(done.steps),
@@ -338,36 +341,6 @@ class Trainer:
         facts, model = self.reader.facts, self.recipe.model
         shape = (facts.image_size, facts.channels, facts.classes)
         return 3 * 2 * self.recipe.run.global_batch * sum(model.macs(*shape, w) for w in self.task.widths(step))
-
-    def _announce(self) -> None:
-        p, g = self.plan, self.grid
-        self.report.say(
-            f"{self.folder}: {p.parameters:,} parameters, {p.flops / 1e6:,.2f} MFLOPs an image; "
-            f"{p.replicas} replicas x {g.submodule_ranks} submodule ranks on {g.device.type} ({g.backend}), "
-            f"ZeRO-{self.recipe.engine.zero_stage}, {'bf16 autocast' if p.bf16 else 'fp32'}"
-        )
-        self.report.say(
-            f"global batch {self.recipe.run.global_batch} = {p.replicas} replicas x {p.accumulation} "
-            f"micro batches x {p.micro_batch}; {p.steps_per_epoch} steps an epoch, {p.steps} in all; "
-            f"{describe(self.engine.parameter_groups)}"
-        )
-        if self.reader.placement:
-            self.report.say(self.reader.placement)
-        if self.reader.left_out:
-            self.report.say(f"not readable, as the index says: {len(self.reader.left_out)} images, see {self.bad.path}")
-        backbone = getattr(self.recipe.model, "backbone", None)
-        if backbone is not None and backbone.name and not backbone.weights and not backbone.trained_stages:
-            self.report.say("warning: the backbone is frozen with random weights; set model.backbone.weights")
-        if p.teacher_bytes:
-            self.report.say(f"the teacher's weights take {p.teacher_bytes / 2**20:,.1f} MiB on every rank")
-        if g.absent:
-            self.report.say(
-                f"submodules {list(g.absent)} of {self.recipe.model.submodules} are absent: the others are trained, "
-                "theirs stay as they are in the checkpoints"
-            )
-        if self.start.total:
-            s = self.start
-            self.report.say(f"resumed at step {s.total}: epoch {s.epoch}, step {s.step} of it")
 
     def _finish(self, final: dict[str, float], seconds: float) -> None:
         if self.grid.is_main:

@@ -62,20 +62,20 @@ def test_a_non_finite_step_is_not_applied(stage: int, optimizer: str, tmp_path: 
             result = here._step(batches, step)
             here.ema.update(result.applied)
             after = state(here)
-            (settled,) = here.engine.settle()
+            (settled,) = here.engine.outcomes.settle()
             assert settled.applied == bool(result.applied) == (step != bad)
             assert (settled.loss == settled.loss) == (step != bad)
             moved = [name for name, tensor in after.items() if name in before and not torch.equal(tensor, before[name])]
             assert bool(moved) == (step != bad), moved
             assert all(bool(tensor.isfinite().all()) for tensor in after.values())
-        assert here.engine.skipped_steps == 1
+        assert here.engine.outcomes.skipped == 1
 
 
 def ended(here: Trainer, steps: int) -> None:
     """Do steps as the loop would with run.log_every = `steps`."""
     for step, batches in zip(range(steps), here.reader.train(0, 0), strict=False):
         here._step(batches, step)
-    list(here.engine.settle())
+    list(here.engine.outcomes.settle())
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
@@ -119,7 +119,7 @@ def test_too_many_skipped_steps_end_the_run_although_others_followed(tmp_path: P
     here = run(tmp_path, "engine.max_skipped_steps=1")
     poisoned(here, {1, 3})  # never two in a row
     ended(here, 5)
-    assert here.engine.skipped_steps == 2
+    assert here.engine.outcomes.skipped == 2
 
 
 def test_clipping_bounds_the_update_and_reports_the_norm_before_it(tmp_path: Path) -> None:

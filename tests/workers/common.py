@@ -6,6 +6,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from hsvit_ds.grid.grid import Grid, world_size
@@ -90,16 +91,20 @@ def trainer(folder: Path, overrides: list[str], resume: bool = False, base: str 
     return Trainer(recipe, plan, _grids[place], folder, resume)
 
 
-def steps(run: Trainer, stop: int) -> list[float]:
-    """Run the steps of epoch 0 from where the run stands to `stop`; their gradient norms."""
-    norms, first = [], run.start.step
+def steps(run: Trainer, stop: int, waiting: str = "default") -> list[float]:
+    """Run the steps of epoch 0 from where the run stands to `stop`; their gradient norms. waiting: of the host for a
+    GPU is an "error", or as by "default"."""
+    results, first = [], run.start.step
+    if waiting != "default":
+        torch.cuda.set_sync_debug_mode(waiting)
     for step, batches in enumerate(islice(run.reader.train(0, first), stop - first), first):
-        result = run._step(batches, step)
-        assert result.applied
+        results.append(run._step(batches, step))
         if run.ema is not None:
-            run.ema.update(result.applied)
-        norms.append(float(result.grad_norm))
-    return norms
+            run.ema.update(results[-1].applied)
+    if waiting != "default":
+        torch.cuda.set_sync_debug_mode("default")
+    assert all(result.applied for result in results)
+    return [float(result.grad_norm) for result in results]
 
 
 def state(run: Trainer) -> dict[str, Tensor]:

@@ -36,16 +36,18 @@ def counted(name: str) -> Any:
 
 
 def main(arguments: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """arguments: {"base": recipe, "cases": {name: overrides}}, and "choose": whether kernels are tried first."""
+    """arguments: {"base": recipe, "cases": {name: overrides}}, "choose": whether kernels are tried first, "waiting": see
+    `steps`, after the first step."""
     for name in COLLECTIVES:  # before DeepSpeed takes references to them
         setattr(dist, name, counted(name))
-    base, choose = arguments["base"], arguments.get("choose", False)
+    base, choose, waiting = arguments["base"], arguments.get("choose", False), arguments.get("waiting", "default")
     return {
-        name: one_case(trainer(folder / name, case, base=base), choose) for name, case in arguments["cases"].items()
+        name: one_case(trainer(folder / name, case, base=base), choose, waiting)
+        for name, case in arguments["cases"].items()
     }
 
 
-def one_case(run: Any, choose: bool) -> dict[str, Any]:
+def one_case(run: Any, choose: bool, waiting: str) -> dict[str, Any]:
     if choose:
         run._choose_kernels()
     initial = {k: v.clone() for k, v in run.engine.module.named_parameters() if v.numel()}
@@ -60,14 +62,15 @@ def one_case(run: Any, choose: bool) -> dict[str, Any]:
     run.start = type(run.start)(0, 1, 1)
     calls.clear()
     run.engine.traffic(1)
-    norms += steps(run, 2)
+    norms += steps(run, 2, waiting)
     names = {run.grid.replica_group: "replica", run.grid.data_group: "data"}
     traffic = run.engine.traffic(1)
     second_step = [(name, names.get(group, "other"), numbers) for name, group, numbers in calls]
     run.start = type(run.start)(0, 2, 2)
-    norms += steps(run, 3)
+    norms += steps(run, 3, waiting)
     return {
         "initial": initial,
+        "not_captured": run.engine.not_captured,
         "norms": norms,
         "state": state(run),
         "calls": second_step,

@@ -1,0 +1,56 @@
+"""What a run says of itself before its first step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from ..data.bad import FILE
+from ..data.reader import Reader
+from ..engine.checkpoint import Position
+from ..engine.engine import Engine
+from ..engine.optimizer import describe
+from ..grid.grid import Grid
+from .recipe import Plan, Recipe
+
+
+def lines(
+    recipe: Recipe, plan: Plan, grid: Grid, engine: Engine, reader: Reader, folder: Path, start: Position
+) -> Iterator[str]:
+    """start: where the run goes on."""
+    yield (
+        f"{folder}: {plan.parameters:,} parameters, {plan.flops / 1e6:,.2f} MFLOPs an image; "
+        f"{plan.replicas} replicas x {grid.submodule_ranks} submodule ranks on {grid.device.type} ({grid.backend}), "
+        f"ZeRO-{recipe.engine.zero_stage}, {'bf16 autocast' if plan.bf16 else 'fp32'}"
+    )
+    yield (
+        f"global batch {recipe.run.global_batch} = {plan.replicas} replicas x {plan.accumulation} "
+        f"micro batches x {plan.micro_batch}; {plan.steps_per_epoch} steps an epoch, {plan.steps} in all; "
+        f"{describe(engine.parameter_groups)}"
+    )
+    if reader.placement:
+        yield reader.placement
+    if reader.left_out:
+        yield f"not readable, as the index says: {len(reader.left_out)} images, see {folder / FILE}"
+    yield from _launches(recipe, grid, engine)
+    backbone = getattr(recipe.model, "backbone", None)
+    if backbone is not None and backbone.name and not backbone.weights and not backbone.trained_stages:
+        yield "warning: the backbone is frozen with random weights; set model.backbone.weights"
+    if plan.teacher_bytes:
+        yield f"the teacher's weights take {plan.teacher_bytes / 2**20:,.1f} MiB on every rank"
+    if grid.absent:
+        yield (
+            f"submodules {list(grid.absent)} of {recipe.model.submodules} are absent: the others are trained, "
+            "theirs stay as they are in the checkpoints"
+        )
+    if start.total:
+        yield f"resumed at step {start.total}: epoch {start.epoch}, step {start.step} of it"
+
+
+def _launches(recipe: Recipe, grid: Grid, engine: Engine) -> Iterator[str]:
+    if grid.device.type == "cuda" and engine.not_captured:
+        yield f"forward and backward are not captured as CUDA graphs: {engine.not_captured}"
+    elif grid.device.type == "cuda":
+        yield "forward and backward are captured as CUDA graphs, one for each width"
+    elif recipe.engine.compile:
+        yield "warning: engine.compile = true: on a CPU compiling takes minutes, and HSViT is slower for it"

@@ -36,8 +36,8 @@ def counted(name: str) -> Any:
 
 
 def main(arguments: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """arguments: {"base": recipe, "cases": {name: overrides}}, "choose": whether kernels are tried first, "waiting": see
-    `steps`, after the first step."""
+    """arguments: {"base": recipe, "cases": {name: overrides}}; "choose": whether kernels are tried first; "waiting": see
+    `steps`, after the first."""
     for name in COLLECTIVES:  # before DeepSpeed takes references to them
         setattr(dist, name, counted(name))
     base, choose, waiting = arguments["base"], arguments.get("choose", False), arguments.get("waiting", "default")

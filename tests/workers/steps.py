@@ -36,7 +36,7 @@ def counted(name: str) -> Any:
 
 
 def main(arguments: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """arguments: {"base": recipe, "cases": {name: overrides}}; "choose": whether kernels are tried first; "waiting": see
+    """arguments: {"base": recipe, "cases": {name: overrides}}; "choose": whether kernels are tried first; "waiting": of
     `steps`, after the first."""
     for name in COLLECTIVES:  # before DeepSpeed takes references to them
         setattr(dist, name, counted(name))

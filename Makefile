@@ -8,7 +8,7 @@ RECIPE ?= recipes/digits/hsvit.toml
 PARALLEL := -n 2 --dist loadfile
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: env train check test test-slow test-cluster kills lint types lock clean
+.PHONY: env train check test test-slow test-cluster kills gpu lint types lock clean
 
 env: $(VENV)/.locked
 
@@ -44,6 +44,11 @@ test-cluster: env
 # Fifty runs killed at random moments, and what became of them.
 kills: env
 	$(BIN)/python -m tests.cluster.kills 50
+
+# Everything that one GPU can tell; python3 with torch is enough for most of it.
+# DATA: CIFAR-10, a folder of shards or an archive of one.
+gpu:
+	$(PYTHON) -m tools.gpu all $(if $(DATA),--data $(DATA))
 
 lint: env
 	$(BIN)/ruff check .

@@ -12,7 +12,6 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from . import ranks
-from .workers import common
 
 
 @pytest.fixture(scope="session")
@@ -38,6 +37,8 @@ def _groups_end_with_their_test() -> Iterator[None]:
     before = set(groups)
     yield
     if dist.is_initialized():
+        from .workers import common  # here, as the kernels' tests run where the project's libraries are not
+
         kept = {dist.group.WORLD, *before}
         kept |= {
             value

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import tarfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -54,7 +55,7 @@ def make_index(folder: Path) -> None:
         build(folder, shards, processes=1).save(folder / f"{split}.index.npz")
 
 
-def data_set(folder: Path, train: int = 48, val: int = 20, **options: int) -> Path:
+def data_set(folder: Path, train: int = 48, val: int = 20, **options: Any) -> Path:
     """An indexed set with a training and a validation split; returns its folder."""
     write_split(folder, "train", train, **options)
     write_split(folder, "val", val, **options)

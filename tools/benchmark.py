@@ -1,5 +1,4 @@
-"""Measures what the README and the notes quote: `python -m tools.benchmark start|step|scala|hybrid|memory|
-kernels|data`.
+"""Measures what the README and the notes quote: `python -m tools.benchmark start|step|scala|hybrid|memory|data`.
 
 Every figure is a median of several runs beside a named alternative in the same run; machines are noisy.
 """
@@ -13,23 +12,17 @@ from pathlib import Path
 
 def main() -> None:
     parser = argparse.ArgumentParser("tools.benchmark", description=__doc__)
-    parser.add_argument("what", choices=["start", "step", "scala", "hybrid", "memory", "kernels", "data"])
+    parser.add_argument("what", choices=["start", "step", "scala", "hybrid", "memory", "data"])
     parser.add_argument("folder", type=Path, nargs="?", help="data: of shards NAME-SPLIT-0000.tar")
-    parser.add_argument("--repeats", type=int, default=7, help="all but memory, kernels: runs of each, warmed up")
+    parser.add_argument("--repeats", type=int, default=7, help="all but memory: runs of each, warmed up")
     parser.add_argument(
         "--threads", type=int, default=os.cpu_count() or 1, help="step, scala, hybrid: PyTorch's, on a CPU"
     )
     parser.add_argument("--size", type=int, default=224, help="data: side of the crops, pixels")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="data: worker processes of a node")
-    parser.add_argument(
-        "--out", type=Path, help="write the rows to this CSV file too; kernels, data: folder of results"
-    )
+    parser.add_argument("--out", type=Path, help="write the rows to this CSV file too; data: folder of results")
     args = parser.parse_args()
-    if args.what == "kernels":  # needs torch, triton, numpy and matplotlib only, and `step` the whole project
-        from tools.benchmarks import kernels
-
-        kernels.run(args.out)
-    elif args.what == "start":
+    if args.what == "start":
         from tools.benchmarks import start
 
         start.run(args.repeats, args.out)

@@ -1,14 +1,13 @@
-"""Re-derives the kernels' table of launches on a GPU: `python -m tools.tune_kernels`.
+"""Re-derives the kernels' table of launches on a GPU, for `python -m tools.gpu tuning`.
 
 Every candidate is timed on a training step of its shape class, with dropout and fp32 parameters as under autocast; the
 fastest is written under the device's compute capability, after each entry. Candidates are compiled beforehand by many
 processes; one that fails is named and left out. Needs torch and triton only. After it: `python -m tools.compiled`,
-`pytest -m gpu`, `python -m tools.benchmark kernels`. What a run then launches, its first use decides (`first_use.py`).
+`python -m tools.gpu correctness benchmarks`. What a run then launches, its first use decides (`first_use.py`).
 """
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import json
 import multiprocessing
@@ -143,20 +142,3 @@ def write() -> None:
         for (kernel, shape), options in configurations.TABLE.items()
     ]
     configurations.FILE.write_text("[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n")
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser("tools.tune_kernels", description=__doc__)
-    parser.add_argument("--kernels", nargs="*", help="only these, by name")
-    args = parser.parse_args()
-    if not torch.cuda.is_available():
-        parser.error("no CUDA device: times are what this measures")
-    places = [place for place in configurations.TABLE if not args.kernels or place[0] in args.kernels]
-    failed = compiled(places)
-    for place in places:
-        if tuned(place, failed, Machine("cuda"), lambda line: print(line, flush=True)) is not None:
-            write()
-
-
-if __name__ == "__main__":
-    main()

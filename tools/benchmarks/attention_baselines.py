@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -80,8 +81,10 @@ def with_cls(a: dict[str, Tensor], groups: int) -> Tensor:
     return x + a["positions"][:, None]
 
 
-def batched(a: dict[str, Tensor], case: Attention, dropout: float) -> Tensor:
-    """All groups in one batched product, attention by scaled_dot_product_attention."""
+def batched(
+    a: dict[str, Tensor], case: Attention, dropout: float, attend: Any = F.scaled_dot_product_attention
+) -> Tensor:
+    """All groups in one batched product, attention by a function as scaled_dot_product_attention."""
     x = with_cls(a, case.groups)
     for layer in range(case.depth):
         y = (
@@ -93,11 +96,22 @@ def batched(a: dict[str, Tensor], case: Attention, dropout: float) -> Tensor:
         q, k, v = qkv.view(case.groups * case.batch, case.tokens, 3, case.heads, -1).permute(2, 0, 3, 1, 4)
         if layer == case.depth - 1:
             q, x = q[:, :, :1], x[:, :, :1]
-        o = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
+        o = attend(q, k, v, dropout_p=dropout)
         o = o.transpose(1, 2).reshape(case.groups, -1, case.width)
         out = torch.baddbmm(a["out_bias"][:, layer, None], o, a["out_weight"][:, layer].transpose(1, 2))
         x = x + out.view_as(x)
     return x[:, :, 0].transpose(0, 1)
+
+
+def flexible(q: Tensor, k: Tensor, v: Tensor, dropout_p: float) -> Tensor:
+    """flex_attention, whose heads have at least 16 features; it drops nothing."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    assert not dropout_p
+    width = q.shape[-1]
+    q, k, v = (F.pad(x, (0, max(16 - width, 0))) for x in (q, k, v))
+    out: Any = flex_attention(q, k, v, scale=width**-0.5)
+    return out[..., :width]
 
 
 def loop(a: dict[str, Tensor], case: Attention, dropout: float) -> tuple[Run, list[nn.Module]]:
@@ -143,6 +157,8 @@ def attention_runs(
     yield "hsvit_kernels", ours("triton"), leaves
     yield "batched reference", ours("reference"), leaves
     yield "batched, SDPA", lambda: batched(a, case, dropout), leaves
+    if device == "cuda" and not dropout:
+        yield "batched, flex_attention", torch.compile(partial(batched, a, case, 0.0, flexible)), leaves
     if device == "cuda" and case == ATTENTION[0] and dropout:  # a compilation takes a minute
         compiled = torch.compile(lambda: batched(a, case, dropout), mode="reduce-overhead", fullgraph=True)
         yield "batched, SDPA, compiled with CUDA graphs", compiled, leaves

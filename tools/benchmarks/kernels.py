@@ -1,12 +1,11 @@
-"""Every kernel beside everything a user could pick today: `python -m tools.benchmark kernels`.
+"""Every kernel beside everything a user could pick today, for `python -m tools.gpu benchmarks`.
 
-On one NVIDIA GPU, with torch, triton, numpy and matplotlib only. One row an operation, shape and implementation, with
-the device's own roofs measured in the same run; without a GPU the rows say "not run".
+On one NVIDIA GPU, with torch and triton only. One row an operation, shape and implementation, with the device's own
+roofs measured in the same run.
 """
 
 from __future__ import annotations
 
-import csv
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -19,9 +18,8 @@ import triton
 from torch import Tensor, nn
 
 from hsvit_kernels import StepState, force, sliced_linear
-from tools.benchmarks.attention_baselines import ATTENTION, Attention, attention, attention_inputs, attention_runs
+from tools.benchmarks.attention_baselines import Attention, attention, attention_inputs, attention_runs
 
-RESULTS = Path(__file__).parents[2] / "kernels/results"
 Run = Callable[[], Any]
 COLUMNS = (
     "operation", "shape", "dropout", "passes", "implementation", "device", "torch", "triton",
@@ -276,15 +274,6 @@ def measured_roofs() -> Roofs:
     return Roofs(2 * 8192**3 / product / 1e9, 2 * 2**30 / copy / 1e6)
 
 
-def not_run() -> Iterator[dict[str, Any]]:
-    """The problems that a GPU would measure."""
-    for problem in ATTENTION:
-        yield {"operation": "grouped attention", "shape": problem.name}
-    for layer in LINEAR:
-        yield {"operation": f"sliced linear {layer.name}", "shape": layer.shape}
-    yield {"operation": "DeiT-S blocks, four widths", "shape": "B256 T197 D384 L12"}
-
-
 def draw_roofline(rows: list[dict[str, Any]], roofs: Roofs, file: Path) -> None:
     """Every row over its arithmetic intensity, under the roofs of the same run."""
     import matplotlib
@@ -306,44 +295,3 @@ def draw_roofline(rows: list[dict[str, Any]], roofs: Roofs, file: Path) -> None:
     axes.grid(alpha=0.3)
     figure.savefig(file, dpi=120)
     pyplot.close(figure)
-
-
-def measured(device: str, roofs: Roofs) -> Iterator[dict[str, Any]]:
-    """A row for every operation, problem and implementation; one that fails says why, and the others go on."""
-    parts: list[tuple[str, str, Iterator[dict[str, Any]]]] = [
-        ("DeiT-S blocks, four widths", "B256 T197 D384 L12", four_widths(device, roofs)),
-        *(("grouped attention", c.name, attention_rows(c, device, torch.bfloat16, roofs)) for c in ATTENTION),
-        *((f"sliced linear {c.name}", c.shape, linear_rows(c, device, torch.bfloat16, roofs)) for c in LINEAR),
-    ]
-    for operation, shape, rows in parts:
-        try:
-            yield from rows
-        except (RuntimeError, ValueError) as error:
-            said = str(error).partition("\n")[0]
-            yield {"operation": operation, "shape": shape, "implementation": "the one after this", "error": said}
-
-
-def run(out: Path | None) -> None:
-    out = out or RESULTS
-    out.mkdir(parents=True, exist_ok=True)
-    about = {"device": "not run", "torch": torch.__version__, "triton": triton.__version__}
-    missing = dict.fromkeys(COLUMNS, "not run")
-    has_gpu = torch.cuda.is_available()
-    if has_gpu:
-        about["device"] = torch.cuda.get_device_name()
-        roofs = measured_roofs()
-        print(f"{about['device']}: {roofs.tflops:.0f} TFLOP/s bf16, {roofs.gigabytes:.0f} GB/s")
-    else:
-        print('no CUDA device: every row says "not run"')
-    done: list[dict[str, Any]] = []
-    with (out / "kernels.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        for row in measured("cuda", roofs) if has_gpu else not_run():
-            done.append(missing | about | row)
-            writer.writerow(done[-1])
-            file.flush()  # a run that is ended early keeps what it has measured
-            if has_gpu:
-                print("  ".join(f"{row[c]}" for c in COLUMNS if c in row), flush=True)
-    if has_gpu:
-        draw_roofline([row for row in done if row["ms p50"] != "not run"], roofs, out / "roofline.png")

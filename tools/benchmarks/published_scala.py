@@ -7,9 +7,13 @@ parameter names of the published weights. Nothing in the framework imports it.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+RATIOS = (1.0, 0.75, 0.5, 0.25)
 
 
 def cut(parameter: Tensor, ratio: float, smallest: float, axes: tuple[int, ...]) -> Tensor:
@@ -91,3 +95,14 @@ class Network(nn.Module):
         x = norm(x, self.norm)
         z, u = (F.linear(x[:, i], of(h.weight, 1), h.bias) for i, h in enumerate((self.head, self.head_dist)))
         return z, u
+
+
+def total(outputs: Iterator[tuple[Tensor, Tensor]], labels: Tensor) -> Iterator[Tensor]:
+    """The four losses of a step, the larger width's logits as the smaller one's target."""
+    larger: Tensor | None = None
+    for z, u in outputs:
+        loss = F.cross_entropy(z.float(), labels)
+        if larger is not None:
+            loss = loss + F.kl_div(u.float().log_softmax(-1), larger, reduction="batchmean", log_target=True)
+        larger = u.detach().float().log_softmax(-1)
+        yield loss

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from hsvit_ds.engine.engine import BatchStatistics, Engine
@@ -24,23 +23,11 @@ from hsvit_ds.engine.optimizer import Config as OptimizerConfig
 from hsvit_ds.grid.grid import Config as GridConfig
 from hsvit_ds.grid.grid import Grid
 from hsvit_ds.models import slimmable, vit
-from tools.benchmarks.published_scala import Network
+from tools.benchmarks.published_scala import RATIOS, Network, total
 from tools.benchmarks.steps import machine, show
 
-RATIOS = (1.0, 0.75, 0.5, 0.25)
 CASES = {"224 px, patch 16, batch 8": (224, 16, 8, 1000), "32 px, patch 4, batch 64": (32, 4, 64, 10)}
 Step = Callable[[], Any]
-
-
-def total(outputs: Iterator[tuple[Tensor, Tensor]], labels: Tensor) -> Iterator[Tensor]:
-    """The four losses of a step, the larger width's logits as the smaller one's target."""
-    larger: Tensor | None = None
-    for z, u in outputs:
-        loss = F.cross_entropy(z.float(), labels)
-        if larger is not None:
-            loss = loss + F.kl_div(u.float().log_softmax(-1), larger, reduction="batchmean", log_target=True)
-        larger = u.detach().float().log_softmax(-1)
-        yield loss
 
 
 def ours(size: int, patch: int, classes: int, bf16: bool, qkv: str, images: Tensor, labels: Tensor) -> Step:

@@ -31,6 +31,8 @@ from .here import Here, fitting, smaller
 from .ledger import save
 
 ROOT = Path(__file__).parents[2]
+# Without what it compiles for other devices, for which it needs the recipes.
+TESTS = ("-m", "gpu", "tests/kernels", "--ignore", "tests/kernels/test_compiled.py")
 CHECKER = "test_the_memory_checker_finds_nothing_in_any_table_entry"
 TOY_PLACE: Place = ("linear_forward", (0,))
 
@@ -93,12 +95,12 @@ def tests(here: Here) -> dict[str, Any]:
     if here.toy:
         return _pytest(here, "kernels", "tests/kernels/test_random.py")
     several = ["-n", str(min(12, os.cpu_count() or 1))] if importlib.util.find_spec("xdist") else []
-    return _pytest(here, "kernels", "-m", "gpu", "tests/kernels", *several, "-k", f"not {CHECKER}")
+    return _pytest(here, "kernels", *TESTS, *several, "-k", f"not {CHECKER}")
 
 
 def memory_checker(here: Here) -> dict[str, Any]:
     marks = ["--collect-only"] if here.toy else []
-    return _pytest(here, "memory_checker", "-m", "gpu", "tests/kernels", "-k", CHECKER, *marks)
+    return _pytest(here, "memory_checker", *TESTS, "-k", CHECKER, *marks)
 
 
 def engine_tests(here: Here) -> dict[str, Any]:

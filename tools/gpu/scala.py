@@ -14,8 +14,7 @@ from torch import Tensor
 import hsvit_kernels
 from hsvit_ds.engine.captured import Captured
 from hsvit_ds.models import slimmable, vit
-from tools.benchmarks.published_scala import Network
-from tools.benchmarks.scala import RATIOS, total
+from tools.benchmarks.published_scala import RATIOS, Network, total
 
 from .here import Here, fitting, smaller
 from .kernels import use_tuned
@@ -110,6 +109,3 @@ def four_widths(name: str, here: Here) -> dict[str, Any]:
 
     batch, found = fitting(asked, all_of)
     return {"batch": batch, "ways": found, "why": smaller(asked, batch)}
-
-
-STEPS = {name: partial(four_widths, name) for name in SHAPES}

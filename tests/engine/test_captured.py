@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from hsvit_ds.engine import captured
+from hsvit_ds.run import opening
 from hsvit_ds.run.evaluation import evaluate
 
 from ..workers.common import state, steps, trainer
@@ -131,3 +132,26 @@ def test_what_cannot_be_captured_is_said(overrides: list[str], why: str, tmp_pat
 def test_models_of_timm_are_not_captured(tmp_path: Path) -> None:
     run = trainer(tmp_path, ["grid.submodule_ranks=1"], base="hybrid")
     assert run.engine.not_captured == "a model of timm draws from PyTorch's generator"
+
+
+def test_what_torch_compile_made_of_the_model_is_said() -> None:
+    from torch._dynamo.utils import counters
+
+    torch._dynamo.reset()
+    counters.clear()
+
+    def broken(x: Tensor) -> Tensor:
+        x = x + 1
+        torch._dynamo.graph_break()
+        return x * 2
+
+    torch.compile(broken, backend="eager")(torch.ones(2))
+    said = captured.compiled()
+    assert said.startswith("engine.compile: 2 graphs, 1 breaks; 1 x ")
+    assert len(said.splitlines()) == 1
+
+
+def test_a_run_says_at_its_beginning_what_compiling_costs_on_a_cpu(tmp_path: Path) -> None:
+    run = trainer(tmp_path, ["grid.submodule_ranks=1", "engine.capture=false", "engine.compile=true"])
+    said = opening.lines(run.recipe, run.plan, run.grid, run.engine, run.reader, tmp_path, run.start)
+    assert "warning: engine.compile = true: on a CPU compiling takes minutes, and HSViT is slower for it" in said

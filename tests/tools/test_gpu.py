@@ -15,18 +15,7 @@ import torch
 from tools.gpu import here, ledger, report, steps
 
 ROOT = Path(__file__).parents[2]
-HIDDEN = (
-    "deepspeed",
-    "pydantic",
-    "webdataset",
-    "simplejpeg",
-    "tomli_w",
-    "hjson",
-    "mlflow",
-    "safetensors",
-    "scipy",
-    "rich",
-)
+HIDDEN = (*(name for name in steps.ENGINE if name not in ("einops", "safetensors")), "mlflow", "scipy", "typer")
 """What a machine with torch, triton, numpy, timm and pytest need not have."""
 HIDE = f"""
 import sys

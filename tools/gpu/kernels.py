@@ -183,7 +183,7 @@ def _measured(here: Here, batch: int, rows: Callable[[benchmarks.Roofs, int], It
 
 
 def attention(case: Attention, here: Here) -> dict[str, Any]:
-    case = Attention(2, 2, 5, 16, 2, heads=2) if here.toy else case
+    case = Attention(1, 1, 3, 16, 1, heads=2) if here.toy else case
     dtype = torch.float32 if here.toy else torch.bfloat16
     return _measured(
         here,

@@ -94,3 +94,13 @@ def own_gradients(module: nn.Module) -> None:
     if having:
         for parameter, own in zip(having, torch._foreach_mul(list(having.values()), 1), strict=True):
             parameter.grad = own
+
+
+def compiled() -> str:
+    """What torch.compile has made of the model so far: its graphs, and where they break."""
+    from torch._dynamo.utils import counters  # loaded only where one compiles
+
+    breaks = counters["graph_break"]
+    told = [f"engine.compile: {counters['stats']['unique_graphs']} graphs, {sum(breaks.values())} breaks"]
+    told += [f"{count} x {reason.splitlines()[0][:200]}" for reason, count in breaks.most_common(3)]
+    return "; ".join(told)

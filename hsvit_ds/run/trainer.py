@@ -16,6 +16,7 @@ from ..data.batch import Batch
 from ..data.reader import Reader
 from ..data.sets import Facts
 from ..data.splits import facts as facts_of
+from ..engine.captured import compiled
 from ..engine.checkpoint import Checkpoints, Position
 from ..engine.ema import EMA
 from ..engine.engine import BatchStatistics, Engine
@@ -326,6 +327,8 @@ class Trainer:
             metrics["train/submodules_present"] = float(submodules - len(self.grid.absent))
         self.tracker.log(metrics, step)
         self.report.step(step, metrics)
+        if self.recipe.engine.compile and step - done.steps == self.start.total:
+            self.report.say(compiled())
 
     def _report_bad(self) -> int:
         """Images that any rank could not read so far; the new ones are named. Collective."""

@@ -16,14 +16,14 @@ from tools.gpu import here, ledger, report, steps
 
 ROOT = Path(__file__).parents[2]
 HIDDEN = (*(name for name in steps.ENGINE if name not in ("einops", "safetensors")), "mlflow", "scipy", "typer")
-"""What a machine with torch, triton, numpy, timm and pytest need not have."""
+"""What a machine with torch, triton, numpy, timm and pytest need not have; nor is the checkout installed there."""
 HIDE = f"""
 import sys
 class Hidden:
     def find_spec(self, name, path=None, target=None):
         if name.partition(".")[0] in {HIDDEN}:
             raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
-sys.meta_path.insert(0, Hidden())
+sys.meta_path[:] = [Hidden(), *(finder for finder in sys.meta_path if "editable" not in repr(finder))]
 """
 STARTED = subprocess.Popen
 TOY = {"device": "interpreter, not timed", "torch": "2", "triton": "3"}

@@ -15,6 +15,8 @@ import os
 import sys
 from pathlib import Path
 
+ROOT = Path(__file__).parents[2]
+
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     from .steps import PARTS
@@ -32,6 +34,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
+    # The checkout's own packages, here and in every process from here on: nothing of it has to be installed.
+    own = [str(ROOT), str(ROOT / "kernels")]
+    sys.path[:0] = own
+    os.environ["PYTHONPATH"] = os.pathsep.join([*own, *filter(None, [os.environ.get("PYTHONPATH")])])
     if "--toy" in (sys.argv if argv is None else argv):  # read when the kernels are defined
         os.environ |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
     args = parse(argv)

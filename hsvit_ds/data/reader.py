@@ -46,7 +46,7 @@ class Reader:
         self._training = self._source("train", there)
         self._bad: list[str] = []
         self._residents: dict[str, Split] = {}
-        self._resident, self.placement = self._settled("train", there, self._training, augmentation.canvas)
+        self._resident, self.placement = self._placed("train", there, self._training, augmentation.canvas)
         """The training split on the device, and where its images come from, in words."""
         self._views = None if self._resident is None else self._resident.views(self._transform)
         self._gathers = self._gathers and self._resident is None
@@ -86,7 +86,7 @@ class Reader:
             timeout=self.config.timeout,
         )
 
-    def _settled(
+    def _placed(
         self, split: str, there: Index | stream.Split | None, source: Source | Streamed, canvas: int = 0
     ) -> tuple[Split | None, str]:
         """(a split on the device or None, a word about it)."""
@@ -208,7 +208,7 @@ class Reader:
         starts = range(self.grid.replica * size, count + self.grid.replica * size, size * self.grid.replicas)
         positions = [torch.arange(size) + start for start in starts]
         samples = [torch.where(p < count, p, -1) for p in positions]
-        resident, _ = (None, "") if self._resident is None else self._settled(split, there, source)
+        resident, _ = (None, "") if self._resident is None else self._placed(split, there, source)
         if resident is not None:
             for images, labels in map(resident.held_out, samples):
                 yield images, labels, labels != PADDING

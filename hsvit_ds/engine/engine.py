@@ -213,18 +213,23 @@ class Engine:
         self.runs_differ = norms if norms.size > 1 and not synced else None
         self._partial = [p for p in self.module.parameters() if p.requires_grad and _is_partial(p)]
         self.outcomes = Outcomes(self.module, self.shards, grid, config.max_skipped_steps)
+        self.not_captured = self._compile_and_capture(bf16, synced)
+        """Why forward and backward are not CUDA graphs, empty where they are."""
+
+    def _compile_and_capture(self, bf16: bool, synced: bool) -> str:
+        config = self.config
         if config.compile:
             # Each width is a graph of its own: numbers that change with it are not to become variables of one.
             torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, WIDTHS)
-        self.not_captured = "engine.capture = false"
+        why_not = "engine.capture = false"
         if config.capture:
-            self.not_captured = captured.why_not(self.module, grid, config.zero_stage, synced)
-        if not self.not_captured:
+            why_not = captured.why_not(self.module, self.grid, config.zero_stage, synced)
+        if not why_not:
             forward = torch.compile(self.module.forward, dynamic=False) if config.compile else self.module.forward
-            low = torch.bfloat16 if bf16 else None
-            self.module.forward = captured.Captured(self.module, forward, low)
+            self.module.forward = captured.Captured(self.module, forward, torch.bfloat16 if bf16 else None)
         elif config.compile:
             self.deepspeed.compile(compile_kwargs={"dynamic": False})
+        return why_not
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.deepspeed(*args, **kwargs)

@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from hsvit_ds.data import augment, decode
+from hsvit_ds.data import augment, decode, splits
 from hsvit_ds.data.augment import normalise
 from hsvit_ds.data.decode import Box, Picture
 from hsvit_ds.data.index import Index, open_index
@@ -33,7 +33,6 @@ from hsvit_ds.data.order import Order
 from hsvit_ds.data.order import Share as Part
 from hsvit_ds.data.reader import Reader
 from hsvit_ds.data.sets import IMAGENET_MEAN, IMAGENET_STD
-from hsvit_ds.data.splits import Config
 from hsvit_ds.grid.grid import Config as GridConfig
 from hsvit_ds.grid.grid import Grid
 from tools.benchmarks import data_alternatives as alternatives
@@ -250,7 +249,7 @@ def reader_of(data: Path, size: int, batch: int, grid: Grid, **options: Any) -> 
     """The training split in `data`, as a run reads it."""
     index = open_index(data / "train.index.npz", data)
     classes = int(index.labels.max()) + 1
-    config = Config(name="benchmark", root=str(data), classes=classes, image_size=size, window=WINDOW, **options)
+    config = splits.Config(name="benchmark", root=str(data), classes=classes, image_size=size, window=WINDOW, **options)
     order = Order(tuple(index.lengths.tolist()), WINDOW, batch, seed=0)
     return Reader(config, TRAINING, order, Part(batch, 1, 1, 0), grid)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator
+from functools import cached_property
 from itertools import islice
 
 import torch
@@ -16,7 +17,7 @@ from .batch import PADDING, Batch, Images, Job
 from .index import Index
 from .loader import Again, Loader
 from .order import Order, Share
-from .resident import Split
+from .resident import Split, Views
 from .sources import InMemory, Shards, Source, digits_split
 from .splits import Config, facts, not_on_device, open_split, shares_images
 from .stream import Streamed
@@ -45,11 +46,10 @@ class Reader:
         self._gathers = shares_images(config, grid.submodule_ranks, self.facts.image_size)
         self._training = self._source("train", there)
         self._bad: list[str] = []
+        self._on_device, self.placement = self._placed("train", augmentation.canvas)
+        """Whether the training split lives on the device, and where its images come from, in words."""
         self._residents: dict[str, Split] = {}
-        self._resident, self.placement = self._placed("train", there, self._training, augmentation.canvas)
-        """The training split on the device, and where its images come from, in words."""
-        self._views = None if self._resident is None else self._resident.views(self._transform)
-        self._gathers = self._gathers and self._resident is None
+        self._gathers = self._gathers and not self._on_device
         self._passes: dict[str, Again] = {}
         self._stream: Loader | None = None
         self._answers: Iterator[Images] = iter(())
@@ -86,25 +86,37 @@ class Reader:
             timeout=self.config.timeout,
         )
 
-    def _placed(
-        self, split: str, there: Index | stream.Split | None, source: Source | Streamed, canvas: int = 0
-    ) -> tuple[Split | None, str]:
-        """(a split on the device or None, a word about it)."""
+    def _placed(self, split: str, canvas: int = 0) -> tuple[bool, str]:
+        """(whether a split is to live on the device, a word about it)."""
         c, device = self.config, self.grid.device
         if c.on_device == "never" or (c.on_device == "auto" and device.type != "cuda"):
-            return None, ""
+            return False, ""
         if why := not_on_device(c, self.augmentation):
-            return None, f"{split}: images come from {c.workers} workers, as {why}"
-        assert isinstance(source, InMemory | Shards)
+            return False, f"{split}: images come from {c.workers} workers, as {why}"
         size = self.count(split) * self.facts.channels * (canvas or self.facts.image_size) ** 2
         if c.on_device == "auto" and size > (most := torch.cuda.get_device_properties(device).total_memory // SHARE):
             mib = f"{size / 2**20:,.0f} MiB are more than {most / 2**20:,.0f}"
-            return None, f"{split}: images come from {c.workers} workers, as {mib}, a tenth of the device's memory"
+            return False, f"{split}: images come from {c.workers} workers, as {mib}, a tenth of the device's memory"
+        return True, f"{split}: {self.count(split):,} images on the device, {size / 2**20:,.1f} MiB"
+
+    def _resident(self, split: str) -> Split:
+        """A split on the device, decoded when it is first asked for."""
+        there = open_split(self.config, split)
         key = f"{there.fingerprint if there is not None else split}, {split == 'train'}"
         if key not in self._residents:
-            self._residents[key] = Split(source, split == "train", c.workers, device)
+            source = self._source(split, there)
+            assert isinstance(source, InMemory | Shards)
+            self._residents[key] = Split(source, split == "train", self.config.workers, self.grid.device)
             self._bad += self._residents[key].bad
-        return self._residents[key], f"{split}: {self.count(split):,} images on the device, {size / 2**20:,.1f} MiB"
+        return self._residents[key]
+
+    @cached_property
+    def _training_split(self) -> Split:
+        return self._resident("train")
+
+    @cached_property
+    def _views(self) -> Views:
+        return self._training_split.views(self._transform)
 
     @property
     def _workers(self) -> int:
@@ -121,7 +133,7 @@ class Reader:
 
     def _answer(self) -> tuple[Callable[[Job], Images], int]:
         """What answers the jobs of training, and in how many workers."""
-        if self._views is not None:
+        if self._on_device:
             return self._views.training, self._workers if self._views.is_random else 0
         assert not isinstance(self._training, Streamed)
         return self._training.training, self._workers
@@ -165,10 +177,10 @@ class Reader:
         return whole.chunk(self.grid.submodule_ranks)[self.grid.submodule_rank] if self._gathers else whole
 
     def _batch(self, read: Images, index: Tensor, step: int) -> Batch:
-        if self._resident is None:
-            images, labels, views = self._shared(read)
+        if self._on_device:
+            images, labels, views = self._training_split.look_up(read, self.augmentation)
         else:
-            images, labels, views = self._resident.look_up(read, self.augmentation)
+            images, labels, views = self._shared(read)
         return Batch(images, labels, views, index, self.order.seed, step)
 
     def _shared(self, read: Images) -> tuple[Tensor, Tensor, Tensor]:
@@ -201,18 +213,17 @@ class Reader:
         Every replica gets the same number of equal batches (ZeRO-3 gathers parameters in each forward), filled up
         where they are not valid. The label of an image that cannot be read is `batch.UNREADABLE`.
         """
-        there = open_split(self.config, split)
-        source, count = self._source(split, there), self.count(split)
+        count = self.count(split)
         size = min(self.config.eval_batch, -(-count // self.grid.replicas))
         size += -size % self.grid.submodule_ranks  # which divide the images between them, or a backbone's part of them
         starts = range(self.grid.replica * size, count + self.grid.replica * size, size * self.grid.replicas)
         positions = [torch.arange(size) + start for start in starts]
         samples = [torch.where(p < count, p, -1) for p in positions]
-        resident, _ = (None, "") if self._resident is None else self._placed(split, there, source)
-        if resident is not None:
-            for images, labels in map(resident.held_out, samples):
+        if self._on_device and self._placed(split)[0]:
+            for images, labels in map(self._resident(split).held_out, samples):
                 yield images, labels, labels != PADDING
             return
+        source = self._source(split, open_split(self.config, split))
         answers = self._pass(split, source, samples, size)
         try:
             for read in answers:

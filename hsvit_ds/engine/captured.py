@@ -1,8 +1,9 @@
-"""A model's training forward and its backward as CUDA graphs: recorded once for each width, launched as one.
+"""A model's training forward and its backward as CUDA graphs, recorded once for each width, and the optimizer's step as
+another: each is launched as one.
 
-PyTorch records them (`torch.cuda.make_graphed_callables`) and gives autograd the backward, so that losses, DeepSpeed's
-reduction and the optimizer around them are as ever. What changes from step to step has to be a tensor: images, and the
-key and counters that everything random is made of.
+PyTorch records the model (`torch.cuda.make_graphed_callables`) and gives autograd the backward, so that losses and
+DeepSpeed's reduction around it are as ever. What changes from step to step has to be a tensor: images, and the
+key and counters that everything random is made of, and the learning rates.
 """
 
 from __future__ import annotations
@@ -38,6 +39,11 @@ def why_not(module: nn.Module, grid: Grid, zero_stage: int, synced: bool) -> str
     if timm_models.nets(module):
         return "a model of timm draws from PyTorch's generator"
     return ""
+
+
+def _recorded() -> Any:
+    """PyTorch's recording, while other threads, as that which pins images, go on allocating."""
+    return partial(torch.cuda.graph, capture_error_mode="thread_local")
 
 
 class _Pass(nn.Module):
@@ -79,8 +85,7 @@ class Captured:
         static = tuple(x.detach().clone() for x in inputs)
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
-        # Other threads, as that which pins images, may go on allocating meanwhile.
-        threads = patch.object(torch.cuda, "graph", partial(torch.cuda.graph, capture_error_mode="thread_local"))
+        threads = patch.object(torch.cuda, "graph", _recorded())
         with threads, unnoted(self.module), torch.autocast(static[0].device.type, enabled=False):
             # One pool for all: of a width only inputs, outputs and gradients live on while another is replayed.
             return torch.cuda.make_graphed_callables(one, static, allow_unused_input=True, pool=self._pool)
@@ -94,6 +99,61 @@ def own_gradients(module: nn.Module) -> None:
     if having:
         for parameter, own in zip(having, torch._foreach_mul(list(having.values()), 1), strict=True):
             parameter.grad = own
+
+
+class CapturedUpdate:
+    """Takes the place of an `Update`: replays it where the last step found its tensors in the same memory."""
+
+    def __init__(self, update: Callable[[], Tensor], optimizer: torch.optim.Optimizer) -> None:
+        self.update, self.optimizer = update, optimizer
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._memory: list[int] = []
+        self._norm = torch.empty(0)
+        self._gradients: list[Tensor] = []
+        self._rates: list[Tensor] = []
+
+    def __call__(self) -> Tensor:
+        if self._places() != self._memory:  # the first step makes the moments, a checkpoint brings others
+            self._graph, norm = None, self.update()
+            self._memory = self._places()
+            return norm
+        if self._graph is None:
+            self._capture()
+        assert self._graph is not None
+        pairs = zip(self._gradients, self._read(), strict=True)
+        moved = [(old, new) for old, new in pairs if old.data_ptr() != new.data_ptr()]  # as accumulated ones are
+        if moved:
+            torch._foreach_copy_([old for old, _ in moved], [new for _, new in moved])
+        for rate, group in zip(self._rates, self.optimizer.param_groups, strict=True):
+            rate.fill_(group["lr"])
+        self._graph.replay()
+        return self._norm.clone()
+
+    def _having(self) -> list[Tensor]:
+        return [p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
+
+    def _read(self) -> list[Tensor]:
+        return [p.grad for p in self._having() if p.grad is not None]
+
+    def _places(self) -> list[int]:
+        """Where the parameters that have a gradient lie, and their moments."""
+        return [t.data_ptr() for p in self._having() for t in (p, *self.optimizer.state[p].values())]
+
+    def _capture(self) -> None:
+        groups = self.optimizer.param_groups
+        self._gradients = self._read()
+        self._rates = [torch.full((), group["lr"], device=self._gradients[0].device) for group in groups]
+        self._graph = torch.cuda.CUDAGraph()
+        eager = [dict(group) for group in groups]
+        for group, rate in zip(groups, self._rates, strict=True):
+            group.update(lr=rate, capturable=True)
+        try:
+            with _recorded()(self._graph):
+                self._norm = self.update()
+        finally:
+            for group, before in zip(groups, eager, strict=True):
+                group.clear()
+                group.update(before)
 
 
 def compiled() -> str:

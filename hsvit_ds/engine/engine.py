@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 from unittest.mock import patch
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -21,6 +23,7 @@ from ..models.batchnorm import Statistics, move_running_statistics, set_statisti
 from . import captured
 from . import optimizer as optimizers
 from .outcomes import Outcomes, Passes, StepResult
+from .update import Update
 from .zero import Shards, shards, step_state
 
 
@@ -38,7 +41,8 @@ class Config:
     compile: bool = False
     """torch.compile the model's training graph; evaluation stays eager."""
     capture: bool = True
-    """On a GPU, launch a forward, and its backward, as one CUDA graph for each width, where the model allows."""
+    """On a GPU, launch a forward, and its backward, as one CUDA graph for each width, where the model allows; at
+    zero_stage = 0 the optimizer's step too."""
     max_skipped_steps: int = 10
     """Steps in a row that may be skipped for a non-finite gradient before the run stops."""
     deepspeed: dict[str, Any] = field(default_factory=dict)
@@ -173,7 +177,6 @@ class Engine:
             hsvit_kernels.force(config.kernels, grid.device)
         except ValueError as error:
             raise RefusedError(f"engine: {error}") from None
-        self.clip = optimizer_config.clip
         if grid.device.type == "cpu":
             os.environ.setdefault("DS_ACCELERATOR", "cpu")  # silences a warning on every rank
         import deepspeed  # here, as it takes 6 s: a recipe is read and refused without it
@@ -196,16 +199,21 @@ class Engine:
         self.deepspeed, self.optimizer, *_ = deepspeed.initialize(
             model=model,
             optimizer=optimizers.build(self.parameter_groups, optimizer_config),
-            config=deepspeed_config(config, self.clip, bf16, micro_batch, trained),
+            config=deepspeed_config(config, optimizer_config.clip, bf16, micro_batch, trained),
             mpu=grid,
             dist_init_required=False,
         )
         self.module: nn.Module = self.deepspeed.module
         self.step_state = step_state(self.module)
         self.shards: Shards = shards(config.zero_stage, self.module, self.optimizer, grid)
-        if config.zero_stage == 0 and optimizer_config.name == "sgd" and optimizer_config.momentum:
-            # PyTorch makes these at the first step, without numbers in them where that step is left out.
-            self.shards.set_moment("momentum_buffer", [torch.zeros_like(m) for m in self.shards.masters])
+        self.update: Callable[[], Tensor] | None = None
+        """Stage 0's, which DeepSpeed's step only surrounds there."""
+        if config.zero_stage == 0:
+            self.update = Update(self.module, self.optimizer, grid, optimizer_config.clip)
+            self.optimizer.step = lambda: None
+            if optimizer_config.name == "sgd" and optimizer_config.momentum:
+                # PyTorch makes these at the first step, without numbers in them where that step is left out.
+                self.shards.set_moment("momentum_buffer", [torch.zeros_like(m) for m in self.shards.masters])
         # Where the ranks of a replica split its images, each has batch statistics of its own.
         norms = grid.all_norms if getattr(self.module, "splits_images", False) else grid.norms
         synced = batch_statistics.synced and norms.size > 1
@@ -214,7 +222,7 @@ class Engine:
         self._partial = [p for p in self.module.parameters() if p.requires_grad and _is_partial(p)]
         self.outcomes = Outcomes(self.module, self.shards, grid, config.max_skipped_steps)
         self.not_captured = self._compile_and_capture(bf16, synced)
-        """Why forward and backward are not CUDA graphs, empty where they are."""
+        """Why forward and backward are not CUDA graphs, nor the optimizer's step; empty where they are."""
 
     def _compile_and_capture(self, bf16: bool, synced: bool) -> str:
         config = self.config
@@ -227,6 +235,8 @@ class Engine:
         if not why_not:
             forward = torch.compile(self.module.forward, dynamic=False) if config.compile else self.module.forward
             self.module.forward = captured.Captured(self.module, forward, torch.bfloat16 if bf16 else None)
+            if self.update is not None:
+                self.update = captured.CapturedUpdate(self.update, self.optimizer)
         elif config.compile:
             self.deepspeed.compile(compile_kwargs={"dynamic": False})
         return why_not
@@ -261,7 +271,7 @@ class Engine:
         # What is captured cannot know which pass is the step's last: there autograd adds the slices up.
         self.step_state.gathers = bool(self.not_captured)
         for group in self.optimizer.param_groups:
-            group["lr"] = lr * group["lr_scale"]
+            group["lr"] = float(np.float32(lr * group["lr_scale"]))  # as a captured step has it
         losses: list[Tensor] = []
         last = self.accumulation * count - 1
         with self._one_reduction():
@@ -304,34 +314,10 @@ class Engine:
 
     def _update(self) -> tuple[Tensor, Tensor]:
         """(whether the step was applied, gradient norm in fp64), on the device; a non-finite gradient never is."""
-        if self.config.zero_stage:
+        if self.update is not None:
+            norm = self.update()
             self.deepspeed.step()
-            norm: Any = self.deepspeed.get_global_grad_norm()
-            norm = torch.as_tensor(norm, dtype=torch.float64, device=self.grid.device)
-            return torch.full_like(norm, self.deepspeed.was_step_applied(), dtype=torch.bool), norm
-        norm = self._clip()
-        applied = norm.isfinite()
-        # What PyTorch's fused optimizers leave a step out by; that is how GradScaler does it.
-        self.shards.optimizer.found_inf = 1 - applied.float()  # type: ignore[attr-defined]
+            return norm.isfinite(), norm
         self.deepspeed.step()
-        return applied, norm
-
-    @torch.no_grad()
-    def _clip(self) -> Tensor:
-        """Stage 0: DeepSpeed neither reports the norm without clipping nor skips a non-finite gradient there."""
-        own: list[Tensor] = []
-        shared: list[Tensor] = []
-        for parameter in self.module.parameters():
-            if parameter.grad is not None:
-                (own if getattr(parameter, "model_parallel", False) else shared).append(parameter.grad)
-        squares = torch.zeros(2, dtype=torch.float64, device=self.grid.device)
-        for row, gradients in zip(squares, (own, shared), strict=True):
-            if gradients:
-                row += torch.stack(torch._foreach_norm(gradients)).double().square().sum()
-        if self.grid.submodule_ranks > 1:
-            self.grid.sum_over_submodule_ranks(squares[:1])
-        norm = squares.sum().sqrt()
-        if self.clip:
-            scale = torch.where(norm > self.clip, self.clip / (norm + 1e-6), 1).float()
-            torch._foreach_mul_(own + shared, scale)
-        return norm
+        norm = torch.as_tensor(self.deepspeed.get_global_grad_norm(), dtype=torch.float64, device=self.grid.device)
+        return torch.full_like(norm, self.deepspeed.was_step_applied(), dtype=torch.bool), norm

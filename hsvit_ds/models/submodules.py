@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
 
 from hsvit_kernels import grouped_attention
@@ -144,7 +143,7 @@ class Submodules(nn.Module):
     def _sum(self, vectors: Tensor) -> Tensor:
         """[B, M x n, D] to [B, M, D], in fp32 at least: this is what travels."""
         dtype = torch.promote_types(vectors.dtype, torch.float32)
-        return rearrange(vectors, "b (m n) d -> b m n d", m=self.count).sum(2, dtype=dtype)
+        return vectors.unflatten(1, (self.count, -1)).sum(2, dtype=dtype)
 
     def _tokens(self, images: Tensor, draw: Draw | None, width: Width = FULL) -> Tensor:
         """images or a backbone's maps to channel tokens [B, K, D] of the submodules here."""
@@ -161,10 +160,10 @@ class Submodules(nn.Module):
             for block in self.trunk:
                 x = block(x, width)
             x = x.flatten(2)
-        maps = rearrange(x, "b (m k) f -> m (b k) f", m=self.count)
+        maps = x.unflatten(1, (self.count, -1)).transpose(0, 1)  # [M, B, K, F]
         weight = self.projection_weight.transpose(1, 2)
-        tokens = torch.baddbmm(self.projection_bias[:, None], maps, weight)
-        tokens = F.relu(rearrange(tokens, "m (b k) d -> b (m k) d", b=images.shape[0]))
+        tokens = torch.baddbmm(self.projection_bias[:, None], maps.flatten(1, 2), weight)
+        tokens = F.relu(tokens.unflatten(1, maps.shape[1:3]).transpose(0, 1).flatten(1, 2))
         if self.training and c.dropout:
             tokens = tokens * self._embedding_keep(tokens, draw, first).mul_(keep_scale(c.dropout))
         return tokens

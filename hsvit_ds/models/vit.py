@@ -14,7 +14,6 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
 
 from hsvit_kernels import StepState
@@ -188,8 +187,8 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, width: Width, residual: Tensor | None, rows: int) -> Tensor:
         """x [B, T, d]; residual and the result hold the first `rows` tokens."""
-        q, k, v = rearrange(self.qkv(x, width), "b t (r h c) -> r b h t c", r=3, h=self.heads)
-        x = rearrange(self._attend(q[:, :, :rows], k, v), "b h t c -> b t (h c)")
+        q, k, v = self.qkv(x, width).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        x = self._attend(q[:, :, :rows], k, v).transpose(1, 2).flatten(2)
         return self.proj(x, width, residual=residual)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -51,6 +51,7 @@ def _launches(recipe: Recipe, grid: Grid, engine: Engine) -> Iterator[str]:
     if grid.device.type == "cuda" and engine.not_captured:
         yield f"forward and backward are not captured as CUDA graphs: {engine.not_captured}"
     elif grid.device.type == "cuda":
-        yield "forward and backward are captured as CUDA graphs, one for each width"
+        update = "" if engine.update is None else "; so is the optimizer's step"
+        yield f"forward and backward are captured as CUDA graphs, one for each width{update}"
     elif recipe.engine.compile:
         yield "warning: engine.compile = true: on a CPU compiling takes minutes, and HSViT is slower for it"

@@ -99,11 +99,18 @@ def test_workers_decode_them_and_draw_their_views(folder: Path) -> None:
         resident.close()
 
 
-def test_the_index_is_read_once_and_files_no_more(folder: Path) -> None:
-    """The shards may go once they are on the device."""
+def test_a_split_is_read_when_it_is_first_asked_for_and_once(folder: Path) -> None:
+    """An evaluation needs nothing of the training split; training images on the device need no files."""
     share = Share(10, 1, 1, 0)
     one = reader(folder, AUGMENTED["flipped"], share, workers=0, on_device="always")
-    list(one.evaluation("val"))
+    shards = {shard: shard.read_bytes() for shard in folder.glob("*train*.tar")}
+    assert shards
+    for shard in shards:
+        shard.write_bytes(b"")
+    assert len(list(one.evaluation("val"))) > 0
+    for shard, content in shards.items():
+        shard.write_bytes(content)
+    next(one.train(0, 0))
     for shard in folder.glob("*.tar"):
         shard.write_bytes(b"")
     assert len(list(islice(one.train(0, 0), 3))) == 3

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from hsvit_ds.engine import captured
+from hsvit_ds.engine.checkpoint import Position
 from hsvit_ds.run import opening
 from hsvit_ds.run.evaluation import evaluate
 
@@ -31,6 +33,13 @@ class Graph:
 
     def __init__(self) -> None:
         self.operations: list[tuple[Any, Any, Any, Any]] = []
+        self.written: list[tuple[Tensor, Tensor]] = []
+
+    def undo(self) -> None:
+        """Put back what recording has written over: a CUDA graph computes nothing then."""
+        with torch.no_grad():
+            for tensor, before in reversed(self.written):
+                tensor.copy_(before)
 
     def replay(self) -> None:
         with torch.no_grad():
@@ -48,6 +57,9 @@ class Recording(TorchDispatchMode):
         self.graph = graph
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for argument, value in zip(func._schema.arguments, args, strict=False):
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                self.graph.written += [(t.detach(), t.detach().clone()) for t in tree_leaves(value)]
         out = func(*args, **(kwargs or {}))
         # Without their history, which a replay is not to walk.
         kept = tree_map_only(Tensor, lambda t: t.detach(), (args, kwargs or {}, out))
@@ -59,11 +71,12 @@ graphs: list[Graph] = []
 
 
 @contextmanager
-def recording(graph: Graph, pool: Any, capture_error_mode: str) -> Iterator[None]:
+def recording(graph: Graph, pool: Any = None, capture_error_mode: str = "") -> Iterator[None]:
     assert capture_error_mode == "thread_local"
     graphs.append(graph)
     with Recording(graph):
         yield
+    graph.undo()
 
 
 @pytest.fixture(autouse=True)
@@ -83,6 +96,18 @@ def graphs_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 CASES = {
     "HSViT": ("hsvit", ["run.bn_batch=4"], 1),
     "HSViT, bf16, accumulated": ("hsvit", ["run.micro_batch=8", "run.bn_batch=4", "engine.precision=bf16"], 1),
+    "HSViT, ZeRO-0": ("hsvit", ["engine.zero_stage=0"], 1),
+    "HSViT, ZeRO-0, SGD, accumulated": (
+        "hsvit",
+        [
+            "engine.zero_stage=0",
+            "run.micro_batch=8",
+            "run.bn_batch=8",
+            "optimizer.name=sgd",
+            "optimizer.warmup_epochs=1",
+        ],
+        1,
+    ),
     "HSViT, ZeRO-2": ("hsvit", ["engine.zero_stage=2"], 1),
     "Scala": ("scala", ["engine.zero_stage=0", "model.widths.granularity=0.25"], 4),
     "Scala, bf16": ("scala", ["engine.zero_stage=1", "model.widths.granularity=0.25", "engine.precision=bf16"], 4),
@@ -101,10 +126,12 @@ def test_captured_steps_equal_eager_ones(base: str, keys: list[str], widths: int
         found[capture] = norms, scores, state(run)
         if capture == "true":
             assert run.engine.not_captured == ""
-            assert len(graphs) == 2 * widths  # forward and backward, however many steps and micro batches
+            # Forward, backward and stage 0's update, however many steps and micro batches.
+            assert len(graphs) == 2 * widths + ("engine.zero_stage=0" in keys)
+            graphs.clear()
         else:
             assert run.engine.not_captured == "engine.capture = false"
-    assert len(graphs) == 2 * widths
+            assert graphs == []
     (norms, scores, tensors), (expected_norms, expected_scores, expected) = found["true"], found["false"]
     if base == "scala":  # eager slices are gathered in another order
         assert norms == pytest.approx(expected_norms, rel=1e-6 if "bf16" not in str(keys) else 1e-2)
@@ -113,6 +140,36 @@ def test_captured_steps_equal_eager_ones(base: str, keys: list[str], widths: int
     assert scores == expected_scores
     for name, tensor in tensors.items():
         assert torch.equal(tensor, expected[name]), name
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_captured_updates_leave_out_what_is_not_finite_and_follow_a_checkpoint(optimizer: str, tmp_path: Path) -> None:
+    found = {}
+    for capture in ("true", "false"):
+        keys = [*ALONE, "engine.zero_stage=0", f"optimizer.name={optimizer}", f"engine.capture={capture}"]
+        run = trainer(tmp_path / capture, keys)
+        norms = steps(run, 3)
+        run.checkpoints.save(Position(0, 3, 3))
+        before = state(run)
+        weight: Any = run.engine.module.get_parameter("submodules.qkv_weight")
+        finite = weight.detach().clone()
+        with torch.no_grad():
+            weight.fill_(float("inf"))
+        (batches,) = islice(run.reader.train(0, 3), 1)
+        assert not run._step(batches, 3).applied
+        with torch.no_grad():
+            weight.copy_(finite)
+        for name, tensor in state(run).items():
+            assert torch.equal(tensor, before[name]), name
+        run.start = Position(0, 3, 3)
+        norms += steps(run, 6)
+        assert run.checkpoints.load() == run.start  # into memory of its own
+        norms += steps(run, 6)
+        assert norms[3:6] == norms[6:]
+        found[capture] = norms, state(run)
+    assert found["true"][0] == found["false"][0]
+    for name, tensor in found["true"][1].items():
+        assert torch.equal(tensor, found["false"][1][name]), name
 
 
 @pytest.mark.parametrize(

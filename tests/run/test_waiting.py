@@ -16,6 +16,7 @@ from hsvit_ds.engine import optimizer as optimizers
 from hsvit_ds.engine.ema import EMA
 from hsvit_ds.engine.engine import Config, Engine
 from hsvit_ds.engine.outcomes import Outcomes
+from hsvit_ds.engine.update import Update
 from hsvit_ds.engine.zero import Shards, step_state
 from hsvit_ds.models.batchnorm import Statistics, set_statistics
 from hsvit_ds.run import recipe as recipes
@@ -41,7 +42,9 @@ def engine_of(model: torch.nn.Module, recipe: recipes.Recipe) -> Engine:
     optimizer = optimizers.build(groups, recipe.optimizer)
     engine.config, engine.grid, engine.accumulation = Config(zero_stage=0), OneGPU(), 1
     engine.not_captured = "no graphs here"
-    engine.clip, engine.module, engine.optimizer = recipe.optimizer.clip, model, optimizer
+    engine.module, engine.optimizer = model, optimizer
+    optimizer.step = lambda: None
+    engine.update = Update(model, optimizer, engine.grid, recipe.optimizer.clip)
     engine.shards = Shards(model, optimizer, engine.grid)
     engine.step_state, engine.runs_differ, engine._partial = step_state(model), None, []
     engine.outcomes = Outcomes(model, engine.shards, engine.grid, limit=0)

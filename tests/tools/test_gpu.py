@@ -15,7 +15,7 @@ import torch
 from tools.gpu import here, ledger, report, steps
 
 ROOT = Path(__file__).parents[2]
-HIDDEN = (*(name for name in steps.ENGINE if name not in ("einops", "safetensors")), "mlflow", "scipy", "typer")
+HIDDEN = (*(name for name in steps.ENGINE if name != "safetensors"), "einops", "mlflow", "scipy", "typer")
 """What a machine with torch, triton, numpy, timm and pytest need not have; nor is the checkout installed there."""
 HIDE = f"""
 import sys

@@ -62,7 +62,7 @@ def one_case(run: Any, choose: bool, waiting: str) -> dict[str, Any]:
     run.start = type(run.start)(0, 1, 1)
     calls.clear()
     run.engine.traffic(1)
-    norms += steps(run, 2, waiting)
+    norms += steps(run, 2)  # in which the update is captured
     names = {run.grid.replica_group: "replica", run.grid.data_group: "data"}
     traffic = run.engine.traffic(1)
     second_step = [(name, names.get(group, "other"), numbers) for name, group, numbers in calls]

@@ -46,7 +46,7 @@ def _four_widths(name: str, here: Here) -> dict[str, Any]:
     return scala.four_widths(name, here)
 
 
-ENGINE = ("deepspeed", "pydantic", "webdataset", "simplejpeg", "tomli_w", "hjson", "einops", "safetensors", "rich")
+ENGINE = ("deepspeed", "pydantic", "webdataset", "simplejpeg", "tomli_w", "hjson", "safetensors", "rich")
 DISTRIBUTIONS = {"tomli_w": "tomli-w"}
 NEEDED = {"pydantic": ("pydantic-core", "annotated-types", "typing-inspection"), "webdataset": ("braceexpand",)}
 """What a wheel needs besides itself, of what machines with torch do not have anyway."""
@@ -60,7 +60,7 @@ PARTS: dict[str, dict[str, Step]] = {
     "tuning": {"every place": Step(kernels.tuning)},
     "benchmarks": {name: Step(run) for name, run in kernels.BENCHMARKS.items()},
     "training": {name: Step(run, needs=ENGINE, data=True) for name, run in training.RECIPES.items()},
-    "scala": {name: Step(partial(_four_widths, name), needs=("einops",)) for name in ("DeiT-S", "DeiT-B")},
+    "scala": {name: Step(partial(_four_widths, name)) for name in ("DeiT-S", "DeiT-B")},
     "end to end": {name: Step(run, needs=ENGINE, data=True) for name, run in training.SPEEDS.items()},
 }
 

@@ -150,6 +150,7 @@ def test_captured_updates_leave_out_what_is_not_finite_and_follow_a_checkpoint(o
         run = trainer(tmp_path / capture, keys)
         norms = steps(run, 3)
         run.checkpoints.save(Position(0, 3, 3))
+        run.checkpoints.wait()
         before = state(run)
         weight: Any = run.engine.module.get_parameter("submodules.qkv_weight")
         finite = weight.detach().clone()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import tomllib
+from dataclasses import replace
 from pathlib import Path
 
 from . import __version__
@@ -47,28 +49,39 @@ def claim_folder(folder: Path, recipe_text: str) -> Path:
     return folder
 
 
+def names_splits(folder: Path) -> bool:
+    """Whether the recipe of the run in a folder says which splits are `data.val` and `data.test`; once none did."""
+    try:
+        return "val" in tomllib.loads((folder / "recipe.toml").read_text())["data"]
+    except OSError:  # a new run
+        return True
+
+
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     with shown(2, args.debug):
         secrets.load()
         check_kernels()
-        from .data.splits import check_splits
+        from .data.splits import check_splits, named_as_before
         from .grid.grid import Grid, world_size
         from .run import recipe as recipes
 
         recipe, plan = recipes.resolve(recipes.read(args.recipe, args.overrides), world_size())
         grid = Grid(recipe.grid, recipe.model.submodules)
         try:
+            continued = args.resume or args.run is not None
+            place = args.run or recipes.run_folder(recipe.run, args.resume)
+            if continued and not grid.agree(lambda: names_splits(place)):
+                recipe = replace(recipe, data=named_as_before(recipe.data))
             grid.together(lambda: check_splits(recipe.data))
-            text = recipes.dumps(recipe)
-            folder = grid.agree(lambda: claim_folder(args.run or recipes.run_folder(recipe.run, args.resume), text))
+            folder = grid.agree(lambda: claim_folder(place, recipes.dumps(recipe)))
         except RefusedError:
             grid.close()  # all ranks are refused, and gloo aborts where one exits before the others
             raise
         from .run.survival import last_words
         from .run.trainer import Trainer
 
-        trainer = Trainer(recipe, plan, grid, folder, args.resume or args.run is not None)
+        trainer = Trainer(recipe, plan, grid, folder, continued)
     with last_words(trainer.watch, args.debug):
         ended = trainer.fit()
         grid.close()

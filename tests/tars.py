@@ -55,9 +55,9 @@ def make_index(folder: Path) -> None:
         build(folder, shards, processes=1).save(folder / f"{split}.index.npz")
 
 
-def data_set(folder: Path, train: int = 48, val: int = 20, **options: Any) -> Path:
-    """An indexed set with a training and a validation split; returns its folder."""
+def data_set(folder: Path, train: int = 48, val: int = 20, held_out: str = "val", **options: Any) -> Path:
+    """An indexed set with a training split and one that is held out; returns its folder."""
     write_split(folder, "train", train, **options)
-    write_split(folder, "val", val, **options)
+    write_split(folder, held_out, val, **options)
     make_index(folder)
     return folder

@@ -270,7 +270,13 @@ def test_a_secret_of_the_environment_is_not_kept_with_a_run(private: str, tmp_pa
     secrets = {"KEY": "me:s3cret", "MLFLOW_TRACKING_PASSWORD": "s3cret"}
     arguments = ["recipes/digits/hsvit.toml", *SMALL, "data.name=tiny", "data.classes=10", "data.image_size=32"]
     arguments += [f'data.root=pipe:curl -sSfu "$KEY" {private}', "data.workers=0", "augment.shift=0", "run.epochs=1"]
-    arguments += ["run.global_batch=8", "grid.submodule_ranks=1", f"run.root={tmp_path}/runs", "tracking.mlflow=true"]
+    arguments += [
+        "data.test=val",
+        "run.global_batch=8",
+        "grid.submodule_ranks=1",
+        f"run.root={tmp_path}/runs",
+        "tracking.mlflow=true",
+    ]
     command = [sys.executable, "-m", "hsvit_ds.train", *arguments]
     done = subprocess.run(command, cwd=ROOT, env=environment(**secrets), capture_output=True, timeout=280, check=False)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -21,7 +21,7 @@ def evaluate_run(
     present: Annotated[
         str, typer.Option(help="Submodules that answer alone, 0,2,3; or sweep: by how many of them answer.")
     ] = "",
-    split: Annotated[str, typer.Option(help="Of the run's data.")] = "test",
+    split: Annotated[str, typer.Option(help="train, val or test, as the run's recipe names them.")] = "test",
     untrained: Annotated[bool, typer.Option("--untrained", help="Also widths that were never trained.")] = False,
     ema: Ema = False,
     root: Root = "",
@@ -36,6 +36,7 @@ def evaluate_run(
         if present and (widths or untrained):
             raise RefusedError(f"--present {present} is of the largest width; leave --widths and --untrained out")
         opened = saved.open_run(run, ema, root)
+        split = opened.split(split)
         if present:
             _evaluate_present(opened, present, split)
         else:

@@ -30,8 +30,6 @@ BLOCK = 512  # of a tar
 MOST_BYTES = 2**29
 """Of an image file: it is read whole."""
 _SHARD = re.compile(r"(?P<name>.+)-(?P<split>[A-Za-z_]+)-\d+\.tar")
-# Who keeps no test labels, as ImageNet, tests on the validation split, and the other way round.
-_STAND_INS = {"val": ("val", "validation", "test"), "test": ("test", "val", "validation"), "train": ("train",)}
 
 
 @dataclass(frozen=True)
@@ -173,10 +171,12 @@ def split_shards(folder: Path) -> dict[str, list[Path]]:
     return found
 
 
-def stand_in(split: str, there: Iterable[str]) -> str | None:
-    """The name under which `split` is there: "test" may be called "val", and the other way round."""
-    there = set(there)
-    return next((name for name in _STAND_INS.get(split, (split,)) if name in there), None)
+def no_split(where: str, split: str, there: Iterable[str]) -> RefusedError:
+    """That a split is not among those that are there, and which key names another in its place."""
+    found = list(there)
+    others = [name for name in found if name != "train"]
+    remedy = f'; data.{split} = "{others[0]}" takes that one in its place' if others and split != "train" else ""
+    return RefusedError(f"{where}: no split {split} ({', '.join(found) or 'no NAME-SPLIT-0000.tar'}){remedy}")
 
 
 def build(folder: Path, shards: list[Path], processes: int, done: Callable[[Path], None] = lambda _: None) -> Index:

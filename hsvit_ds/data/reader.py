@@ -99,20 +99,20 @@ class Reader:
             return False, f"{split}: images come from {c.workers} workers, as {mib}, a tenth of the device's memory"
         return True, f"{split}: {self.count(split):,} images on the device, {size / 2**20:,.1f} MiB"
 
-    def _resident(self, split: str) -> Split:
+    def _resident(self, split: str, training: bool = False) -> Split:
         """A split on the device, decoded when it is first asked for."""
         there = open_split(self.config, split)
-        key = f"{there.fingerprint if there is not None else split}, {split == 'train'}"
+        key = f"{there.fingerprint if there is not None else split}, {training}"
         if key not in self._residents:
             source = self._source(split, there)
             assert isinstance(source, InMemory | Shards)
-            self._residents[key] = Split(source, split == "train", self.config.workers, self.grid.device)
+            self._residents[key] = Split(source, training, self.config.workers, self.grid.device)
             self._bad += self._residents[key].bad
         return self._residents[key]
 
     @cached_property
     def _training_split(self) -> Split:
-        return self._resident("train")
+        return self._resident("train", training=True)
 
     @cached_property
     def _views(self) -> Views:

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from ..errors import RefusedError
 from . import augment, decode, stream
-from .index import Index, open_index, split_shards, stand_in
+from .digits import SPLITS as DIGITS
+from .index import Index, no_split, open_index, split_shards
 from .sets import SETS, Facts, photographs
 
 
@@ -20,6 +21,11 @@ class Config:
     root: str = ""
     """Folder of its shards NAME-SPLIT-0000.tar, indexed by `hsvit shards index`; or a URL with `_info.json` (https:,
     gs:, pipe:cat /x), whose shards are streamed, with the weaker promises of `stream.py`."""
+    val: str = "val"
+    """The split that is evaluated while a run trains, and that chooses its best checkpoint; "test" where a set has no
+    other. Metrics, tables and pictures bear its name."""
+    test: str = "test"
+    """The split of the result; "val" where a set has no other."""
     index: str = ""
     """Folder of the index files, where they are not beside the shards."""
     classes: int = 0
@@ -90,6 +96,15 @@ def facts(config: Config) -> Facts:
     )
 
 
+def split_names(config: Config) -> list[str]:
+    """The splits that are there."""
+    if config.name == "digits":
+        return list(DIGITS)
+    if stream.is_url(config.root):
+        return stream.split_names(config.root, config.timeout)
+    return list(split_shards(Path(config.root)))
+
+
 def open_split(config: Config, split: str) -> Index | stream.Split | None:
     """Where the samples of a split are: by their index, behind URLs, or None for a set in memory.
 
@@ -97,6 +112,8 @@ def open_split(config: Config, split: str) -> Index | stream.Split | None:
         RefusedError: nothing is there, or it is not of this data set.
     """
     if config.name == "digits":
+        if split not in DIGITS:
+            raise no_split("the digits", split, DIGITS)
         return None
     if stream.is_url(config.root):
         return stream.open_split(config.root, split, config.timeout)
@@ -106,11 +123,9 @@ def open_split(config: Config, split: str) -> Index | stream.Split | None:
     if not folder.is_dir():
         raise RefusedError(f"data.root = {folder}: no such folder")
     shards = split_shards(folder)
-    name = stand_in(split, shards)
-    if name is None:
-        found = ", ".join(shards) or "no file NAME-SPLIT-0000.tar"
-        raise RefusedError(f"data.root = {folder}: no shards of the split {split} ({found})")
-    path = (Path(config.index) if config.index else folder) / f"{name}.index.npz"
+    if split not in shards:
+        raise no_split(f"data.root = {folder}", split, shards)
+    path = (Path(config.index) if config.index else folder) / f"{split}.index.npz"
     index = open_index(path, folder)
     if not len(index):
         raise RefusedError(f"{path}: holds no sample; hsvit shards check {folder} tells why")
@@ -125,8 +140,16 @@ def open_split(config: Config, split: str) -> Index | stream.Split | None:
 
 def check_splits(config: Config) -> None:
     """Refuse a data set that lacks a split, before a run trains an epoch to find out."""
-    for split in ("train", "val", "test"):
+    for split in ("train", config.val, config.test):
         open_split(config, split)
+
+
+def named_as_before(config: Config) -> Config:
+    """For a run from when no recipe named its splits: "val" and "test" stood in for each other."""
+    there = split_names(config)
+    val = next((name for name in (config.val, "validation", "test") if name in there), config.val)
+    test = next((name for name in (config.test, "val", "validation") if name in there), config.test)
+    return dataclasses.replace(config, val=val, test=test)
 
 
 def resolved(config: Config) -> Config:

@@ -41,7 +41,7 @@ from . import loader
 from .augment import VIEW
 from .batch import PADDING, UNREADABLE, Images
 from .decode import BadImageError
-from .index import IMAGES, MOST_BYTES, label_of, printable, stand_in, unsafe
+from .index import IMAGES, MOST_BYTES, label_of, no_split, printable, unsafe
 from .loader import Loader
 from .sources import empty
 from .transform import Transform, own_generators
@@ -98,22 +98,27 @@ class Split:
 def open_split(root: str, split: str, timeout: float) -> Split:
     """What `ROOT/_info.json` says of a split, as `hsvit shards make` writes it and timm reads it."""
     splits = _info(root, timeout)
-    name = stand_in(split, splits)
-    if name is None:
-        raise RefusedError(f"{root}/_info.json: no split {split} ({', '.join(splits) or 'none at all'})")
-    about = splits[name]
+    if split not in splits:
+        raise no_split(f"{root}/_info.json", split, splits)
+    about = splits[split]
     try:
         found = Split(root, tuple(about["filenames"]), tuple(int(length) for length in about["shard_lengths"]))
     except (KeyError, TypeError, ValueError) as error:
-        raise RefusedError(f"{root}/_info.json: split {name} has no {error}; `hsvit shards make` writes it") from None
+        raise RefusedError(f"{root}/_info.json: split {split} has no {error}; `hsvit shards make` writes it") from None
     if not found.shards or len(found.shards) != len(found.lengths):
-        raise RefusedError(f"{root}/_info.json: {name} has {len(found.shards)} files and {len(found.lengths)} lengths")
+        raise RefusedError(f"{root}/_info.json: {split} has {len(found.shards)} files and {len(found.lengths)} lengths")
     # They become parts of paths, of URLs and, behind pipe:, of a shell's command.
     if odd := [shard for shard in found.shards if not _SHARD.fullmatch(str(shard))]:
         raise RefusedError(
-            f"{root}/_info.json: {str(odd[0])!a} of {name} is not the plain name of a tar (letters, digits, _, . and -)"
+            f"{root}/_info.json: {str(odd[0])!a} of {split} is not the plain name of a tar "
+            "(letters, digits, _, . and -)"
         )
     return found
+
+
+def split_names(root: str, timeout: float) -> list[str]:
+    """The splits that `ROOT/_info.json` names."""
+    return list(_info(root, timeout))
 
 
 @cache

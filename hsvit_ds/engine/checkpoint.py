@@ -54,7 +54,7 @@ class Config:
     keep_last: int = 2
     """Newest checkpoints that stay."""
     keep_best: bool = True
-    """Keep the one with the best val/top1 too."""
+    """Keep the one with the best top-1 accuracy of the split `data.val` too."""
 
     def __post_init__(self) -> None:
         if self.every_steps < 0:
@@ -114,7 +114,7 @@ class Checkpoints:
     def save(self, position: Position, top1: float | None = None) -> str | None:
         """Snapshot the state to host memory and write it in the background. Collective.
 
-        top1: val/top1 of this state, where it was evaluated. Returns why the save before this one failed, if it did.
+        top1: accuracy of this state, where it was evaluated. Returns why the save before this one failed, if it did.
         """
         failure = self.wait()
         files = self._snapshot()

@@ -17,7 +17,7 @@ from hsvit_kernels.random import Site, sequence
 from ..data.order import Share
 from ..data.reader import Reader
 from ..data.sets import Facts
-from ..data.splits import facts
+from ..data.splits import facts, named_as_before
 from ..data.stream import is_command
 from ..engine.interop import load_run
 from ..errors import RefusedError
@@ -33,7 +33,7 @@ from ..run.tracking import read_metrics
 from ..tasks import scala
 from .export import Budget
 
-SPLITS = ("train", "val", "test")
+ROLES = ("train", "val", "test")
 SUBSETS = 20
 """Subsets of submodules of one size that a sweep scores at most."""
 
@@ -48,6 +48,8 @@ class SavedRun:
     trained: tuple[Width, ...]
     """The widths that its steps so far have trained, the smallest first."""
     steps: int
+    names_splits: bool
+    """Whether its recipe says which splits are `data.val` and `data.test`; once none did."""
 
     @cached_property
     def grid(self) -> Grid:
@@ -56,7 +58,8 @@ class SavedRun:
     @cached_property
     def reader(self) -> Reader:
         share = Share(self.recipe.run.global_batch, 1, self.grid.replicas, self.grid.replica)
-        return Reader(self.recipe.data, self.recipe.augment, recipes.order(self.recipe), share, self.grid)
+        data = self.recipe.data if self.names_splits else named_as_before(self.recipe.data)
+        return Reader(data, self.recipe.augment, recipes.order(self.recipe), share, self.grid)
 
     @property
     def facts(self) -> Facts:
@@ -80,9 +83,15 @@ class SavedRun:
             )
         return tuple(sorted(set(found), key=float))
 
+    def split(self, role: str) -> str:
+        """The name of the split that is "train", "val" or "test" to the run."""
+        if role not in ROLES:
+            raise RefusedError(f"--split {role}: must be one of {', '.join(ROLES)}")
+        return role if role == "train" else str(getattr(self.reader.config, role))
+
     def evaluate(self, split: str, widths: tuple[Width, ...]) -> dict[str, float]:
         """See `evaluation.evaluate`; without the submodules that were absent at the end. Collective."""
-        model = self._for(split)
+        model = self.model.to(self.grid.device)
         forward: Callable[..., Tensor] = model
         if self.recipe.grid.absent:
             present = torch.tensor([m in self.submodules for m in range(self.recipe.model.submodules)])
@@ -94,17 +103,12 @@ class SavedRun:
 
     def evaluate_subsets(self, split: str, subsets: list[tuple[int, ...]]) -> list[Score]:
         """See `evaluation.evaluate_subsets`; at the largest width that was trained. Collective."""
-        model = self._for(split)
+        model = self.model.to(self.grid.device)
         assert isinstance(model, HSViT)
         try:
             return evaluate_subsets(model, self.reader, split, subsets, self.trained[-1], self._runs_differ)
         finally:
             self.reader.close()
-
-    def _for(self, split: str) -> Model:
-        if split not in SPLITS:
-            raise RefusedError(f"--split {split}: must be one of {', '.join(SPLITS)}")
-        return self.model.to(self.grid.device)
 
     @property
     def submodules(self) -> list[int]:
@@ -174,12 +178,13 @@ class SavedRun:
         facts = self.facts
         lines = {"run": self.folder.name, "data": self.recipe.data.name, "steps": str(self.steps)}
         lines |= {"mean": str(list(facts.mean)), "standard deviation": str(list(facts.std))}
-        key = "test/top1" if len(self.trained) == 1 else f"test/top1_w{width}"
+        test = self.recipe.data.test
+        key = f"{test}/top1" if len(self.trained) == 1 else f"{test}/top1_w{width}"
         side, share = facts.image_size, self.recipe.augment.eval_crop
         how = f"shorter side resized to {round(side / share)}, centre cut out" if share else "aspect ratio not kept"
         lines["image"] = f"{side} x {side} px, {how}, {self.recipe.augment.filter}"
         scores = [line[key] for line in read_metrics(self.folder) if key in line]
-        return lines | ({"test top-1, %": f"{scores[-1]:.2f}"} if scores else {})
+        return lines | ({f"{test} top-1, %": f"{scores[-1]:.2f}"} if scores else {})
 
     @property
     def _runs_differ(self) -> Channel | None:
@@ -210,4 +215,4 @@ def open_run(folder: Path, ema: bool = False, root: str = "") -> SavedRun:
         steps = (at.total - at.step) // at.epoch if at.epoch else at.total + 1
         sampler = scala.Sampler(recipe.task, recipe.model.widths, recipe.run.seed, steps)
         trained = sampler.trained(loaded.position.total)
-    return SavedRun(folder, loaded.model, recipe, trained, loaded.position.total)
+    return SavedRun(folder, loaded.model, recipe, trained, loaded.position.total, "test" in loaded.recipe["data"])

@@ -32,6 +32,11 @@ def lines(
         yield reader.placement
     if reader.left_out:
         yield f"not readable, as the index says: {len(reader.left_out)} images, see {folder / FILE}"
+    if recipe.data.val == recipe.data.test:
+        yield (
+            f'warning: data.val = data.test = "{recipe.data.val}": the images of the result also choose the best '
+            "checkpoint"
+        )
     yield from _launches(recipe, grid, engine)
     backbone = getattr(recipe.model, "backbone", None)
     if backbone is not None and backbone.name and not backbone.weights and not backbone.trained_stages:

@@ -100,6 +100,7 @@ class Trainer:
         self.report = Reporter(grid.is_main, plan.steps, self.start.total)
         self.interval = Interval(grid.device)
         self._steps_back = 0
+        self._evaluated: tuple[str, int, dict[str, float]] = ("", 0, {})
 
     def _task(self, facts: Facts) -> Task:
         r, p = self.recipe, self.plan
@@ -156,7 +157,7 @@ class Trainer:
                 break
             except NonFiniteError as error:
                 self._step_back(error)
-        final = self._evaluate("test", self.plan.steps)
+        final = self._evaluate(self.recipe.data.test, self.plan.steps)
         failure = self.checkpoints.wait()
         if failure is not None:
             raise RefusedError(f"the last checkpoint could not be saved: {failure}")
@@ -218,7 +219,8 @@ class Trainer:
         """Evaluate and save; a run that is stopped in here comes back to its beginning."""
         done, top1 = epoch + 1, None
         if done == self.recipe.run.epochs or done % self.recipe.run.eval_every == 0:
-            top1 = self._evaluate("val", done * self.plan.steps_per_epoch)["val/top1"]
+            val = self.recipe.data.val
+            top1 = self._evaluate(val, done * self.plan.steps_per_epoch)[f"{val}/top1"]
         self.at = replace(self.at, epoch=done, step=0)
         self._save(top1)
 
@@ -235,6 +237,7 @@ class Trainer:
         self.at = replace(found, lr_factor=found.lr_factor * factor**self._steps_back)
         self.engine.outcomes.forget()
         self.reader.close()
+        self._evaluated = ("", 0, {})
         self.interval = Interval(self.grid.device)
         self.tracker.go_back(found.total)
         self.report.say(
@@ -276,6 +279,9 @@ class Trainer:
         return self.schedule.lr(step) * self.task.lr_factor(step) * self.at.lr_factor
 
     def _evaluate(self, split: str, step: int) -> dict[str, float]:
+        """The metrics of a split, under its name; once after a step."""
+        if self._evaluated[:2] == (split, step):
+            return self._evaluated[2]
         engine, widths = self.engine, self.task.trained(step)
 
         def next_batch() -> None:
@@ -296,6 +302,7 @@ class Trainer:
             f"{name.partition('_w')[2]} {value:.2f}" for name, value in scores.items() if "/top1_w" in name
         )
         self.report.say(f"epoch {step // self.plan.steps_per_epoch}  {line}" + (f"  by width: {slim}" if slim else ""))
+        self._evaluated = split, step, found
         return found
 
     def _save(self, top1: float | None = None) -> None:
@@ -362,9 +369,10 @@ class Trainer:
         self.tracker.artifact(draw_curves(self.folder, self.folder.name))
         widths = self.task.trained(self.plan.steps)
         if len(widths) > 1:
-            found = {name.removeprefix("test/"): value for name, value in final.items()}
+            test = self.recipe.data.test
+            found = {name.removeprefix(f"{test}/"): value for name, value in final.items()}
             model: Model = self.engine.module  # type: ignore[assignment]
             rows = width_rows(model, widths, found)
-            self.tracker.artifact(draw_widths(self.folder / "widths-test.png", rows, f"{self.folder.name}, test"))
+            self.tracker.artifact(draw_widths(self.folder / f"widths-{test}.png", rows, f"{self.folder.name}, {test}"))
             self.report.close()
-            print_widths(rows, "test")
+            print_widths(rows, test)

@@ -36,7 +36,14 @@ LAST = STEPS_PER_EPOCH * EPOCHS
 
 def keys(data: Path) -> list[str]:
     """A run of two epochs on tars, which logs every step and saves at every sixth."""
-    own = ["data.name=tiny", "data.classes=10", "data.image_size=32", f"data.root={data}", "data.workers=1"]
+    own = [
+        "data.name=tiny",
+        "data.classes=10",
+        "data.image_size=32",
+        f"data.root={data}",
+        "data.test=val",
+        "data.workers=1",
+    ]
     own += ["data.eval_batch=4", "run.log_every=1", "checkpoint.every_steps=6", "checkpoint.keep_last=99"]
     return [*SMALL, "ema.decay=0.9", f"run.epochs={EPOCHS}", *own]
 

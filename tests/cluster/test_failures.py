@@ -78,7 +78,15 @@ def test_a_stopped_launcher_saves_and_leaves_no_process(launcher: str, cluster: 
 def test_a_long_lossy_and_slow_link_changes_nothing_but_time(cluster: Cluster, tmp_path: Path) -> None:
     slots = {"node-1": 1, "node-2": 1}
     data = data_set(tmp_path / "data", train=16 * 12, val=16)
-    keys = [*RUN, "data.name=tiny", "data.classes=10", "data.image_size=32", f"data.root={data}", "data.workers=0"]
+    keys = [
+        *RUN,
+        "data.name=tiny",
+        "data.classes=10",
+        "data.image_size=32",
+        f"data.root={data}",
+        "data.test=val",
+        "data.workers=0",
+    ]
     ends = []
     for name in ("short", "long"):
         folder = tmp_path / name

@@ -15,7 +15,7 @@ from hsvit_ds.data.index import Index, build, open_index, scan, split_shards
 from hsvit_ds.errors import RefusedError
 
 from ..ranks import environment
-from ..tars import data_set, encoded, make_index, picture, sample, write_tar
+from ..tars import data_set, encoded, picture, sample, write_tar
 
 
 def train(folder: Path) -> Index:
@@ -208,13 +208,3 @@ def test_an_index_of_imagenet_is_small_on_disk_and_in_memory(tmp_path: Path) -> 
     assert samples == 1_281_167
     assert size < 25e6
     assert memory < 100e6
-
-
-def test_a_split_without_labels_of_its_own_stands_in_for_the_other(folder: Path) -> None:
-    from hsvit_ds.data.index import stand_in
-
-    assert stand_in("test", ["train", "val"]) == "val"
-    assert stand_in("val", ["train", "test"]) == "test"
-    assert stand_in("val", ["val", "test"]) == "val"
-    assert stand_in("train", ["val"]) is None
-    make_index(folder)

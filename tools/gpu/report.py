@@ -186,11 +186,12 @@ def draw_training(curves: list[tuple[str, dict[str, Any]]], device: str, file: P
 
     figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
     for name, figures in curves:
-        for key, style in (("val/top1", "-"), ("ema/val_top1", "--")):
+        for key in sorted({key for row in figures["top1"] for key in row} - {"step"}):
             points = [(row["step"], row[key]) for row in figures["top1"] if key in row]
             if points:
-                label = f"{name}.toml{', averaged weights' if key.startswith('ema') else ''}"
-                axes.plot(*zip(*points, strict=True), style, marker=".", label=label)
+                averaged = key.startswith("ema")
+                label = f"{name}.toml{', averaged weights' if averaged else ''}"
+                axes.plot(*zip(*points, strict=True), "--" if averaged else "-", marker=".", label=label)
     axes.axhline(GOAL, color="0.6", linewidth=1, label=f"published: {GOAL} %")
     axes.set(xlabel="steps", ylabel="top-1, %", title=f"CIFAR-10 on {device}")
     axes.legend(fontsize=8)

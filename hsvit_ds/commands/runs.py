@@ -9,7 +9,7 @@ import typer
 
 from ..errors import RefusedError, shown
 from ..train import check_kernels
-from . import Debug, Ema, Root, Run
+from . import Checkpoint, Debug, Ema, Force, Root, Run, refuse_to_overwrite
 
 if TYPE_CHECKING:
     from ..results.saved import SavedRun
@@ -23,6 +23,7 @@ def evaluate_run(
     ] = "",
     split: Annotated[str, typer.Option(help="train, val or test, as the run's recipe names them.")] = "test",
     untrained: Annotated[bool, typer.Option("--untrained", help="Also widths that were never trained.")] = False,
+    checkpoint: Checkpoint = "latest",
     ema: Ema = False,
     root: Root = "",
     debug: Debug = False,
@@ -35,7 +36,7 @@ def evaluate_run(
 
         if present and (widths or untrained):
             raise RefusedError(f"--present {present} is of the largest width; leave --widths and --untrained out")
-        opened = saved.open_run(run, ema, root)
+        opened = saved.open_run(run, ema, root, checkpoint)
         split = opened.split(split)
         if present:
             _evaluate_present(opened, present, split)
@@ -44,8 +45,9 @@ def evaluate_run(
             found = opened.evaluate(split, chosen)
             if opened.grid.is_main:
                 rows = report.width_rows(opened.model, chosen, found)
-                report.print_widths(rows, f"{run}, {split}")
-                typer.echo(report.draw_widths(run / f"widths-{split}.png", rows, f"{run.name}, {split}"))
+                report.print_widths(rows, f"{run}, {split}, {opened.read}")
+                name = _picture(opened, f"widths-{split}", widths)
+                typer.echo(report.draw_widths(name, rows, f"{run.name}, {split}, {opened.read}"))
         opened.grid.close()
 
 
@@ -58,15 +60,22 @@ def _evaluate_present(run: SavedRun, present: str, split: str) -> None:
         return
     if present == "sweep":
         rows = report.present_rows(subsets, [score.top1 for score in scores])
-        report.print_present(rows, f"{run.folder}, {split}")
-        typer.echo(report.draw_present(run.folder / f"present-{split}.png", rows, f"{run.folder.name}, {split}"))
+        report.print_present(rows, f"{run.folder}, {split}, {run.read}")
+        name = _picture(run, f"present-{split}")
+        typer.echo(report.draw_present(name, rows, f"{run.folder.name}, {split}, {run.read}"))
     else:
         (subset,), (score,) = subsets, scores
         names = ", ".join(str(number) for number in subset)
         typer.echo(
-            f"{run.folder}, {split}, submodules {names} of {run.recipe.model.submodules}: top-1 {score.top1:.2f} %, "
-            f"top-5 {score.top5:.2f} %, loss {score.loss:.4f}"
+            f"{run.folder}, {split}, {run.read}, submodules {names} of {run.recipe.model.submodules}: "
+            f"top-1 {score.top1:.2f} %, top-5 {score.top5:.2f} %, loss {score.loss:.4f}"
         )
+
+
+def _picture(run: SavedRun, what: str, widths: str = "") -> Path:
+    """A file of this command's own: the run drew others."""
+    parts = ["evaluate", what, f"step-{run.steps}", *(["ema"] if run.ema else []), *widths.split(",")]
+    return run.folder / f"{'-'.join(filter(None, parts))}.png"
 
 
 def export_run(
@@ -75,6 +84,8 @@ def export_run(
     budget: Annotated[str, typer.Option(help="The widest subnet for 1.3G (multiply-adds), 6Mparams or 8ms.")] = "",
     out: Annotated[Path | None, typer.Option("-o", "--out", help="Folder; RUN/export-WIDTH by default.")] = None,
     untrained: Annotated[bool, typer.Option("--untrained", help="Also a width that was never trained.")] = False,
+    force: Force = False,
+    checkpoint: Checkpoint = "latest",
     ema: Ema = False,
     root: Root = "",
     debug: Debug = False,
@@ -84,9 +95,10 @@ def export_run(
         check_kernels()
         from ..results import export, saved
 
-        opened = saved.open_run(run, ema, root)
+        opened = saved.open_run(run, ema, root, checkpoint)
         chosen = opened.choose(width, budget, untrained)
         folder = out or run / f"export-{chosen}"
+        refuse_to_overwrite(folder, force)
         about = opened.about(chosen)
         files = export.export(opened.at(chosen), chosen, folder, opened.facts, opened.recipe.augment, about)
         opened.grid.close()

@@ -9,7 +9,7 @@ import typer
 
 from ..errors import shown
 from ..train import check_kernels
-from . import Debug
+from . import Debug, Force, refuse_to_overwrite
 
 
 def import_weights(
@@ -23,12 +23,14 @@ def import_weights(
     ] = 1.0,
     granularity: Annotated[float, typer.Option(help="Scala: the step between widths.")] = 0.0625,
     side: Annotated[str, typer.Option(help="Scala: the smallest width's channels, leading or trailing.")] = "leading",
+    force: Force = False,
     trust: Annotated[bool, typer.Option("--trust", help="Unpickle a file that could run code.")] = False,
     debug: Debug = False,
 ) -> None:
     """Turn published weights, told apart by their keys, into a model file of this project."""
     with shown(2, debug):
         check_kernels()
+        refuse_to_overwrite(out, force)
         from ..engine import interop
         from ..errors import RefusedError
         from ..models import weights

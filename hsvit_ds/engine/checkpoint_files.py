@@ -35,6 +35,30 @@ def pointed(folder: Path, pointer: str) -> Path | None:
     return target
 
 
+def chosen(run: Path, which: str) -> Path:
+    """The checkpoint of a run that is its "latest" or "best", or of a step.
+
+    Raises:
+        RefusedError: there is none.
+    """
+    folder = run / "checkpoints"
+    there = [path for path in sorted(folder.glob(STEPS)) if path.is_dir()]
+    if which in ("latest", "best"):
+        if found := pointed(folder, which):
+            return found
+        why = f"{folder / which} is missing"
+    else:
+        if found := next((path for path in reversed(there) if which.isdecimal() and _step(path) == int(which)), None):
+            return found
+        steps = ", ".join(sorted({str(_step(path)) for path in there}, key=int)) or "none"
+        why = f"there are latest, best, and those of steps: {steps}"
+    raise RefusedError(f"{run}: no checkpoint {which} of a run there; {why}")
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.split("-")[1])
+
+
 def read_manifest(folder: Path) -> dict[str, Any]:
     """What the checkpoint in a folder is, with the sizes and hashes of its files."""
     try:

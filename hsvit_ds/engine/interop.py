@@ -23,7 +23,7 @@ from ..models.hsvit import Config as HSViTConfig
 from ..models.hsvit import HSViT
 from ..models.weights import load_exactly, unwrapped
 from .checkpoint import Position
-from .checkpoint_files import pointed, read_manifest, read_weights
+from .checkpoint_files import chosen, read_manifest, read_weights
 
 
 def import_weights(
@@ -243,22 +243,21 @@ class LoadedRun:
     position: Position
 
 
-def load_run(folder: Path, ema: bool = False) -> LoadedRun:
-    """The newest checkpoint of a run. ema: its averaged weights. On the meta device the weights are not read.
+def load_run(folder: Path, ema: bool = False, checkpoint: str = "latest") -> LoadedRun:
+    """A checkpoint of a run: its "latest", its "best", or that of a step. ema: the averaged weights. On the meta device
+    the weights are not read.
 
     Raises:
-        RefusedError: no checkpoint, none with an average, or a damaged one.
+        RefusedError: no such checkpoint, none with an average, or a damaged one.
     """
-    checkpoint = pointed(folder / "checkpoints", "latest")
-    if checkpoint is None:
-        raise RefusedError(f"{folder}: no checkpoint of a run there ({folder}/checkpoints/latest is missing)")
-    manifest = read_manifest(checkpoint)
+    place = chosen(folder, checkpoint)
+    manifest = read_manifest(place)
     recipe = manifest["recipe"]
     facts = splits.facts(splits.Config(**recipe["data"]))
     config = models.without_weights(_config(recipe["model"]))
     model = config.build(image_size=facts.image_size, channels=facts.channels, classes=facts.classes)
     if not next(model.parameters()).is_meta:
-        model.load_state_dict(read_weights(checkpoint, manifest, ema))
+        model.load_state_dict(read_weights(place, manifest, ema))
     return LoadedRun(model.eval(), recipe, Position(**manifest["position"]))
 
 

@@ -40,7 +40,7 @@ SUBSETS = 20
 
 @dataclass(frozen=True)
 class SavedRun:
-    """The newest checkpoint of the run in `folder`, whole on this rank."""
+    """A checkpoint of the run in `folder`, whole on this rank."""
 
     folder: Path
     model: Model
@@ -48,8 +48,17 @@ class SavedRun:
     trained: tuple[Width, ...]
     """The widths that its steps so far have trained, the smallest first."""
     steps: int
-    names_splits: bool
+    names_splits: bool = True
     """Whether its recipe says which splits are `data.val` and `data.test`; once none did."""
+    ema: bool = False
+    """Whether these are the averaged weights."""
+    best: bool = False
+    """Whether the checkpoint was asked for as the best one."""
+
+    @property
+    def read(self) -> str:
+        """Which weights these are, in words."""
+        return f"step {self.steps}{' (best)' if self.best else ''}{', averaged weights' if self.ema else ''}"
 
     @cached_property
     def grid(self) -> Grid:
@@ -174,31 +183,34 @@ class SavedRun:
         return model.eval()
 
     def about(self, width: Width) -> dict[str, str]:
-        """What a model card says of the run: its name, data, steps and accuracy at a width, where it was measured."""
+        """What a model card says of the run: its name, data, and the accuracy of these weights at a width, where it was
+        measured."""
         facts = self.facts
-        lines = {"run": self.folder.name, "data": self.recipe.data.name, "steps": str(self.steps)}
+        lines = {"run": self.folder.name, "data": self.recipe.data.name, "checkpoint": self.read}
         lines |= {"mean": str(list(facts.mean)), "standard deviation": str(list(facts.std))}
-        test = self.recipe.data.test
-        key = f"{test}/top1" if len(self.trained) == 1 else f"{test}/top1_w{width}"
         side, share = facts.image_size, self.recipe.augment.eval_crop
         how = f"shorter side resized to {round(side / share)}, centre cut out" if share else "aspect ratio not kept"
         lines["image"] = f"{side} x {side} px, {how}, {self.recipe.augment.filter}"
-        scores = [line[key] for line in read_metrics(self.folder) if key in line]
-        return lines | ({f"{test} top-1, %": f"{scores[-1]:.2f}"} if scores else {})
+        score = "top1" if len(self.trained) == 1 else f"top1_w{width}"
+        for split in dict.fromkeys((self.recipe.data.val, self.recipe.data.test)):
+            key = f"ema/{split}_{score}" if self.ema else f"{split}/{score}"
+            found = [line[key] for line in read_metrics(self.folder) if key in line and line["step"] == self.steps]
+            lines |= {f"{split} top-1, %": f"{found[-1]:.2f}"} if found else {}
+        return lines
 
     @property
     def _runs_differ(self) -> Channel | None:
         return self.grid.norms if self.grid.replicas > 1 else None
 
 
-def open_run(folder: Path, ema: bool = False, root: str = "") -> SavedRun:
-    """Open a run. ema: with its averaged weights. root: of its data, where that is not the run's own.
+def open_run(folder: Path, ema: bool = False, root: str = "", checkpoint: str = "latest") -> SavedRun:
+    """Open a run. ema, checkpoint: see `load_run`. root: of its data, where that is not the run's own.
 
     Raises:
         RefusedError: no checkpoint there, or a damaged one; or its data comes from a command, which only a person may
             give, as a run can be anybody's.
     """
-    loaded = load_run(folder, ema)
+    loaded = load_run(folder, ema, checkpoint)
     recipe = recipes.from_table(loaded.recipe, str(folder))
     if root:
         recipe = replace(recipe, data=replace(recipe.data, root=root))
@@ -215,4 +227,13 @@ def open_run(folder: Path, ema: bool = False, root: str = "") -> SavedRun:
         steps = (at.total - at.step) // at.epoch if at.epoch else at.total + 1
         sampler = scala.Sampler(recipe.task, recipe.model.widths, recipe.run.seed, steps)
         trained = sampler.trained(loaded.position.total)
-    return SavedRun(folder, loaded.model, recipe, trained, loaded.position.total, "test" in loaded.recipe["data"])
+    return SavedRun(
+        folder,
+        loaded.model,
+        recipe,
+        trained,
+        loaded.position.total,
+        names_splits="test" in loaded.recipe["data"],
+        ema=ema,
+        best=checkpoint == "best",
+    )

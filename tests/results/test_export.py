@@ -146,7 +146,7 @@ def check_programs(folder: Path, images: Tensor, expected: Tensor) -> None:
 def test_evaluation_scores_all_widths_in_one_pass_over_the_data(run: SavedRun, monkeypatch: pytest.MonkeyPatch) -> None:
     code, output = command("evaluate", run.folder)
     assert code == 0, output
-    assert (run.folder / "widths-test.png").stat().st_size > 10_000
+    assert (run.folder / "evaluate-widths-test-step-3.png").stat().st_size > 10_000
     for width in run.trained:
         assert f"│ {width}" in output
     read = run.reader.evaluation

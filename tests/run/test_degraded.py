@@ -371,11 +371,11 @@ def test_the_command_prints_and_draws_how_many_submodules_are_needed(run: SavedR
         "│ 4                  │ 1       │",
     ):
         assert line in result.output
-    assert (run.folder / "present-val.png").stat().st_size > 10_000
+    assert (run.folder / f"evaluate-present-val-step-{run.steps}.png").stat().st_size > 10_000
     result = CliRunner().invoke(app, ["evaluate", str(run.folder), "--present", "2,0", "--split", "val"])
     assert result.exit_code == 0, result.output
     (score,) = run.evaluate_subsets("val", [(0, 2)])
-    assert f"val, submodules 0, 2 of 4: top-1 {score.top1:.2f} %" in result.output
+    assert f"val, step {run.steps}, submodules 0, 2 of 4: top-1 {score.top1:.2f} %" in result.output
 
 
 @pytest.mark.parametrize(

@@ -140,7 +140,7 @@ SCALA = ROOT / "recipes/digits/scala.toml"
         ("model.variant=DeiT-X", '[model] variant = "DeiT-X": must be one of DeiT-Ti, DeiT-S, DeiT-B'),
         ("model.groups=4", 'unknown key "model.groups"; known: depth, distilled'),
         ("grid.submodule_ranks=2", "more submodule ranks than submodules"),
-        ("task.teacher.name=runs/none", "runs/none: no checkpoint of a run there"),
+        ("task.teacher.name=runs/none", "runs/none: no checkpoint latest of a run there"),
     ],
 )
 def test_bad_input_of_scala_is_refused_in_one_line(override: str, message: str) -> None:

@@ -66,7 +66,8 @@ def test_a_split_that_is_missing_is_refused_and_a_named_one_is_read_and_said(
     for role in ("val", "test"):
         scored = CliRunner().invoke(app, ["evaluate", str(folder), "--split", role])
         assert scored.exit_code == 0, scored.output
-        assert missing not in scored.output.replace(str(tmp_path), "")
+        assert f", {there}, step 3" in scored.output
+        assert f"widths-{there}-" in scored.output.replace("\n", "")
 
 
 @pytest.mark.parametrize(("there", "missing"), HELD_OUT)

@@ -107,7 +107,7 @@ def test_cached_answers_are_the_same_and_computed_once(
         ({"name": RESNET, "weights": "missing.pth"}, {}, "missing.pth: no such file"),
         ({"name": "RUN"}, {"classes": 7}, r"is for 10 classes, the data has 7"),
         ({"name": "RUN"}, {"image_size": 64}, r"is for 32 pixels a side, the data has 64"),
-        ({"name": "nowhere"}, {}, r"nowhere: no checkpoint of a run there"),
+        ({"name": "nowhere"}, {}, r"nowhere: no checkpoint latest of a run there"),
     ],
 )
 def test_a_teacher_that_does_not_fit_is_refused(

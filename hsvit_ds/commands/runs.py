@@ -100,7 +100,8 @@ def export_run(
         folder = out or run / f"export-{chosen}"
         refuse_to_overwrite(folder, force)
         about = opened.about(chosen)
-        files = export.export(opened.at(chosen), chosen, folder, opened.facts, opened.recipe.augment, about)
+        model, names = opened.at(chosen), opened.class_names
+        files = export.export(model, chosen, folder, opened.facts, opened.recipe.augment, names, about)
         opened.grid.close()
         for path in files:
             typer.echo(f"{path}: {path.stat().st_size:,} bytes")

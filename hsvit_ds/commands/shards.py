@@ -27,12 +27,16 @@ def make_shards(
     out: Annotated[Path, typer.Argument(help="Folder for the shards.")],
     split: Annotated[str, typer.Option(help="What SOURCE is: train, val, … Of ImageNet's archives: which.")],
     name: Annotated[str, typer.Option(help="Of the data set, as imagenet1k.")],
-    shards: Annotated[int, typer.Option(help="How many tars.")] = 1024,
+    shards: Annotated[int, typer.Option(help="How many tars; 0: one for a thousand images.")] = 0,
     resize: Annotated[
         int | None, typer.Option(help="Shrink to this shorter side, pixels; otherwise images are copied as they are.")
     ] = None,
     quality: Annotated[int, typer.Option(help="Of the JPEGs that --resize writes.")] = 87,
-    seed: Annotated[int, typer.Option(help="Of the order of the samples.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of the order of the samples, and of what is held out.")] = 0,
+    holdout: Annotated[
+        float, typer.Option(help="Share of each class that becomes a split of its own, val; 0.15, for instance.")
+    ] = 0.0,
+    strict: Annotated[bool, typer.Option("--strict", help="Refuse images that cannot be read.")] = False,
     processes: Processes = 0,
     debug: Debug = False,
 ) -> None:
@@ -41,17 +45,20 @@ def make_shards(
         from ..data.shards.make import Options, make
         from ..run.report import duration
 
-        started = time.perf_counter()
-        options = Options(name, split, shards, resize, quality, seed)
+        started, left_out = time.perf_counter(), list[str]()
+        options = Options(name, split, shards, resize, quality, seed, holdout, strict)
         with _progress("shards") as done:
-            made, left_out = make(source, out, options, _cores(processes), done)
-        total = int(made.bytes.sum())
-        spent = duration(time.perf_counter() - started)
-        typer.echo(f"{out}: {len(made):,} samples in {shards:,} shards, {_bytes(total)}, {spent}")
+            made = list(make(source, out, options, _cores(processes), done))
+        for found, bad in made:
+            named, size = found.shards[0].rsplit("-", 1)[0], _bytes(int(found.bytes.sum()))
+            typer.echo(f"{out}: {len(found):,} samples of {named} in {len(found.shards):,} shards, {size}")
+            left_out += bad
+        typer.echo(f"{len(made[0][0].classes):,} classes, {duration(time.perf_counter() - started)}")
         if left_out:
             _list(left_out, 50)
-            typer.echo(f"hsvit: images that could not be read and are left out: {len(left_out):,}", err=True)
-            raise typer.Exit(1)
+            typer.echo(
+                f"hsvit: images of {source} that could not be read and are left out: {len(left_out):,}", err=True
+            )
 
 
 @app.command("index")
@@ -65,7 +72,9 @@ def index_shards(
     with shown(2, debug):
         from ..data import index
         from ..data.shards.check import shards_in
+        from ..data.shards.make import class_names
 
+        names = class_names(folder)
         splits, target, rows, problems = shards_in(folder), out or folder, [], list[str]()
         _made_folder(target)
         total = sum(map(len, splits.values()))
@@ -77,7 +86,7 @@ def index_shards(
                     nonlocal read
                     done(read := read + 1, total)
 
-                built = index.build(folder, paths, _cores(processes), one)
+                built = index.build(folder, paths, _cores(processes), one, names)
                 path = target / f"{split}.index.npz"
                 built.save(path)
                 classes = len(set(built.labels.tolist()))

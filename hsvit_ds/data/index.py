@@ -38,7 +38,8 @@ class Index:
 
     lengths: samples of each shard. bytes, modified, checksums: of each shard its size, its time of modification
     (ns) and the hash of its members' names, places and labels. offsets: uint32 [N], in blocks of 512 bytes. sizes:
-    uint32 [N], bytes of the image. labels: int32 [N]. problems: samples that are left out, and why.
+    uint32 [N], bytes of the image. labels: int32 [N]. problems: samples that are left out, and why. classes: what the
+    labels mean, where that is known.
     """
 
     folder: Path
@@ -51,6 +52,7 @@ class Index:
     sizes: np.ndarray
     labels: np.ndarray
     problems: tuple[str, ...]
+    classes: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.sizes)
@@ -117,8 +119,9 @@ def _read(path: Path, folder: Path) -> Index:
             raise ValueError(f"format {file['format']}, this version reads {FORMAT}")
         if any(part.compress_type for part in file.zip.infolist()):  # then it may take more memory than disk
             raise ValueError("compressed")
-        arrays = {f.name: file[f.name] for f in fields(Index) if f.name != "folder"}
-    shards, problems = (tuple(str(text) for text in arrays.pop(name)) for name in ("shards", "problems"))
+        arrays = {f.name: file[f.name] for f in fields(Index) if f.name in file}  # the first ones had no classes
+    names = ("shards", "problems", "classes")
+    shards, problems, classes = (tuple(str(text) for text in arrays.pop(name, ())) for name in names)
     shapes = [(len(shards),)] * 4 + [(int(arrays["lengths"].sum()),)] * 3
     if [x.shape for x in arrays.values()] != shapes or any(x.dtype.kind not in "iu" for x in arrays.values()):
         raise ValueError("its arrays do not fit each other")
@@ -128,7 +131,7 @@ def _read(path: Path, folder: Path) -> Index:
         raise ValueError(f"{printable(odd[0])} is no shard's name")
     if arrays["sizes"].max(initial=0) > MOST_BYTES:
         raise ValueError(f"an image of more than {MOST_BYTES} bytes")
-    return Index(folder, shards, problems=problems, **arrays)
+    return Index(folder, shards, problems=problems, classes=classes, **arrays)
 
 
 def _compared(index: Index, path: Path, remedy: str) -> Index:
@@ -179,8 +182,14 @@ def no_split(where: str, split: str, there: Iterable[str]) -> RefusedError:
     return RefusedError(f"{where}: no split {split} ({', '.join(found) or 'no NAME-SPLIT-0000.tar'}){remedy}")
 
 
-def build(folder: Path, shards: list[Path], processes: int, done: Callable[[Path], None] = lambda _: None) -> Index:
-    """Index the shards of a split. done: called after each shard."""
+def build(
+    folder: Path,
+    shards: list[Path],
+    processes: int,
+    done: Callable[[Path], None] = lambda _: None,
+    classes: Iterable[str] = (),
+) -> Index:
+    """Index the shards of a split. done: called after each shard. classes: what the labels mean."""
     scans = []
     with ProcessPoolExecutor(processes) if processes > 1 else nullcontext() as pool:
         results = pool.map(scan, shards) if pool is not None else map(scan, shards)
@@ -199,6 +208,7 @@ def build(folder: Path, shards: list[Path], processes: int, done: Callable[[Path
         sizes=rows[:, 1].astype(np.uint32),
         labels=rows[:, 2].astype(np.int32),
         problems=tuple(problem for s in scans for problem in s.problems),
+        classes=tuple(map(printable, classes)),
     )
 
 

@@ -17,7 +17,7 @@ from .sets import SETS, Facts, photographs
 class Config:
     name: str = "digits"
     """The data set: "digits" is built in; "cifar10", "imagenette", "tiny_imagenet" and "imagenet1k" are known; any
-    other name is a set of your own, with `classes`."""
+    other name is a set of your own."""
     root: str = ""
     """Folder of its shards NAME-SPLIT-0000.tar, indexed by `hsvit shards index`; or a URL with `_info.json` (https:,
     gs:, pipe:cat /x), whose shards are streamed, with the weaker promises of `stream.py`."""
@@ -29,7 +29,7 @@ class Config:
     index: str = ""
     """Folder of the index files, where they are not beside the shards."""
     classes: int = 0
-    """Of a data set of your own; 0: of the known one."""
+    """Of a data set of your own; 0: as many as its shards name, or those of the known one."""
     image_size: int = 0
     """Side of the images that the model takes, pixels; 0: that of the known data set, 224 for your own."""
     window: int = 8192
@@ -80,9 +80,10 @@ class Config:
             raise ValueError(f"timeout = {self.timeout}: must be above 0 seconds")
         if not 0 <= self.max_bad_fraction <= 1:
             raise ValueError(f"max_bad_fraction = {self.max_bad_fraction}: must be in [0, 1]")
-        if self.name not in SETS and not self.classes:
+        if self.name not in SETS and not self.classes and not self.root:
             raise ValueError(
-                f'name = "{self.name}": not one of {", ".join(SETS)}; for a data set of your own set classes too'
+                f'name = "{self.name}": not one of {", ".join(SETS)}; for a data set of your own set root, the folder '
+                "of its shards, or classes"
             )
         if self.name == "digits" and (self.root or self.classes or self.image_size):
             raise ValueError('name = "digits" is built in: it takes no root, classes or image_size')
@@ -129,13 +130,23 @@ def open_split(config: Config, split: str) -> Index | stream.Split | None:
     index = open_index(path, folder)
     if not len(index):
         raise RefusedError(f"{path}: holds no sample; hsvit shards check {folder} tells why")
-    worst, classes = int(index.labels.argmax()), facts(config).classes
-    if index.labels[worst] >= classes:
+    worst, classes = int(index.labels.argmax()), facts(config).classes or len(index.classes)
+    if classes and index.labels[worst] >= classes:
         raise RefusedError(
             f"{path}: {index.name(worst)} has label {index.labels[worst]}, but {config.name} has {classes} classes, "
             f"0 to {classes - 1}; is data.root the right folder, or data.classes to be set?"
         )
     return index
+
+
+def class_names(config: Config) -> tuple[str, ...]:
+    """What the labels mean, as the shards say it; () where they do not."""
+    if config.name == "digits":
+        return tuple(str(digit) for digit in range(facts(config).classes))
+    if stream.is_url(config.root):
+        return stream.class_names(config.root, config.timeout)
+    there = open_split(config, "train") if config.root else None
+    return there.classes if isinstance(there, Index) else ()
 
 
 def check_splits(config: Config) -> None:
@@ -156,6 +167,13 @@ def resolved(config: Config) -> Config:
     """With the decoder and the fingerprint of the data filled in; refuses others than a recipe names."""
     if config.name == "digits" or not config.root:
         return config
+    if config.name not in SETS and not config.classes:
+        config = dataclasses.replace(config, classes=len(class_names(config)))
+        if not config.classes:
+            raise RefusedError(
+                f"data.root = {config.root}: names no classes (classes.txt, _info.json, kept in the index); set "
+                "data.classes to their number"
+            )
     there = open_split(config, "train")
     assert there is not None
     if config.fingerprint not in ("", there.fingerprint):

@@ -97,7 +97,7 @@ class Split:
 
 def open_split(root: str, split: str, timeout: float) -> Split:
     """What `ROOT/_info.json` says of a split, as `hsvit shards make` writes it and timm reads it."""
-    splits = _info(root, timeout)
+    splits = _info(root, timeout)["splits"]
     if split not in splits:
         raise no_split(f"{root}/_info.json", split, splits)
     about = splits[split]
@@ -118,7 +118,12 @@ def open_split(root: str, split: str, timeout: float) -> Split:
 
 def split_names(root: str, timeout: float) -> list[str]:
     """The splits that `ROOT/_info.json` names."""
-    return list(_info(root, timeout))
+    return list(_info(root, timeout)["splits"])
+
+
+def class_names(root: str, timeout: float) -> tuple[str, ...]:
+    """What `ROOT/_info.json` calls the labels; () where it does not."""
+    return tuple(str(name) for name in _info(root, timeout).get("classes", []))
 
 
 @cache
@@ -130,7 +135,7 @@ def _info(root: str, timeout: float) -> dict[str, Any]:
 
         _open_http_ourselves(timeout)
         with gopen(url) as stream:
-            found: dict[str, Any] = json.loads(stream.read())["splits"]
+            found: dict[str, Any] = json.loads(stream.read())
             return found
 
     return _tried(read, url)

@@ -92,13 +92,19 @@ def latency_ms(model: Model) -> float:
 
 
 def export(
-    model: Model, width: Width, out: Path, facts: Facts, augmentation: augment.Config, about: dict[str, str]
+    model: Model,
+    width: Width,
+    out: Path,
+    facts: Facts,
+    augmentation: augment.Config,
+    names: Sequence[str],
+    about: dict[str, str],
 ) -> list[Path]:
     """Write the subnet at a width into the folder `out`; the files.
 
-    model.safetensors, config.json (timm's, for models that timm has), model.pt2 (torch.export), model.onnx and
-    README.md; the batch is free in both programs. augmentation: of the run, for the input that it was evaluated with.
-    about: lines of the model card.
+    model.safetensors, config.json (timm's, for models that timm has), model.pt2 (torch.export), model.onnx, classes.txt
+    and README.md; the batch is free in both programs. augmentation: of the run, for the input that it was evaluated
+    with. names: what the labels mean, or none. about: lines of the model card.
     """
     small = model.cpu().subnet(width).eval()
     try:
@@ -107,14 +113,17 @@ def export(
         raise RefusedError(f"--out {out}: {error.strerror}") from error
     if _timm_has(small):
         save_file(timm_weights(small), out / "model.safetensors")
-        (out / "config.json").write_text(json.dumps(timm_config(small, facts, augmentation), indent=2) + "\n")
+        config = timm_config(small, facts, augmentation) | ({"label_names": list(names)} if names else {})
+        (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     else:
         save_model(small, out / "model.safetensors")
     program = _program(small)
     torch.export.save(program, out / "model.pt2")
     _onnx(program, out / "model.onnx")
+    if names:
+        (out / "classes.txt").write_text("\n".join(names) + "\n", "utf-8")
     slimmable = len(model.config.widths.family) > 1
-    (out / "README.md").write_text(_card(small, width if slimmable else None, about))
+    (out / "README.md").write_text(_card(small, width if slimmable else None, names, about))
     return sorted(out.iterdir())
 
 
@@ -226,7 +235,7 @@ def _onnx(program: torch.export.ExportedProgram, path: Path) -> None:
         )
 
 
-def _card(model: Model, width: Width | None, about: dict[str, str]) -> str:
+def _card(model: Model, width: Width | None, names: Sequence[str], about: dict[str, str]) -> str:
     """The model card. width: of a subnet of a slimmable network."""
     numbers, macs = (
         sum(p.numel() for p in model.parameters()),
@@ -237,7 +246,7 @@ def _card(model: Model, width: Width | None, about: dict[str, str]) -> str:
         "parameters": f"{numbers:,}",
         "multiply-adds of an image": f"{macs:,}",
         "images": f"{model.channels} x {model.image_size} x {model.image_size}",
-        "classes": str(model.classes),
+        "classes": f"{model.classes}{', see classes.txt' if names else ''}",
         **about,
     }
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())

@@ -29,7 +29,7 @@ from ..models.slimmable import Width
 from ..run import recipe as recipes
 from ..run.evaluation import Score, evaluate, evaluate_subsets, needs_calibration, recalibrate_widths
 from ..run.recipe import Recipe
-from ..run.tracking import read_metrics
+from ..run.tracking import CLASSES, read_metrics
 from ..tasks import scala
 from .export import Budget
 
@@ -69,6 +69,12 @@ class SavedRun:
         share = Share(self.recipe.run.global_batch, 1, self.grid.replicas, self.grid.replica)
         data = self.recipe.data if self.names_splits else named_as_before(self.recipe.data)
         return Reader(data, self.recipe.augment, recipes.order(self.recipe), share, self.grid)
+
+    @property
+    def class_names(self) -> list[str]:
+        """What the labels mean, as the run noted it; [] where its data did not say."""
+        file = self.folder / CLASSES
+        return file.read_text("utf-8").splitlines() if file.exists() else []
 
     @property
     def facts(self) -> Facts:

@@ -16,6 +16,8 @@ from typing import Any
 from ..errors import first_line
 
 METRICS = "metrics.jsonl"
+CLASSES = "classes.txt"
+"""The names of the classes, one a line, where the data says them."""
 _RUN_ID = "mlflow_run_id"
 
 

@@ -15,6 +15,7 @@ from ..data.bad import BadSamples
 from ..data.batch import Batch
 from ..data.reader import Reader
 from ..data.sets import Facts
+from ..data.splits import class_names
 from ..data.splits import facts as facts_of
 from ..engine.captured import compiled
 from ..engine.checkpoint import Checkpoints, Position
@@ -37,7 +38,7 @@ from .memory import needed
 from .recipe import Plan, Recipe
 from .report import Reporter, draw_curves, draw_widths, duration, print_widths, width_rows
 from .survival import StoppedError, StopRequests, Watch, is_out_of_memory, told
-from .tracking import Tracker, Untracked
+from .tracking import CLASSES, Tracker, Untracked
 
 SHOWN_BAD = 10
 """Unreadable images that are printed at a time."""
@@ -95,6 +96,8 @@ class Trainer:
         self.saved = restored
         self.stops, self.watch = StopRequests(grid), Watch(folder, grid, recipe.run.watchdog)
         if grid.is_main:
+            if names := class_names(recipe.data):
+                (folder / CLASSES).write_text("\n".join(names) + "\n", "utf-8")
             last_step = self.start.total if resume else None
             self.tracker = Tracker(recipe.tracking, folder, folder.name, recipes.flat(recipe), last_step)
         self.report = Reporter(grid.is_main, plan.steps, self.start.total)

@@ -91,3 +91,22 @@ def test_names_of_before_are_those_that_are_there(tmp_path: Path) -> None:
     found = splits.named_as_before(splits.Config(name="tiny", classes=10, root=str(data)))
     assert (found.val, found.test) == ("validation", "validation")
     assert splits.named_as_before(splits.Config()) == splits.Config()
+
+
+def test_a_set_that_names_its_classes_needs_no_number_of_them_and_an_export_has_the_names(tmp_path: Path) -> None:
+    data = data_set(tmp_path / "set")
+    keys = [key for key in arguments(tmp_path, data, "data.test=val") if not key.startswith("data.classes")]
+    command = ["recipe", keys[0], *keys[1:]]
+    refused = CliRunner().invoke(app, command)
+    assert (refused.exit_code, "names no classes" in refused.stderr) == (2, True), refused.output
+    names = [f"sort {label}" for label in range(10)]
+    (data / "classes.txt").write_text("\n".join(names) + "\n")
+    assert CliRunner().invoke(app, ["shards", "index", str(data)]).exit_code == 0
+    assert "classes = 10" in CliRunner().invoke(app, command).output
+    main(keys)
+    folder = tmp_path / "digits-scala-001"
+    assert (folder / "classes.txt").read_text().splitlines() == names
+    exported = CliRunner().invoke(app, ["export", str(folder), "--width", "0.5"])
+    assert exported.exit_code == 0, exported.output
+    assert (folder / "export-0.50/classes.txt").read_text().splitlines() == names
+    assert json.loads((folder / "export-0.50/config.json").read_text())["label_names"] == names

@@ -18,7 +18,7 @@ from ..index import IMAGES, MOST_BYTES, Member
 from .make import INFO, Done, disagreement, read_info
 from .sources import decoded
 
-WARNINGS = ("duplicate image", "index")
+WARNINGS = ("duplicate image", "image in two splits", "index")
 
 
 class Finding(NamedTuple):
@@ -34,7 +34,8 @@ class Finding(NamedTuple):
 
 @dataclass
 class Checked:
-    """A shard that was read. samples: as its index counts them. images: (SHA-256, label, name) of each sample's."""
+    """A shard that was read. samples: as its index counts them. images: of each sample the SHA-256 of its pixels, its
+    label and its name."""
 
     shard: str
     samples: int
@@ -58,11 +59,11 @@ def check(folder: Path, classes: int, processes: int, done: Done) -> tuple[list[
     read = partial(check_shard, classes=classes or len(info.get("classes", [])))
     findings, samples, total, count = list[Finding](), dict[str, int](), sum(map(len, splits.values())), 0
     with ProcessPoolExecutor(processes) as pool:
+        known = Known()
         for split, paths in splits.items():
-            known = Known()
-            lengths = []
+            known.keys, lengths = {}, []
             for checked in pool.map(read, paths):
-                findings += [*checked.findings, *known.repeated(checked)]
+                findings += [*checked.findings, *known.repeated(split, checked)]
                 lengths.append(checked.samples)
                 done(count := count + 1, total)
             samples[split] = sum(lengths)
@@ -87,24 +88,24 @@ def shards_in(folder: Path) -> dict[str, list[Path]]:
 
 
 class Known:
-    """Keys and images of a split's shards so far: some 200 bytes a sample."""
+    """Keys of a split's shards so far, and images of all of them: some 200 bytes a sample."""
 
     def __init__(self) -> None:
         self.keys: dict[str, str] = {}
-        self.images: dict[bytes, tuple[int | None, str]] = {}
+        self.images: dict[bytes, tuple[int | None, str, str]] = {}
 
-    def repeated(self, checked: Checked) -> Iterator[Finding]:
+    def repeated(self, split: str, checked: Checked) -> Iterator[Finding]:
         shard = checked.shard
         for key in checked.keys:
             if (first := self.keys.setdefault(key, shard)) != shard:
                 yield Finding("duplicate key", f"{shard}: {key}: also in {first}")
         for digest, label, name in checked.images:
             this = f"{shard}: {name}"
-            first_label, first = self.images.setdefault(digest, (label, this))
+            first_label, first, other = self.images.setdefault(digest, (label, this, split))
             if first != this and first_label != label:
                 yield Finding("one image, two labels", f"{this}: label {label}, but {first} has {first_label}")
             elif first != this:
-                yield Finding("duplicate image", f"{this}: also {first}")
+                yield Finding("duplicate image" if other == split else "image in two splits", f"{this}: also {first}")
 
 
 def check_shard(path: Path, classes: int) -> Checked:
@@ -165,8 +166,10 @@ def _check_images(file: int, key: str, members: dict[str, Member], label: int | 
             checked.find("broken image", image.name, f"cut off after {len(data)} of {image.size} bytes")
         else:
             try:
-                decoded(data)
+                pixels = decoded(data)
             except BadImageError as error:
                 checked.find("broken image", image.name, str(error))
-            if image is images[0]:
-                checked.images.append((hashlib.sha256(data).digest(), label, image.name))
+                continue
+            if image is images[0]:  # by its pixels, however the file stores them
+                digest = hashlib.sha256(f"{pixels.mode} {pixels.size} ".encode() + pixels.tobytes()).digest()
+                checked.images.append((digest, label, image.name))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
@@ -29,29 +29,45 @@ from .sources import Item, Source, open_source, sample
 INFO, CLASSES = "_info.json", "classes.txt"
 Done = Callable[[int, int], None]  # is told (shards done, of how many)
 _SHUFFLE_KEY = 0x736861726473  # "shards"
+_HOLDOUT_KEY = 0x686F6C646F7574  # "holdout"
+EACH = 1000
+"""Images of a shard, where their number is not given."""
+HELD_OUT = "val"
 
 
 @dataclass(frozen=True)
 class Options:
-    """What a split is made with. resize: the shorter side in pixels; without it images are copied as they are."""
+    """What a split is made with.
+
+    shards: how many; 0: one for every `EACH` images. resize: the shorter side in pixels; without it images are copied
+    as they are. holdout: share of each class's images that becomes the split "val" instead. strict: images that cannot
+    be read are refused.
+    """
 
     name: str
     split: str
-    shards: int
-    resize: int | None
-    quality: int
-    seed: int
+    shards: int = 0
+    resize: int | None = None
+    quality: int = 87
+    seed: int = 0
+    holdout: float = 0.0
+    strict: bool = False
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", self.name, re.ASCII):
             raise RefusedError(f'--name "{self.name}": must be letters, digits, _, . and -, as imagenet1k')
         if not re.fullmatch(r"[A-Za-z_]+", self.split):
             raise RefusedError(f'--split "{self.split}": must be letters, as train or val')
-        limits = {"shards": (1, 10**6), "resize": (1, 2**16), "quality": (1, 100), "seed": (0, 2**32)}
+        limits = {"shards": (0, 10**6), "resize": (1, 2**16), "quality": (1, 100), "seed": (0, 2**32)}
         for option, (least, most) in limits.items():
             value = getattr(self, option)
             if value is not None and not least <= value <= most:
                 raise RefusedError(f"--{option} {value}: must be from {least} to {most}")
+
+        if not 0 <= self.holdout < 1:
+            raise RefusedError(f"--holdout {self.holdout}: must be at least 0 and below 1, a share of the images")
+        if self.holdout and self.split == HELD_OUT:
+            raise RefusedError(f"--holdout {self.holdout}: makes the split {HELD_OUT} too; give --split another name")
 
     @property
     def stem(self) -> str:
@@ -80,21 +96,56 @@ class Job:
         return not found.problems and len(found.samples) == len(self.items) - len(self.left_out)
 
 
-def make(source_folder: Path, out: Path, options: Options, processes: int, done: Done) -> tuple[Index, list[str]]:
-    """Write the shards that are not there yet, then what describes all of them.
+def make(
+    source_folder: Path, out: Path, options: Options, processes: int, done: Done
+) -> Iterator[tuple[Index, list[str]]]:
+    """Write the shards that are not there yet, then what describes all of them: a split, and one that is held out.
 
-    Returns:
-        The index, and which images could not be read and why.
+    Yields:
+        The index of each, and which images could not be read and why.
 
     Raises:
-        RefusedError: a source, options or files in `out` that do not fit; a full disk.
+        RefusedError: a source, options or files in `out` that do not fit; an image that cannot be read, where that is
+            refused; a full disk.
     """
     if out.resolve().is_relative_to(source_folder.resolve()):
         raise RefusedError(f"{out}: is inside SOURCE {source_folder}; give a folder elsewhere")
     source = open_source(source_folder, options.split)
-    if options.shards > len(source.items):
-        count = len(source.items)
+    if not options.holdout:
+        yield _make_split(source, out, options, processes, done)
+        return
+    kept, held = _held_out(source, options)
+    yield _make_split(kept, out, options, processes, done)
+    # Its shards are as large as the others.
+    count = options.shards and max(1, round(options.shards * len(held.items) / len(kept.items)))
+    yield _make_split(held, out, replace(options, split=HELD_OUT, shards=count, holdout=0.0), processes, done)
+
+
+def _held_out(source: Source, options: Options) -> tuple[Source, Source]:
+    """The images of a source in two parts, the second with the same share of each class, drawn by the seed."""
+    luck = sequence(_HOLDOUT_KEY, options.seed, count=len(source.items)).tolist()
+    of_class: dict[int, list[int]] = {}
+    for i in sorted(range(len(source.items)), key=luck.__getitem__):
+        of_class.setdefault(source.items[i].label, []).append(i)
+    held = set[int]()
+    for label, numbers in sorted(of_class.items()):
+        if len(numbers) < 2:
+            raise RefusedError(
+                f"--holdout {options.holdout}: class {source.classes[label]} has one image, which cannot be in both "
+                "splits"
+            )
+        held.update(numbers[: min(max(round(options.holdout * len(numbers)), 1), len(numbers) - 1)])
+    parts: tuple[list[Item], list[Item]] = ([], [])
+    for i, item in enumerate(source.items):
+        parts[i in held].append(item)
+    return replace(source, items=parts[0]), replace(source, items=parts[1])
+
+
+def _make_split(source: Source, out: Path, options: Options, processes: int, done: Done) -> tuple[Index, list[str]]:
+    count = len(source.items)
+    if options.shards > count:
         raise RefusedError(f"--shards {options.shards}: more than the {count} images; at most --shards {count}")
+    options = replace(options, shards=options.shards or -(-count // EACH))
     record, path = _claimed(out, options, source), out / options.record
     jobs = _dealt(out, options, source, record.left_out)
     with ProcessPoolExecutor(processes) as pool:
@@ -103,10 +154,10 @@ def make(source_folder: Path, out: Path, options: Options, processes: int, done:
                 record = replace(record, left_out={**record.left_out, job.path.name: left_out})
                 record.save(path)
             done(i + 1, len(jobs))
-    made = index.build(out, [job.path for job in jobs], processes)
+    made = index.build(out, [job.path for job in jobs], processes, classes=source.titles)
     made.save(out / f"{options.split}.index.npz")
     _describe(out, options.split, source, made)
-    return made, [f"{shard}: {text}" for shard, texts in sorted(record.left_out.items()) for text in texts]
+    return made, [text for _, texts in sorted(record.left_out.items()) for text in texts]
 
 
 @dataclass(frozen=True)
@@ -131,7 +182,7 @@ def _claimed(out: Path, options: Options, source: Source) -> Record:
     known = read_info(out).get("classes", source.classes)
     if known != source.classes:
         raise RefusedError(f"{out / INFO}: names other classes ({len(known)}) than SOURCE has; give another OUT")
-    record = Record(asdict(options), len(source.items), source.fingerprint)
+    record = Record({k: v for k, v in asdict(options).items() if k != "strict"}, len(source.items), source.fingerprint)
     path = out / options.record
     there = index.split_shards(out).get(options.split, [])
     if path.exists():
@@ -149,7 +200,9 @@ def _same(path: Path, now: Record) -> dict[str, list[str]]:
     remedy = f"give another OUT, or delete {path} and its shards"
     try:
         before = Record(**json.loads(path.read_text("utf-8")))
-        differing = [f"--{k} {before.options[k]}, now {v}" for k, v in now.options.items() if v != before.options[k]]
+        differing = [
+            f"--{k} {before.options[k]}, now {v}" for k, v in now.options.items() if v != before.options.get(k, v)
+        ]
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise RefusedError(f"{path}: not a record of hsvit shards make ({first_line(error)}); {remedy}") from error
     if before.source != now.source:
@@ -186,6 +239,8 @@ def write_shard(job: Job) -> list[str]:
                     try:
                         content = sample(item, job.options.resize, job.options.quality)
                     except BadImageError as error:
+                        if job.options.strict:
+                            raise RefusedError(f"{item.name}: {error} (--strict)") from error
                         left_out.append(f"{item.name}: {error}")
                     else:
                         tar.write({"__key__": f"{number:08d}", **content})
@@ -209,6 +264,16 @@ def read_info(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError, AttributeError) as error:
         raise RefusedError(f"{path}: not a description of shards ({first_line(error)}); repair or delete it") from error
     return info
+
+
+def class_names(folder: Path) -> list[str]:
+    """What the labels of the shards in a folder mean: the lines of `classes.txt`, or what `_info.json` says."""
+    try:
+        return (folder / CLASSES).read_text("utf-8", errors="surrogateescape").splitlines()
+    except FileNotFoundError:
+        return [str(name) for name in read_info(folder).get("classes", [])]
+    except OSError as error:
+        raise RefusedError(f"{folder / CLASSES}: {error.strerror}") from error
 
 
 def disagreement(info: dict[str, Any], split: str, shards: Iterable[str], lengths: Iterable[int]) -> str | None:

@@ -219,7 +219,7 @@ def sample(item: Item, resize: int | None, quality: int) -> dict[str, bytes]:
     resize: an image with a longer shorter side, pixels, becomes a JPEG of this one; any other keeps its bytes.
 
     Raises:
-        BadImageError: 0 bytes, too many or, where it has to be resized, no image.
+        BadImageError: 0 bytes, too many, or no image.
     """
     if item.size > MOST_BYTES:
         raise BadImageError(f"{item.size} bytes are more than {MOST_BYTES}")
@@ -228,8 +228,8 @@ def sample(item: Item, resize: int | None, quality: int) -> dict[str, bytes]:
     facts: dict[str, Any] = {"label": item.label, "class": item.class_name, "filename": item.name}
     if not data:
         raise BadImageError("0 bytes")
+    image = decoded(data)
     if resize:
-        image = decoded(data)
         if min(image.size) > resize and not image.mode.startswith(("I", "F")):  # deeper than a JPEG's 8 bits
             image = _shrunk(image, resize)
             file = io.BytesIO()

@@ -17,6 +17,7 @@ from scipy.io import savemat
 from timm.data.readers.reader_wds import _parse_split_info
 
 from hsvit_ds.data.index import open_index, scan
+from hsvit_ds.data.shards import make as made
 
 from ...tars import write_tar
 from .commands import Members, make, picture, refused, shards
@@ -63,7 +64,7 @@ def imagenet(folder: Path, truth: tuple[int, ...] = TRUTH) -> Path:
 
 def test_a_folder_of_classes_becomes_shards_of_the_same_images(photos: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    assert "22 samples in 4 shards" in make(photos, out).stdout
+    assert "22 samples of mini-train in 4 shards" in make(photos, out).stdout
     assert [len(scan(path).samples) for path in sorted(out.glob("*.tar"))] == [5, 6, 5, 6]
     found = samples(out)
     assert [sample["__key__"] for sample in found] == [f"{i:08d}" for i in range(22)]
@@ -120,22 +121,22 @@ def test_training_images_need_no_devkit(tmp_path: Path) -> None:
 def test_shards_do_not_depend_on_processes_or_interruptions(photos: Path, tmp_path: Path) -> None:
     (photos / "ant/ant.3.JPEG").write_bytes(picture(3)[:200])  # one that is left out
     one, two = tmp_path / "one", tmp_path / "two"
-    make(photos, one, "--resize", 12, code=1)
-    make(photos, two, "--resize", 12, "--processes", 2, code=1)
+    make(photos, one, "--resize", 12)
+    make(photos, two, "--resize", 12, "--processes", 2)
     assert files(one) == files(two)
     paths = sorted(two.glob("*.tar"))
     paths[0].unlink()
     paths[1].write_bytes(paths[1].read_bytes()[:5000])
     paths[2].with_name(paths[2].name + ".partial").write_bytes(b"half of a shard")
     kept = paths[3].stat().st_mtime_ns
-    again = make(photos, two, "--resize", 12, code=1)
+    again = make(photos, two, "--resize", 12)
     assert "ant.3.JPEG" in again.stdout
     assert files(one) == files(two)
     assert not list(two.glob("*.partial"))
     assert paths[3].stat().st_mtime_ns == kept
     assert len(open_index(two / "train.index.npz", two)) == 21
     before = {path: path.stat().st_mtime_ns for path in paths}
-    make(photos, two, "--resize", 12, code=1)
+    make(photos, two, "--resize", 12)
     assert {path: path.stat().st_mtime_ns for path in paths} == before
     with tarfile.open(paths[0]) as tar:
         assert {(member.mtime, member.uid, member.uname) for member in tar} == {(0, 0, "hsvit")}
@@ -180,20 +181,79 @@ def test_timm_finds_the_shards_and_splits_do_not_disturb_each_other(photos: Path
         assert found.filenames == tuple(f"mini-{split}-{i:04d}.tar" for i in range(len(lengths)))
         assert (found.shard_lengths, found.num_samples) == (lengths, 22)
     assert info["classes"] == ["ant", "bee", "cat"]
-    assert shards("check", out).stdout.count("\n") == 1
+    assert "errors: 0, warnings: 22" in shards("check", out).stdout  # each image is in both splits
     assert "agrees" in shards("info", out).stdout
 
 
-def test_unreadable_images_are_left_out_and_listed(photos: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("more", [[], ["--resize", 12]], ids=["copied", "resized"])
+def test_unreadable_images_are_left_out_and_listed_by_their_file_or_refused(
+    more: list[object], photos: Path, tmp_path: Path
+) -> None:
     (photos / "cat/cat.1.png").write_bytes(b"")
-    result = make(photos, tmp_path / "copied", code=1)
-    assert "cat/cat.1.png: 0 bytes" in result.stdout
     (photos / "ant/ant.2.JPEG").write_text("no image")
-    result = make(photos, tmp_path / "resized", "--resize", 12, code=1)
-    assert "ant/ant.2.JPEG: not an image" in result.stdout
-    assert "left out: 2" in result.stderr
-    assert len(samples(tmp_path / "resized")) == 20
-    assert shards("check", tmp_path / "resized").stdout.count("\n") == 1
+    whole = (photos / "bee/more/bee.3.JPEG").read_bytes()
+    (photos / "bee/more/bee.3.JPEG").write_bytes(whole[: len(whole) * 2 // 3])
+    result = make(photos, tmp_path / "out", *more)
+    lines = result.stdout.splitlines()
+    assert "cat/cat.1.png: 0 bytes" in lines
+    assert "ant/ant.2.JPEG: not an image" in lines
+    assert any(line.startswith("bee/more/bee.3.JPEG: ") for line in lines)  # cut off
+    assert f"images of {photos} that could not be read and are left out: 3" in result.stderr
+    assert len(samples(tmp_path / "out")) == 19
+    assert shards("check", tmp_path / "out").stdout.count("\n") == 1
+    result = make(photos, tmp_path / "strict", *more, "--strict", code=2)
+    assert "(--strict)" in result.stderr
+    assert not list((tmp_path / "strict").glob("*.index.npz"))
+
+
+def test_a_part_of_each_class_can_be_held_out(tmp_path: Path) -> None:
+    for label, (name, count) in enumerate({"ant": 40, "bee": 20, "cat": 2}.items()):
+        (tmp_path / "source" / name).mkdir(parents=True)
+        for i in range(count):
+            (tmp_path / "source" / name / f"{i}.png").write_bytes(picture(100 * label + i))
+    found = {}
+    for seed in (0, 0, 1):
+        out = tmp_path / f"out-{len(found)}-{seed}"
+        result = shards(
+            "make", tmp_path / "source", out, "--split=train", "--name=mini", "--holdout=0.15", f"--seed={seed}"
+        )
+        assert "52 samples of mini-train in 1 shards" in result.stdout
+        assert "10 samples of mini-val in 1 shards" in result.stdout
+        kept, held = ({json.loads(s["json"])["filename"] for s in samples(out, name)} for name in ("train", "val"))
+        assert len(kept) + len(held) == 62
+        assert not kept & held
+        assert [sum(file.startswith(name) for file in held) for name in ("ant", "bee", "cat")] == [6, 3, 1]
+        found.setdefault(seed, files(out))
+        assert found[seed] == files(out)
+        assert shards("check", out).stdout.count("\n") == 1
+    assert found[0] != found[1]
+
+
+def test_the_shards_are_as_many_as_the_images_need(
+    monkeypatch: pytest.MonkeyPatch, photos: Path, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("hsvit_ds.data.shards.make.EACH", 8)
+    list(made.make(photos, tmp_path / "out", made.Options("mini", "train"), 1, lambda done, total: None))
+    assert sorted(path.name for path in (tmp_path / "out").glob("*.tar")) == [
+        f"mini-train-{i:04d}.tar" for i in range(3)
+    ]
+    info = json.loads((tmp_path / "out/_info.json").read_text())
+    assert info["splits"]["train"]["shard_lengths"] == [7, 7, 8]
+
+
+def test_the_names_of_the_classes_travel_with_the_shards(photos: Path, tmp_path: Path) -> None:
+    make(photos, tmp_path / "out")
+    assert open_index(tmp_path / "out/train.index.npz", tmp_path / "out").classes == ("ant", "bee", "cat")
+    for lacking in ("classes.txt", "_info.json"):
+        (tmp_path / "out" / lacking).unlink()
+        shards("index", tmp_path / "out")
+        found = open_index(tmp_path / "out/train.index.npz", tmp_path / "out").classes
+        assert found == (("ant", "bee", "cat") if lacking == "classes.txt" else ())
+
+
+def one_image(source: Path) -> None:
+    (source / "dog").mkdir()
+    (source / "dog/only.png").write_bytes(picture(0))
 
 
 def no_images(source: Path) -> None:
@@ -222,7 +282,10 @@ def only_splits(source: Path) -> None:
         (shutil.rmtree, [], ("photos: not a folder",)),
         (only_splits, [], ("photos: train, val are splits, not classes; give", "photos/train")),
         (None, ["--shards", 23], ("--shards 23: more than the 22 images; at most --shards 22",)),
-        (None, ["--shards", 0], ("--shards 0: must be from 1",)),
+        (None, ["--shards", -1], ("--shards -1: must be from 0",)),
+        (None, ["--holdout", 1], ("--holdout 1.0: must be at least 0 and below 1",)),
+        (None, ["--holdout", 0.1, "--split", "val"], ("--holdout 0.1: makes the split val too",)),
+        (one_image, ["--holdout", 0.1], ("--holdout 0.1: class dog has one image",)),
         (None, ["--resize", 0], ("--resize 0: must be from 1",)),
         (None, ["--quality", 101], ("--quality 101: must be from 1 to 100",)),
         (None, ["--split", "train-1"], ('--split "train-1": must be letters',)),

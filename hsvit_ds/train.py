@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import tomllib
 from dataclasses import replace
 from pathlib import Path
 
 from . import __version__
 from .errors import RefusedError, shown
 from .hosts import secrets
-from .run.tracking import METRICS
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -37,26 +35,6 @@ def check_kernels() -> None:
         )
 
 
-def claim_folder(folder: Path, recipe_text: str) -> Path:
-    """Make a run's folder, or go on in it with the recipe that it was started with; refused where not writable."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if not (folder / "recipe.toml").exists():
-            (folder / "recipe.toml").write_text(recipe_text)
-        (folder / METRICS).open("a").close()
-    except OSError as error:
-        raise RefusedError(f"run folder {folder}: {error.strerror}; set run.root") from error
-    return folder
-
-
-def names_splits(folder: Path) -> bool:
-    """Whether the recipe of the run in a folder says which splits are `data.val` and `data.test`; once none did."""
-    try:
-        return "val" in tomllib.loads((folder / "recipe.toml").read_text())["data"]
-    except OSError:  # a new run
-        return True
-
-
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     with shown(2, args.debug):
@@ -64,24 +42,24 @@ def main(argv: list[str] | None = None) -> None:
         check_kernels()
         from .data.splits import check_splits, named_as_before
         from .grid.grid import Grid, world_size
+        from .run import folders
         from .run import recipe as recipes
 
         recipe, plan = recipes.resolve(recipes.read(args.recipe, args.overrides), world_size())
         grid = Grid(recipe.grid, recipe.model.submodules)
         try:
-            continued = args.resume or args.run is not None
-            place = args.run or recipes.run_folder(recipe.run, args.resume)
-            if continued and not grid.agree(lambda: names_splits(place)):
+            if not grid.agree(lambda: folders.names_splits(recipe.run, args.run, args.resume)):
                 recipe = replace(recipe, data=named_as_before(recipe.data))
             grid.together(lambda: check_splits(recipe.data))
-            folder = grid.agree(lambda: claim_folder(place, recipes.dumps(recipe)))
+            text = recipes.dumps(recipe)
+            folder = grid.agree(lambda: folders.open_folder(recipe.run, args.run, args.resume, text))
         except RefusedError:
             grid.close()  # all ranks are refused, and gloo aborts where one exits before the others
             raise
         from .run.survival import last_words
         from .run.trainer import Trainer
 
-        trainer = Trainer(recipe, plan, grid, folder, continued)
+        trainer = Trainer(recipe, plan, grid, folder, args.resume or args.run is not None)
     with last_words(trainer.watch, args.debug):
         ended = trainer.fit()
         grid.close()

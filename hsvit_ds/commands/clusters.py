@@ -60,7 +60,7 @@ def _print(hosts: list[Host], found: Examination) -> None:
         where = ", ".join(names) if wrong or len(names) <= 4 else f"{len(names)} hosts"
         where = "all hosts" if len(names) == len(hosts) > 1 else where
         table.add_row(check, f"WRONG: {value}" if wrong else value, where, style="red" if wrong else None)
-    Console(highlight=False, markup=False).print(table)
+    Console(highlight=False, markup=False, emoji=False).print(table)
 
 
 class Printed(StrEnum):

@@ -207,7 +207,7 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]], title: str) -> No
     table = Table(*head, title=title)
     for row in rows:
         table.add_row(*row)
-    Console(highlight=False, soft_wrap=True, markup=False).print(table)
+    Console(highlight=False, soft_wrap=True, markup=False, emoji=False).print(table)
 
 
 def _list(lines: Sequence[str], most: int) -> None:

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 from ..engine.checkpoint_files import pointed, read_manifest
 from ..errors import Exit, RefusedError
+from ..run import folders
 from ..run import recipe as recipes
 from ..run.recipe import Recipe
 from ..run.survival import ERRORS
@@ -71,11 +72,13 @@ def prepare(options: Options, hosts: list[Host]) -> Launch:
         for failure in found.failures:
             print(f"hsvit: error: {failure}", file=sys.stderr, flush=True)
         raise SystemExit(int(Exit.REFUSED))
-    folder = recipes.run_folder(recipe.run, options.resume).absolute()
-    if busy := attempt.running(hosts, folder):
+    there = folders.newest(recipe.run) if options.resume else None
+    folder = (there or folders.claim(recipe.run)).absolute()
+    if busy := attempt.running(hosts, folder):  # a new one too: of a run whose folder was removed meanwhile
+        if there is None:
+            folder.rmdir()
         raise RefusedError(f"{folder} is still going on {', '.join(busy)}; stop it before you resume it")
     try:
-        folder.mkdir(parents=True, exist_ok=options.resume)
         (folder / "launch").mkdir(exist_ok=True)
     except OSError as error:
         raise RefusedError(f"run folder {folder}: {error.strerror}; set run.root") from error

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..errors import Exit, RefusedError
-from ..run import recipe as recipes
+from ..run import folders
 from ..run.recipe import Recipe
 from .cluster import Host
 
@@ -42,10 +42,9 @@ def slurm(hosts: Sequence[Host], recipe: Recipe, path: Path, overrides: list[str
             f"{hosts[0].name} has slots={slots} and {other.name} slots={other.slots}: --ntasks-per-node is one number; "
             "give all hosts the same slots"
         )
-    newest = recipes.run_folder(recipe.run, resume)
-    # A job that is queued again keeps its number, so it finds its own folder.
-    folder = f'{shlex.quote(f"{recipe.run.root}/{recipe.run.name}-")}"$SLURM_JOB_ID"'
-    if resume and newest.exists():
+    # A job that is queued again keeps its number, so it finds its own folder; no other start counts up to such a name.
+    folder = f'{shlex.quote(f"{recipe.run.root}/{recipe.run.name}-job")}"$SLURM_JOB_ID"'
+    if resume and (newest := folders.newest(recipe.run)):
         folder = shlex.quote(str(newest))
     options = [
         *(f"--job-name={shlex.quote(recipe.run.name)}", f"--nodes={len(hosts)}", f"--ntasks-per-node={slots}"),

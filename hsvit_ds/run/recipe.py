@@ -71,13 +71,6 @@ class Run:
                 raise ValueError(f"{name} = {getattr(self, name)}: must not be negative")
 
 
-def run_folder(run: Run, resume: bool) -> Path:
-    """The newest `root`/`name`-NNN to resume, otherwise the next one."""
-    existing = sorted(Path(run.root).glob(f"{run.name}-[0-9][0-9][0-9]"))
-    number = int(existing[-1].name[-3:]) if existing else 0
-    return existing[-1] if resume and existing else Path(run.root) / f"{run.name}-{number + 1:03d}"
-
-
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
     run: Run = field(default_factory=Run)

@@ -38,7 +38,12 @@ class Kernels(logging.Handler):
         super().close()
 
 
-class _Voice(Console):
+class Voice(Console):
+    """A console on which names stay as they are: no brackets or colons in them are markup."""
+
+    def __init__(self) -> None:
+        super().__init__(highlight=False, soft_wrap=True, markup=False, emoji=False)
+
     def on_broken_pipe(self) -> None:
         """Who listened is gone, as a launcher that was stopped; rich would end the rank, which still has to save."""
         self.quiet = True
@@ -49,7 +54,7 @@ class Reporter:
 
     def __init__(self, speaks: bool, steps: int, done: int) -> None:
         self.speaks, self.steps, self.first, self.started = speaks, steps, done, time.perf_counter()
-        self.console = _Voice(highlight=False, soft_wrap=True)
+        self.console = Voice()
         self._kernels = Kernels(self.say)
         self._progress: Progress | None = None
         if speaks and sys.stdout.isatty():
@@ -65,7 +70,7 @@ class Reporter:
 
     def say(self, line: str) -> None:
         if self.speaks:
-            self.console.print(line, markup=False)
+            self.console.print(line)
 
     def step(self, done: int, metrics: Mapping[str, float]) -> None:
         """Report that `done` steps of the run are done."""
@@ -138,7 +143,7 @@ def print_widths(rows: Sequence[WidthRow], title: str) -> None:
     for row in rows:
         side = "all" if row.width.is_full else row.width.side
         table.add_row(str(row.width), side, f"{row.parameters:,}", f"{row.macs / 1e9:.4f}", f"{row.top1:.2f}")
-    Console(highlight=False, soft_wrap=True).print(table)
+    Voice().print(table)
 
 
 @dataclass(frozen=True)
@@ -163,7 +168,7 @@ def print_present(rows: Sequence[PresentRow], title: str) -> None:
     for row in rows:
         scores = (min(row.top1), mean(row.top1), max(row.top1))
         table.add_row(str(row.present), str(len(row.top1)), *(f"{score:.2f}" for score in scores))
-    Console(highlight=False, soft_wrap=True).print(table)
+    Voice().print(table)
 
 
 def print_memory(memory: Mapping[str, int], title: str) -> None:
@@ -171,7 +176,7 @@ def print_memory(memory: Mapping[str, int], title: str) -> None:
     table = Table("of a rank", "MiB", title=title)
     for name, size in memory.items():
         table.add_row(name.replace("_", " "), f"{size / 2**20:,.1f}")
-    Console(highlight=False, soft_wrap=True).print(table)
+    Voice().print(table)
 
 
 def draw_widths(path: Path, rows: Sequence[WidthRow], title: str) -> Path:
@@ -183,7 +188,8 @@ def draw_widths(path: Path, rows: Sequence[WidthRow], title: str) -> Path:
     axes.plot([row.macs / 1e9 for row in rows], [row.top1 for row in rows], marker="o")
     for row in rows:
         axes.annotate(str(row.width), (row.macs / 1e9, row.top1), textcoords="offset points", xytext=(6, -12))
-    axes.set(xlabel="GFLOPs an image (multiply-adds)", ylabel="top-1 accuracy, %", title=title)
+    axes.set(xlabel="GFLOPs an image (multiply-adds)", ylabel="top-1 accuracy, %")
+    axes.set_title(title, parse_math=False)
     axes.margins(0.1)
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=120)
@@ -201,7 +207,8 @@ def draw_present(path: Path, rows: Sequence[PresentRow], title: str) -> Path:
     points = [(row.present, score) for row in rows for score in row.top1]
     axes.plot(*zip(*points, strict=True), ".", color="gray", alpha=0.6, label="a subset")
     axes.plot(sizes, [mean(row.top1) for row in rows], marker="o", label="mean")
-    axes.set(xlabel="submodules present", ylabel="top-1 accuracy, %", title=title, xticks=sizes)
+    axes.set(xlabel="submodules present", ylabel="top-1 accuracy, %", xticks=sizes)
+    axes.set_title(title, parse_math=False)
     axes.grid(alpha=0.3)
     axes.legend(loc="lower right")
     figure.savefig(path, dpi=120)
@@ -220,7 +227,7 @@ def draw_curves(folder: Path, title: str) -> Path:
         ("learning rate", ["train/lr"], "linear"),
     ]
     figure = Figure(figsize=(10, 6.5), layout="constrained")
-    figure.suptitle(title)
+    figure.suptitle(title, parse_math=False)
     for axes, (label, names, scale) in zip(figure.subplots(2, 2).flat, panels, strict=True):
         for name in names:
             points = [(line["step"], line[name]) for line in lines if name in line]

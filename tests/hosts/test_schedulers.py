@@ -56,7 +56,7 @@ def test_the_slurm_script_runs_a_task_for_each_rank_and_queues_itself_again(
     done = subprocess.run(["bash"], input=script, text=True, cwd=tmp_path, env=environment, check=False)
     assert done.returncode == Exit.STOPPED
     assert (tmp_path / "requeued").read_text() == "requeue 77\n"
-    expected = ["3 1 4 node-1", "-m", "hsvit_ds.train", str(RECIPE), "--run", "runs/a b-77", "run.name=a b"]
+    expected = ["3 1 4 node-1", "-m", "hsvit_ds.train", str(RECIPE), "--run", "runs/a b-job77", "run.name=a b"]
     assert (tmp_path / "rank.txt").read_text().splitlines() == [*expected, "grid.backend=gloo"]
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import queue
 import sys
 import threading
@@ -13,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import first_line
+from ..errors import RefusedError, first_line
+from . import mlflow_run
 
 METRICS = "metrics.jsonl"
 CLASSES = "classes.txt"
@@ -62,8 +62,7 @@ class Tracker:
         self._queue: queue.Queue[tuple[str, Any] | None] = queue.Queue()
         self._thread: threading.Thread | None = None
         if config.mlflow:
-            uri = config.uri or f"sqlite:///{folder.parent.resolve()}/mlflow.db"
-            self._thread = threading.Thread(target=self._send, args=(uri, config.experiment, name, recipe), daemon=True)
+            self._thread = threading.Thread(target=self._send, args=(config, name, recipe), daemon=True)
             self._thread.start()
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
@@ -110,11 +109,19 @@ class Tracker:
             if self._thread.is_alive():
                 _warn(f"MLflow did not take the last metrics within {seconds:g} s")
 
-    def _send(self, uri: str, experiment: str, name: str, recipe: Mapping[str, Any]) -> None:
+    def _send(self, config: Config, name: str, recipe: Mapping[str, Any]) -> None:
         """In the thread: everything that talks to MLflow. One failure ends it with one warning."""
+        where = config.uri or self.folder.parent / mlflow_run.FILE
         try:
-            client, run = self._open(uri, experiment, name, recipe)
+            client, run, lost = mlflow_run.open_run(
+                config.uri, config.experiment, self.folder, recipe, self.run_id(), name
+            )
             (self.folder / _RUN_ID).write_text(run)
+            if lost:
+                _warn(
+                    f"MLflow at {where} has no run {lost}, as where the folder was moved or the run deleted: "
+                    f"it goes on as run {run}; {METRICS} has the steps before"
+                )
             while (item := self._queue.get()) is not None:
                 kind, value = item
                 if kind == "metrics":
@@ -124,32 +131,8 @@ class Tracker:
                 else:
                     client.set_terminated(run, value)
         except Exception as error:  # whatever a remote service does must not touch the run
-            _warn(f"MLflow at {uri} is not usable, {METRICS} has everything: {first_line(error)}")
-
-    def _open(self, uri: str, experiment: str, name: str, recipe: Mapping[str, Any]) -> tuple[Any, str]:
-        """(client, id of the run: the one before for a resumed run)."""
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
-        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # clusters reach no outside host
-        from mlflow import MlflowClient
-        from mlflow.entities import Param
-
-        client = MlflowClient(uri)
-        existing = client.get_experiment_by_name(experiment)
-        if existing is not None:
-            experiment_id = existing.experiment_id
-        else:
-            local = uri.startswith("sqlite:")
-            artifacts = (self.folder.parent / "artifacts").resolve().as_uri() if local else None
-            experiment_id = client.create_experiment(experiment, artifacts)
-        if (before := self.run_id()) is not None:
-            client.update_run(before, status="RUNNING")
-            return client, before
-        run = client.create_run(experiment_id, run_name=name).info.run_id
-        params = [Param(key, str(value)) for key, value in recipe.items()]
-        for start in range(0, len(params), 100):  # MLflow's limit of a call
-            client.log_batch(run, params=params[start : start + 100])
-        return client, run
+            why = str(error) if isinstance(error, RefusedError) else first_line(error)
+            _warn(f"MLflow at {where} is not usable, {METRICS} has everything: {why}")
 
     def _send_metrics(self, client: Any, run: str, value: Any) -> None:
         from mlflow.entities import Metric

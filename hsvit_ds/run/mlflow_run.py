@@ -1,0 +1,137 @@
+"""The MLflow run of a run: found again or opened, also where others open theirs at the same moment."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import re
+import shlex
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ..errors import RefusedError, first_line
+
+FILE = "mlflow.db"
+"""In the folder of all runs, where no other URI is set."""
+# What SQLite says where tables are made a second time, or the next ones of them are missing.
+_HALF_MADE = r"duplicate column|already exists|no such (table|column)"
+
+
+class Opened(NamedTuple):
+    """client: MLflow's. run: id of the MLflow run. lost: the id before it, which MLflow does not have; "" for none."""
+
+    client: Any
+    run: str
+    lost: str
+
+
+def open_run(
+    uri: str, experiment: str, folder: Path, recipe: Mapping[str, Any], before: str | None, name: str
+) -> Opened:
+    """The MLflow run `before` of a resumed run where MLflow has it, otherwise a new one.
+
+    Args:
+        uri: "" for a file in the folder of all runs.
+
+    Raises:
+        RefusedError: what a person has to put right in MLflow. Others: whatever MLflow meets.
+    """
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # clusters reach no outside host
+    from mlflow import MlflowClient
+    from mlflow.entities import Param
+
+    file = _file(uri, folder)
+    client = MlflowClient(uri) if file is None else _open_file(uri or _uri(file), file)
+    if before and _is_there(client, before):
+        client.update_run(before, status="RUNNING")
+        return Opened(client, before, "")
+    artifacts = (folder.parent / "artifacts").resolve().as_uri() if file is not None else None
+    run = client.create_run(_experiment(client, experiment, artifacts), run_name=name).info.run_id
+    params = [Param(key, str(value)) for key, value in recipe.items()]
+    for start in range(0, len(params), 100):  # MLflow's limit of a call
+        client.log_batch(run, params=params[start : start + 100])
+    return Opened(client, run, before or "")
+
+
+def _is_there(client: Any, run: str) -> bool:
+    """Whether MLflow has a run that was not deleted."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return bool(client.get_run(run).info.lifecycle_stage == "active")
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        return False
+
+
+def _experiment(client: Any, name: str, artifacts: str | None) -> str:
+    """The id of an experiment, which is made where there is none."""
+    from mlflow.exceptions import MlflowException
+
+    found = client.get_experiment_by_name(name)
+    if found is None:
+        try:
+            return str(client.create_experiment(name, artifacts))
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+        found = client.get_experiment_by_name(name)  # another run has made it since
+    if found.lifecycle_stage != "active":
+        raise RefusedError(f'experiment "{name}" was deleted there: restore it, or set tracking.experiment')
+    return str(found.experiment_id)
+
+
+def _file(uri: str, folder: Path) -> Path | None:
+    """Of SQLite; None where MLflow is elsewhere."""
+    if uri and not uri.startswith("sqlite"):
+        return None
+    from sqlalchemy import make_url
+
+    return Path(make_url(uri).database or FILE) if uri else folder.parent.resolve() / FILE
+
+
+def _uri(file: Path) -> str:
+    """With the driver's name: for a plain sqlite: MLflow also makes a folder called as the path is in the URI."""
+    from sqlalchemy import URL
+
+    return URL.create("sqlite+pysqlite", database=str(file)).render_as_string()
+
+
+def _open_file(uri: str, file: Path) -> Any:
+    """A client of a SQLite file, whose tables MLflow makes and changes while it opens it, in many steps.
+
+    Two that do so at once, or one that is killed meanwhile, would leave a file that nobody can open: so they take
+    turns, and a new file gets its name when it is whole.
+    """
+    from mlflow import MlflowClient
+    from sqlalchemy.exc import DatabaseError
+
+    with _turn(file):
+        if not file.exists():
+            new = file.with_name(f"{file.name}.partial")
+            new.unlink(missing_ok=True)
+            MlflowClient(_uri(new))
+            new.rename(file)
+        try:
+            return MlflowClient(uri)
+        except DatabaseError as error:
+            if re.search(_HALF_MADE, str(error)):
+                move = shlex.join(["mv", str(file), f"{file}.broken"])
+                raise RefusedError(
+                    f"{file} is half-migrated ({first_line(error)}): move it away ({move}), and the next run makes a "
+                    "new one"
+                ) from error
+            raise
+
+
+@contextmanager
+def _turn(file: Path) -> Iterator[None]:
+    """Within the block no other run opens the file."""
+    with file.with_name(f"{file.name}.lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # until it is closed, at the latest by this process's end
+        yield

@@ -1,0 +1,174 @@
+"""MLflow gets the metrics of every run, whatever starts beside it, and whatever became of its run there."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sqlite3
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mlflow import MlflowClient
+from mlflow.entities import Run
+
+from hsvit_ds.run import mlflow_run
+from hsvit_ds.run.tracking import Config, Tracker
+
+from ..ranks import environment
+
+CONFIG = Config()
+STARTS = 5
+START = """
+import sys
+from pathlib import Path
+from hsvit_ds.run.tracking import Config, Tracker
+folder = Path(sys.argv[1])
+folder.mkdir(parents=True)
+sys.stdin.readline()
+tracker = Tracker(Config(), folder, folder.name, {"a": 1}, None)
+tracker.log({"train/loss": 1.0}, 1)
+tracker.close("FINISHED", seconds=200)
+"""
+
+
+def track(folder: Path, step: int, resume: bool = False, config: Config = CONFIG) -> str | None:
+    """Track one step of a run; the id of its MLflow run."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tracker = Tracker(config, folder, folder.name, {"a": 1}, step - 1 if resume else None)
+    tracker.log({"train/loss": float(step)}, step)
+    recipe = folder / "recipe.toml"
+    recipe.write_text("")
+    tracker.artifact(recipe)
+    tracker.close("FINISHED", seconds=100)
+    return tracker.run_id()
+
+
+def client(root: Path) -> MlflowClient:
+    return MlflowClient(mlflow_run._uri(root / "mlflow.db"))
+
+
+def tracked(root: Path) -> dict[str, Run]:
+    """{name: MLflow run} of all in the folder of all runs."""
+    there = client(root)
+    experiment = there.get_experiment_by_name("hsvit-ds")
+    assert experiment is not None
+    return {run.info.run_name: run for run in there.search_runs([experiment.experiment_id])}
+
+
+def test_runs_that_start_together_are_all_tracked(tmp_path: Path) -> None:
+    names = [f"run-{number:03d}" for number in range(STARTS)]
+    starts = [
+        subprocess.Popen(
+            [sys.executable, "-c", START, str(tmp_path / name)],
+            env=environment(),
+            text=True,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+        for name in names
+    ]
+    for start in starts:
+        assert start.stdin is not None
+        start.stdin.write("go\n")
+        start.stdin.flush()
+    output = "".join(start.communicate(timeout=280)[0] for start in starts)
+    assert "hsvit: warning:" not in output
+    found = tracked(tmp_path)
+    assert {name: found[name].data.metrics for name in names} == {name: {"train/loss": 1.0} for name in names}
+    assert {run.info.status for run in found.values()} == {"FINISHED"}
+
+
+@pytest.mark.parametrize("name", ["50% of it", "why?", "a%20b", "q?a=b#c", "ü"])
+def test_a_folder_of_any_name_has_its_own_database(name: str, tmp_path: Path) -> None:
+    run = track(tmp_path / name / "run-001", 1)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    assert {path.name for path in (tmp_path / name).iterdir()} == {
+        "mlflow.db",
+        "mlflow.db.lock",
+        "artifacts",
+        "run-001",
+    }
+    assert len(list((tmp_path / name / "artifacts").rglob("recipe.toml"))) == 1
+    assert tracked(tmp_path / name)["run-001"].info.run_id == run
+
+
+def test_a_run_that_was_killed_while_it_made_the_database_leaves_none(tmp_path: Path) -> None:
+    (tmp_path / "mlflow.db.partial").write_bytes(b"half of it")
+    track(tmp_path / "run-001", 1)
+    assert list(tracked(tmp_path)) == ["run-001"]
+
+
+def test_a_half_migrated_database_is_named_with_its_remedy(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    track(tmp_path / "run-001", 1)
+    with sqlite3.connect(tmp_path / "mlflow.db") as database:
+        # As after a migration that was cut off: tables of later ones are missing, changes of this one are there.
+        database.execute("UPDATE alembic_version SET version_num = '451aebb31d03'")
+        database.execute("DROP TABLE trace_info")
+    database.close()
+    file = tmp_path / "mlflow.db"
+    broken = tmp_path / "other" / "mlflow.db"
+    broken.parent.mkdir()
+    shutil.move(file, broken)  # MLflow keeps connections to a file that it has opened
+    capsys.readouterr()
+    assert track(broken.parent / "run-001", 1) is None
+    (warning,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("hsvit: warning:")]
+    assert f"MLflow at {broken} is not usable, metrics.jsonl has everything: {broken} is half-migrated (" in warning
+    assert f"move it away (mv {broken} {broken}.broken)" in warning
+    assert json.loads((broken.parent / "run-001/metrics.jsonl").read_text())["train/loss"] == 1.0
+
+
+def test_an_experiment_that_another_run_makes_meanwhile_is_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    track(tmp_path / "run-001", 1)
+    look, answers = MlflowClient.get_experiment_by_name, [None]
+
+    def not_yet(self: MlflowClient, name: str) -> Any:
+        return answers.pop() if answers else look(self, name)
+
+    monkeypatch.setattr(MlflowClient, "get_experiment_by_name", not_yet)
+    track(tmp_path / "run-002", 1)
+    assert not answers
+    assert set(tracked(tmp_path)) == {"run-001", "run-002"}
+
+
+def test_a_resumed_run_goes_on_in_its_mlflow_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first = track(tmp_path / "run-001", 1)
+    assert track(tmp_path / "run-001", 2, resume=True) == first
+    assert "hsvit: warning:" not in capsys.readouterr().err
+    history = client(tmp_path).get_metric_history(str(first), "train/loss")
+    assert [(m.step, m.value) for m in history] == [(1, 1.0), (2, 2.0)]
+
+
+@pytest.mark.parametrize("fate", ["moved", "deleted"])
+def test_a_resumed_run_whose_mlflow_run_is_gone_has_a_new_one(
+    fate: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = tmp_path / "first"
+    before = str(track(root / "run-001", 1))
+    if fate == "deleted":
+        client(root).delete_run(before)
+    else:
+        root = tmp_path / "second"
+        root.mkdir()
+        shutil.move(tmp_path / "first/run-001", root)
+    after = track(root / "run-001", 2, resume=True)
+    assert after != before
+    warning = f"hsvit: warning: MLflow at {root}/mlflow.db has no run {before}, "
+    assert warning in capsys.readouterr().err
+    run = tracked(root)["run-001"]
+    assert (run.info.run_id, run.info.status, run.data.metrics) == (after, "FINISHED", {"train/loss": 2.0})
+
+
+def test_a_deleted_experiment_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    track(tmp_path / "run-001", 1)
+    there = client(tmp_path)
+    experiment = there.get_experiment_by_name("hsvit-ds")
+    assert experiment is not None
+    there.delete_experiment(experiment.experiment_id)
+    track(tmp_path / "run-002", 1)
+    assert 'experiment "hsvit-ds" was deleted there: restore it, or set tracking.experiment' in capsys.readouterr().err

@@ -289,7 +289,7 @@ class Engine:
         self.step_state.clear()
         self.step_state.gathers = False
         move_running_statistics(self.module, applied, self.runs_differ)
-        result = StepResult(step, torch.stack(losses).sum() / self.accumulation, norm, applied)
+        result = StepResult(step, torch.stack(losses).view(-1, count).mean(0), norm, applied)
         self.outcomes.add(result, passes)
         return result
 

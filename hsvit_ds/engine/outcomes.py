@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
@@ -27,8 +28,8 @@ class StepResult:
     """Of one step, on the device."""
 
     step: int
-    loss: Tensor
-    """Mean loss of this rank's micro batches."""
+    losses: Tensor
+    """[P], of each pass the mean over this rank's micro batches."""
     grad_norm: Tensor
     """Global norm before clipping; not finite for a skipped step."""
     applied: Tensor
@@ -39,7 +40,7 @@ class Settled(NamedTuple):
     """A `StepResult` on the host."""
 
     step: int
-    loss: float
+    losses: list[float]
     grad_norm: float
     applied: bool
 
@@ -72,13 +73,15 @@ class Outcomes:
         unsettled, self._unsettled = self._unsettled, []
         if not unsettled:
             return
-        rows = torch.stack([torch.stack((r.loss.double(), r.grad_norm, r.applied.double())) for r in unsettled])
-        for result, (loss, norm, applied) in zip(unsettled, rows.tolist(), strict=True):
+        rows = [torch.cat((r.losses.double(), torch.stack((r.grad_norm, r.applied.double())))) for r in unsettled]
+        found = iter(torch.cat(rows).tolist())
+        for result, row in zip(unsettled, rows, strict=True):
+            *losses, norm, applied = islice(found, len(row))
             if applied:
                 self._in_a_row = 0
             else:
-                self._skip(result.step, loss, is_last=result is unsettled[-1])
-            yield Settled(result.step, loss, norm, bool(applied))
+                self._skip(result.step, sum(losses), is_last=result is unsettled[-1])
+            yield Settled(result.step, losses, norm, bool(applied))
 
     def forget(self) -> None:
         """Begin anew: the run goes back to a checkpoint."""

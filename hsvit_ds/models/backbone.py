@@ -48,12 +48,12 @@ class Config:
 
 @dataclass(frozen=True)
 class Shape:
-    """What a backbone gives for one image: a map of `channels` x `height` x `width`, for so many FLOPs."""
+    """What a backbone gives for one image: a map of `channels` x `height` x `width`, for so many multiply-adds."""
 
     channels: int
     height: int
     width: int
-    flops: int
+    macs: int
     channels_last: bool
     """Whether timm's model answers [B, H, W, K]."""
     stages: int
@@ -140,7 +140,7 @@ def shape(config: Config, image_size: int, channels: int) -> Shape:
     with torch.device("meta"):
         model = Backbone(config, image_size=image_size, channels=channels)
     what = f'model.backbone.name = "{config.name}"'
-    flops, answer = timm_models.count_flops(model.net, what, image_size, channels)
+    macs, answer = timm_models.count_macs(model.net, what, image_size, channels)
     if not isinstance(answer, Tensor) or answer.dim() != 4:
         found = list(answer.shape[1:]) if isinstance(answer, Tensor) else type(answer).__name__
         raise ValueError(f"{what} has no feature map: its answer to an image is {found}")
@@ -149,4 +149,4 @@ def shape(config: Config, image_size: int, channels: int) -> Shape:
     k, height, width = (answer.movedim(-1, 1) if channels_last else answer).shape[1:]
     if not height * width:
         raise ValueError(f"{what} has an empty map ({height} x {width}) for images of {image_size} px")
-    return Shape(k, height, width, flops, channels_last, len(model.stages))
+    return Shape(k, height, width, macs, channels_last, len(model.stages))

@@ -1,4 +1,4 @@
-"""What an HSViT is: the published variants, the checks, the sizes of maps, the network at a width, FLOPs."""
+"""What an HSViT is: the published variants, the checks, the sizes of maps, the network at a width, multiply-adds."""
 
 from __future__ import annotations
 
@@ -172,10 +172,6 @@ class Architecture:
             self, variant="", kernels=kernels, groups=width.of(self.groups), backbone=backbone, widths=widths
         )
 
-    def macs(self, image_size: int, channels: int, classes: int, width: Width = FULL) -> int:
-        """Multiply-adds of one image, forward."""
-        return self.resolved(image_size).at(width).flops(image_size, channels, classes) // 2
-
     @property
     def splits_images(self) -> bool:
         """Whether the ranks of a replica each compute a share of its images: those of a backbone."""
@@ -197,28 +193,28 @@ class Architecture:
             sides.append(side)
         return sides
 
-    def flops(self, image_size: int, channels: int, classes: int) -> int:
-        """FLOPs of one image, forward: 2 a multiply-add; BN, LN, softmax, pooling and additions not counted.
+    def macs(self, image_size: int, channels: int, classes: int, width: Width = FULL) -> int:
+        """Multiply-adds of one image, forward; BN, LN, softmax, pooling and additions not counted.
 
-        The published architecture's closed form. The last attention layer is counted for all tokens although only
-        CLS leaves it and only CLS is computed.
+        The published architecture's closed form, whose FLOPs are two a multiply-add. The last attention layer is
+        counted for all tokens although only CLS leaves it and only CLS is computed.
         """
-        c = self.resolved(image_size)
+        c = self.resolved(image_size).at(width)
         m, total, c_in, side = c.submodules, 0, channels, image_size
         if c.backbone.name:
-            total += backbones.shape(c.backbone, image_size, channels).flops
+            total += backbones.shape(c.backbone, image_size, channels).macs
         elif c.convolution:
             outs = c.map_sides(image_size)
             for block, (c_out, kernel) in enumerate(zip(c.kernels, c.kernel_sizes, strict=True)):
                 side = _output(side, kernel, 1)
                 fan_in = c_in if block == 0 else c_in // m
-                total += 2 * side * side * (kernel**2 * fan_in * c_out + 9 * c_out // m * c_out)
+                total += side * side * (kernel**2 * fan_in * c_out + 9 * c_out // m * c_out)
                 c_in, side = c_out, outs[block]
         if c.convolution:
-            total += 2 * c.kernels[-1] * c.features(image_size) * c.embedding
+            total += c.kernels[-1] * c.features(image_size) * c.embedding
         n, d = c.kernels[-1] // c.groups + 1, c.embedding
-        total += c.groups * c.depth * (8 * n * d**2 + 4 * n**2 * d)
-        return total + 2 * d * classes
+        total += c.groups * c.depth * (4 * n * d**2 + 2 * n**2 * d)
+        return total + d * classes
 
 
 def _output(side: int, kernel: int, stride: int) -> int:

@@ -63,7 +63,7 @@ class Config:
 
     def resolved(self, image_size: int) -> Config:
         """Refuse what timm does not have, or does not build for such images."""
-        _flops(self, image_size, 3, 10)
+        _macs(self, image_size, 3, 10)
         return self
 
     def check_width(self, width: Width) -> None:
@@ -75,12 +75,9 @@ class Config:
         return replace(self, weights="")
 
     def macs(self, image_size: int, channels: int, classes: int, width: Width = FULL) -> int:
-        """Multiply-adds of one image, forward."""
-        return self.flops(image_size, channels, classes) // 2
-
-    def flops(self, image_size: int, channels: int, classes: int) -> int:
-        """FLOPs of one image, forward: convolutions and matrix products, 2 a multiply-add."""
-        return _flops(self, image_size, channels, classes)
+        """Multiply-adds of one image, forward: convolutions and matrix products."""
+        self.check_width(width)
+        return _macs(self, image_size, channels, classes)
 
     def build(
         self, *, image_size: int, channels: int, classes: int, seed: int = 0, here: Any = None, grid: Any = None
@@ -348,14 +345,14 @@ def layer_numbers(model: Any, stages: bool) -> dict[str, int]:
 
 
 @lru_cache(maxsize=32)
-def _flops(config: Config, image_size: int, channels: int, classes: int) -> int:
+def _macs(config: Config, image_size: int, channels: int, classes: int) -> int:
     with torch.device("meta"):
         model = config.build(image_size=image_size, channels=channels, classes=classes)
-    return count_flops(model, f'model.name = "{config.name}"', image_size, channels)[0]
+    return count_macs(model, f'model.name = "{config.name}"', image_size, channels)[0]
 
 
-def count_flops(model: nn.Module, what: str, image_size: int, channels: int) -> tuple[int, Tensor]:
-    """(FLOPs of one image, its answer) of a model on the meta device.
+def count_macs(model: nn.Module, what: str, image_size: int, channels: int) -> tuple[int, Tensor]:
+    """(multiply-adds of one image, its answer) of a model on the meta device.
 
     Raises:
         ValueError: it has no answer to images of this size.
@@ -366,4 +363,4 @@ def count_flops(model: nn.Module, what: str, image_size: int, channels: int) -> 
             answer = model(torch.empty(1, channels, image_size, image_size, device="meta"))
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"{what} has no answer to images of {image_size} px ({first_line(error)})") from error
-    return int(counter.get_total_flops()), answer
+    return int(counter.get_total_flops()) // 2, answer

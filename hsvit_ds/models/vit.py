@@ -153,10 +153,6 @@ class Config:
         block = tokens * (4 * d * d + 2 * d * c.hidden) + 2 * tokens**2 * d
         return patches * channels * c.patch_size**2 * d + c.depth * block + c.special_tokens * d * classes
 
-    def flops(self, image_size: int, channels: int, classes: int) -> int:
-        """FLOPs of one image, forward, at full width: 2 a multiply-add."""
-        return 2 * self.macs(image_size, channels, classes)
-
     def build(
         self,
         *,

@@ -44,7 +44,7 @@ class Budget:
 
     @classmethod
     def of(cls, text: str) -> Budget:
-        """1.3G (multiply-adds of an image, the paper's GFLOPs), 6Mparams or 8ms.
+        """1.3G (multiply-adds of an image), 6Mparams or 8ms.
 
         Raises:
             RefusedError: anything else.
@@ -244,7 +244,7 @@ def _card(model: Model, width: Width | None, names: Sequence[str], about: dict[s
     rows = {
         **({} if width is None else {"width": str(width)}),
         "parameters": f"{numbers:,}",
-        "multiply-adds of an image": f"{macs:,}",
+        "GMACs of an image": f"{macs / 1e9:.4g}",
         "images": f"{model.channels} x {model.image_size} x {model.image_size}",
         "classes": f"{model.classes}{', see classes.txt' if names else ''}",
         **about,

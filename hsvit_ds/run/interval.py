@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -53,6 +54,11 @@ class Interval:
     def rests(self) -> None:
         """Something else begins: saving, logging, evaluating."""
         self._seconds += time.perf_counter() - self._began
+
+    def losses(self) -> list[float]:
+        """Of each pass of a step, the largest width first, the mean over the steps that have it."""
+        places = zip_longest(*(settled.losses for settled in self.settled))
+        return [statistics.fmean(loss for loss in place if loss is not None) for place in places]
 
     def speed(self, images: int) -> dict[str, float]:
         """Of settled steps, with `images` in each."""

@@ -19,7 +19,7 @@ def lines(
 ) -> Iterator[str]:
     """start: where the run goes on."""
     yield (
-        f"{folder}: {plan.parameters:,} parameters, {plan.flops / 1e6:,.2f} MFLOPs an image; "
+        f"{folder}: {plan.parameters:,} parameters, {plan.macs / 1e9:,.4g} GMACs an image; "
         f"{plan.replicas} replicas x {grid.submodule_ranks} submodule ranks on {grid.device.type} ({grid.backend}), "
         f"ZeRO-{recipe.engine.zero_stage}, {'bf16 autocast' if plan.bf16 else 'fp32'}"
     )

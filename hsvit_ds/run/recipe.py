@@ -104,8 +104,8 @@ class Plan:
     """Whether one run spans the replicas."""
     bf16: bool
     parameters: int
-    flops: int
-    """Of one image, forward, 2 a multiply-add."""
+    macs: int
+    """Multiply-adds of one image, forward."""
     teacher_bytes: int
     """Memory of the teacher's weights on every rank."""
 
@@ -308,7 +308,7 @@ def resolve(recipe: Recipe, ranks: int) -> tuple[Recipe, Plan]:
         bn_synced=synced,
         bf16=precision == "bf16",
         parameters=sum(p.numel() for p in shape.parameters()),
-        flops=model.flops(facts.image_size, facts.channels, facts.classes),
+        macs=model.macs(facts.image_size, facts.channels, facts.classes),
         teacher_bytes=_teacher_bytes(recipe.task, facts, 2 if precision == "bf16" else 4),
     )
 

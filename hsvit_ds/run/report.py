@@ -138,8 +138,8 @@ def width_rows(model: models.Model, widths: Sequence[Width], found: Mapping[str,
 
 
 def print_widths(rows: Sequence[WidthRow], title: str) -> None:
-    """A table of every subnet's size and accuracy; a GFLOP is a billion multiply-adds, as in the paper."""
-    table = Table("width", "side", "parameters", "GFLOPs", "top-1, %", title=title)
+    """A table of every subnet's size and accuracy; a GMAC is a billion multiply-adds, the Scala paper's GFLOP."""
+    table = Table("width", "side", "parameters", "GMACs", "top-1, %", title=title)
     for row in rows:
         side = "all" if row.width.is_full else row.width.side
         table.add_row(str(row.width), side, f"{row.parameters:,}", f"{row.macs / 1e9:.4f}", f"{row.top1:.2f}")
@@ -180,7 +180,7 @@ def print_memory(memory: Mapping[str, int], title: str) -> None:
 
 
 def draw_widths(path: Path, rows: Sequence[WidthRow], title: str) -> Path:
-    """A PNG of accuracy against GFLOPs, one point a width."""
+    """A PNG of accuracy against GMACs, one point a width."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4.5), layout="constrained")
@@ -188,7 +188,7 @@ def draw_widths(path: Path, rows: Sequence[WidthRow], title: str) -> Path:
     axes.plot([row.macs / 1e9 for row in rows], [row.top1 for row in rows], marker="o")
     for row in rows:
         axes.annotate(str(row.width), (row.macs / 1e9, row.top1), textcoords="offset points", xytext=(6, -12))
-    axes.set(xlabel="GFLOPs an image (multiply-adds)", ylabel="top-1 accuracy, %")
+    axes.set(xlabel="GMACs an image (billions of multiply-adds)", ylabel="top-1 accuracy, %")
     axes.set_title(title, parse_math=False)
     axes.margins(0.1)
     axes.grid(alpha=0.3)

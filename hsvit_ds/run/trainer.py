@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 import time
 from contextlib import suppress
 from dataclasses import asdict, replace
@@ -214,8 +213,9 @@ class Trainer:
         for settled in self.engine.outcomes.settle():
             self.interval.settled.append(settled)
             if not settled.applied:
+                loss = sum(settled.losses)
                 self.report.say(
-                    f"warning: step {settled.step + 1} was skipped: its gradient is not finite (loss {settled.loss:g})"
+                    f"warning: step {settled.step + 1} was skipped: its gradient is not finite (loss {loss:g})"
                 )
 
     def _end_epoch(self, epoch: int) -> None:
@@ -320,11 +320,11 @@ class Trainer:
     def _log(self, step: int) -> None:
         """Bring an interval's metrics from the device, once, and hand them to the tracker."""
         done, self.interval = self.interval, Interval(self.grid.device)
-        mean = torch.tensor(statistics.fmean(settled.loss for settled in done.settled), device=self.grid.device)
-        loss = float(self.grid.sum_over_replicas(mean)) / self.plan.replicas
+        mean = torch.tensor(done.losses(), device=self.grid.device)
+        losses = (self.grid.sum_over_replicas(mean) / self.plan.replicas).tolist()
         flops = sum(self._flops(s) for s in range(step - done.steps, step))
         metrics = {
-            "train/loss": loss,
+            "train/loss": losses[0],
             "train/grad_norm": done.settled[-1].grad_norm,
             "train/lr": self._lr(step - 1),
             "train/skipped_steps": float(self.engine.outcomes.skipped),
@@ -333,6 +333,9 @@ class Trainer:
             **self.engine.traffic(done.steps),
             "data/bad_samples": float(self._report_bad()),
         }
+        if len(losses) > 1:
+            metrics |= {f"train/loss_pass{place}": loss for place, loss in enumerate(losses, 1)}
+            metrics["train/loss_sum"] = sum(losses)
         if (submodules := self.recipe.model.submodules) > 1:
             metrics["train/submodules_present"] = float(submodules - len(self.grid.absent))
         self.tracker.log(metrics, step)

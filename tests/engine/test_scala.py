@@ -12,7 +12,9 @@ import torch.nn.functional as F
 
 from hsvit_ds.data import augment
 from hsvit_ds.engine.checkpoint import Position
+from hsvit_ds.engine.outcomes import Settled
 from hsvit_ds.models.slimmable import Linear
+from hsvit_ds.run.interval import Interval
 from hsvit_ds.run.trainer import Trainer
 
 from ..ranks import assert_same_run, work
@@ -197,3 +199,43 @@ def gradient_reductions(found: dict[str, Any]) -> int:
     numbers = [n for kind, group, n in found["calls"] if kind in kinds and group == "data" and n > 100]
     assert all(found["trained"] <= n <= found["trained"] + 64 for n in numbers), numbers  # stage 3 pads
     return len(numbers)
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_each_pass_has_a_loss_of_its_own_and_the_first_is_that_of_the_run(accumulation: int, tmp_path: Path) -> None:
+    """Averaged over micro batches and the steps of an interval; a step of the full width alone has no others."""
+    keys = [f"run.micro_batch={16 // accumulation}", "task.full_epochs=0", "grid.submodule_ranks=1"]
+    run = trainer(tmp_path, [*keys, "run.log_every=3"], base="scala")
+    expected: list[list[torch.Tensor]] = []
+    read: Any = run.task.losses
+
+    def noted(engine: Any, batch: Any) -> Any:
+        found = []
+        for loss in read(engine, batch):
+            found.append(loss.detach())
+            yield loss
+        expected.append(found)
+
+    run.task.losses = noted  # type: ignore[method-assign]
+    logged: dict[str, float] = {}
+    run.tracker.log = lambda metrics, step: logged.update(metrics)  # type: ignore[method-assign]
+    run.interval.waits()
+    for step, batches in enumerate(islice(run.reader.train(0, 0), 3)):
+        run.interval.works()
+        run._step(batches, step)
+        run.interval.ended()
+    run._settle()
+    run.interval.rests()
+    run._log(3)
+    means = torch.tensor(expected).mean(0).tolist()
+    assert len(expected) == 3 * accumulation
+    assert len(means) == 4
+    assert [logged[f"train/loss_pass{place}"] for place in (1, 2, 3, 4)] == pytest.approx(means)
+    assert logged["train/loss"] == logged["train/loss_pass1"]
+    assert logged["train/loss_sum"] == pytest.approx(sum(means))
+
+
+def test_an_interval_averages_the_passes_that_its_steps_have() -> None:
+    interval = Interval(torch.device("cpu"))
+    interval.settled = [Settled(0, [1.0], 0.0, True), Settled(1, [2.0, 5.0], 0.0, True)]
+    assert interval.losses() == [1.5, 5.0]

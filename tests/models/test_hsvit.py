@@ -70,7 +70,7 @@ def test_parameters_and_flops_are_the_published_ones(case: tuple[str, int, int, 
     count, mflops = PUBLISHED[case]
     config = Config(variant=variant)
     assert parameters(on_meta(config, size, channels, classes)) == count
-    assert round(config.flops(size, channels, classes) / 1e6, 2) == mflops
+    assert round(2 * config.macs(size, channels, classes) / 1e6, 2) == mflops
 
 
 @pytest.mark.parametrize("index", range(4), ids=["M=2", "M=4", "M=8", "M=16"])
@@ -83,7 +83,7 @@ def test_parameters_and_flops_of_submodules(case: tuple[str, int, int], index: i
     own_projections = (m - 1) * (64 * 64 + 64)
     found = parameters(on_meta(config, size, 3, classes))
     assert found == count + own_projections
-    assert round(config.flops(size, 3, classes) / 1e6, 2) == mflops
+    assert round(2 * config.macs(size, 3, classes) / 1e6, 2) == mflops
     if case == ("C2A2", 32, 10):
         assert found == OWN_PROJECTIONS_C2A2[m]
 
@@ -94,7 +94,7 @@ def test_flops_equal_what_the_published_model_dispatches() -> None:
         model.train()(torch.randn(2, 3, 32, 32))
     counted = counter.get_total_flops() / 2
     # PyTorch's counter sees attention's projections and products, all of which the closed form has
-    assert counted == pytest.approx(Config(variant="C2A2").flops(32, 3, 10), rel=0.005)
+    assert counted == pytest.approx(2 * Config(variant="C2A2").macs(32, 3, 10), rel=0.005)
 
 
 def randomised(model: nn.Module) -> nn.Module:
@@ -174,7 +174,7 @@ def test_any_image_side_fits_the_projection(size: int) -> None:
     assert model(images(2, size)).shape == (2, 5)
     with FlopCounterMode(display=False) as counter:
         model(images(1, size))
-    assert counter.get_total_flops() < model.config.flops(size, 3, 5)  # the last layer runs for CLS only
+    assert counter.get_total_flops() < 2 * model.config.macs(size, 3, 5)  # the last layer runs for CLS only
 
 
 @pytest.mark.parametrize("kernel", [1, 2, 5])

@@ -61,7 +61,6 @@ def test_sizes_at_every_width_are_the_published(variant: str) -> None:
     assert found == expected
     plain = Config(variant=variant)
     assert (count(plain), round(plain.macs(224, 3, 1000) / 1e5)) == UNDISTILLED[variant]
-    assert plain.flops(224, 3, 1000) == 2 * plain.macs(224, 3, 1000)
 
 
 def test_decayed_parameters_of_deit_s() -> None:

@@ -86,7 +86,7 @@ def test_a_step_never_waits_for_the_gpu(path: Path, monkeypatch: pytest.MonkeyPa
         result = engine.step(lambda: iter([task.losses(engine, batch)]), task.passes(batch.step), 0.1, batch.step)
         ema.update(result.applied)
     assert gpu.waits == []
-    assert result.loss.device == result.applied.device == GPU
+    assert result.losses.device == result.applied.device == GPU
     with pytest.raises((NotImplementedError, RuntimeError)):
         next(engine.outcomes.settle())  # where the host may wait
 

@@ -149,7 +149,7 @@ def divided(repeats: int, grid: Grid) -> list[dict[str, Any]]:
                     "ms a step": round(ms[way], 1),
                     "maps sent, bytes": int(sent),
                     "by formula": 4 * numbers * ways,
-                    "backbone's forward, GFLOPs": round(images_here * shape.flops / 1e9, 1),
+                    "backbone's forward, GMACs": round(images_here * shape.macs / 1e9, 1),
                 }
             )
     return rows

@@ -1,4 +1,5 @@
-"""How a person is told that something is wrong: one line, an exit code, and a stack trace only when asked for."""
+"""How a person is told things: what is counted in words, what is wrong in one line with an exit code, and a stack trace
+only when asked for."""
 
 from __future__ import annotations
 
@@ -27,6 +28,11 @@ class Exit(IntEnum):
 
 class RefusedError(Exception):
     """Bad input, or a run that cannot go on: the thing, its value, and what would be right."""
+
+
+def counted(number: int, noun: str, plural: str = "") -> str:
+    """1 replica, 2 replicas."""
+    return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
 
 
 def first_line(error: Exception) -> str:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..errors import Exit, shown
+from ..errors import Exit, counted, shown
 from ..train import check_kernels
 from . import Debug
 
@@ -55,7 +55,9 @@ def _print(hosts: list[Host], found: Examination) -> None:
             rows.setdefault((check, cell.value, bool(cell.remedy)), []).append(cell.host)
     place = f", rank 0 at {found.master}" if found.master else ""
     columns = [Column(name, overflow="fold") for name in ("check", "found", "on")]
-    table = Table(*columns, title=f"{len(hosts)} hosts, {sum(h.slots for h in hosts)} ranks{place}")
+    table = Table(
+        *columns, title=f"{counted(len(hosts), 'host')}, {counted(sum(h.slots for h in hosts), 'rank')}{place}"
+    )
     for (check, value, wrong), names in rows.items():
         where = ", ".join(names) if wrong or len(names) <= 4 else f"{len(names)} hosts"
         where = "all hosts" if len(names) == len(hosts) > 1 else where

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from ..errors import shown
+from ..errors import counted, shown
 from ..train import check_kernels
 from . import Debug
 
@@ -31,7 +31,8 @@ def show_recipe(
             from ..run.memory import needed
 
             title = (
-                f"{recipe.run.name}: {plan.replicas} replicas x {recipe.grid.submodule_ranks} submodule ranks, "
+                f"{recipe.run.name}: {counted(plan.replicas, 'replica')} x "
+                f"{counted(recipe.grid.submodule_ranks, 'submodule rank')}, "
                 f"ZeRO-{recipe.engine.zero_stage}, micro batch {plan.micro_batch}, {'bf16' if plan.bf16 else 'fp32'}"
             )
             report.print_memory(vars(needed(recipe, plan)), title)

@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from ..errors import RefusedError, shown
+from ..errors import RefusedError, counted, shown
 from . import Debug
 
 app = typer.Typer(no_args_is_help=True)
@@ -51,9 +51,10 @@ def make_shards(
             made = list(make(source, out, options, _cores(processes), done))
         for found, bad in made:
             named, size = found.shards[0].rsplit("-", 1)[0], _bytes(int(found.bytes.sum()))
-            typer.echo(f"{out}: {len(found):,} samples of {named} in {len(found.shards):,} shards, {size}")
+            held = f"{counted(len(found), 'sample')} of {named} in {counted(len(found.shards), 'shard')}"
+            typer.echo(f"{out}: {held}, {size}")
             left_out += bad
-        typer.echo(f"{len(made[0][0].classes):,} classes, {duration(time.perf_counter() - started)}")
+        typer.echo(f"{counted(len(made[0][0].classes), 'class', 'classes')}, {duration(time.perf_counter() - started)}")
         if left_out:
             _list(left_out, 50)
             typer.echo(

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from hsvit_kernels.random import Draw
 
+from ..errors import counted
 from ..grid.grid import Grid
 from ..models import timm_models
 from ..models.batchnorm import unnoted
@@ -161,6 +162,8 @@ def compiled() -> str:
     from torch._dynamo.utils import counters  # loaded only where one compiles
 
     breaks = counters["graph_break"]
-    told = [f"engine.compile: {counters['stats']['unique_graphs']} graphs, {sum(breaks.values())} breaks"]
+    told = [
+        f"engine.compile: {counted(counters['stats']['unique_graphs'], 'graph')}, {counted(breaks.total(), 'break')}"
+    ]
     told += [f"{count} x {reason.splitlines()[0][:200]}" for reason, count in breaks.most_common(3)]
     return "; ".join(told)

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ..errors import counted
+from ..grid.grid import Grid
 from ..models import timm_models
 
 
@@ -107,13 +109,20 @@ def _layer_numbers(model: nn.Module) -> dict[str, int]:
     return {name: numbers.get(name, after) for name, _ in model.named_parameters()}
 
 
-def describe(groups: Sequence[dict]) -> str:
-    """One line on what decays, printed at start: people reproduce papers by it."""
+def describe(groups: Sequence[dict], grid: Grid) -> str:
+    """One line on what decays in the whole model, printed at start: people reproduce papers by it. Collective."""
     parts = []
     for decay in sorted({group["weight_decay"] for group in groups}, reverse=True):
         tensors = [p for group in groups if group["weight_decay"] == decay for p in group["params"]]
-        numbers = sum(getattr(p, "ds_numel", p.numel()) for p in tensors)
-        parts.append(f"weight decay {decay:g} on {len(tensors)} tensors ({numbers:,} numbers)")
+        own, shared = (
+            sum(getattr(p, "ds_numel", p.numel()) for p in tensors if getattr(p, "model_parallel", False) == is_own)
+            for is_own in (True, False)
+        )
+        # The ranks of a replica have the same tensors, each with its own submodules' numbers.
+        if grid.submodule_ranks > 1:
+            own = int(grid.sum_over_submodule_ranks(torch.tensor([own], device=grid.device)))
+        numbers = counted(own + shared, "number")
+        parts.append(f"weight decay {decay:g} on {counted(len(tensors), 'tensor')} ({numbers})")
     least = min(group["lr_scale"] for group in groups)
     if least < 1:
         parts.append(f"learning rate x {least:.3g} at the first trained layer")

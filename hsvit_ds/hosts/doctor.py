@@ -19,7 +19,7 @@ from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 
-from ..errors import RefusedError
+from ..errors import RefusedError, counted
 from ..run import recipe as recipes
 from ..run.recipe import Recipe
 from . import bandwidth, checks
@@ -223,7 +223,7 @@ def _all_reduce(result: Examination, hosts: list[Host]) -> Cell:
     if code == 0 and measured:
         m = json.loads(measured[0])
         value = f"64 MiB at {m['bandwidth'] / 1e6:,.0f} MB/s, 4 KiB in {m['latency'] * 1e3:,.2f} ms"
-        return Cell(ALL, "all-reduce", f"{value}, {m['ranks']} ranks over {m['backend']}")
+        return Cell(ALL, "all-reduce", f"{value}, {counted(m['ranks'], 'rank')} over {m['backend']}")
     lines = [line.strip() for line in result.log.splitlines() if line.strip()]
     told = [line.replace("hsvit: error: ", "").partition("; ")[0] for line in lines if "hsvit: error:" in line]
     reason = (told + lines[-1:] + [f"exit code {code}"])[0][:300]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
-from ..errors import RefusedError
+from ..errors import RefusedError, counted
 from ..grid import grid
 from ..run.recipe import Recipe, Run
 from .cluster import Host
@@ -47,10 +47,11 @@ class Layout:
 
     def __str__(self) -> str:
         ranks = len(self.places)
-        text = f"{ranks} ranks on {', '.join(f'{host.name} ({host.slots})' for host in self.hosts)}"
-        text += f" = {ranks // self.submodule_ranks} replicas x {self.submodule_ranks} submodule ranks"
+        text = f"{counted(ranks, 'rank')} on {', '.join(f'{host.name} ({host.slots})' for host in self.hosts)}"
+        replicas = counted(ranks // self.submodule_ranks, "replica")
+        text += f" = {replicas} x {counted(self.submodule_ranks, 'submodule rank')}"
         text += f", without submodules {', '.join(map(str, self.absent))}" if self.absent else ""
-        return text + (f", {self.idle} slots idle" if self.idle else "")
+        return text + (f", {counted(self.idle, 'slot')} idle" if self.idle else "")
 
 
 def whole(hosts: Sequence[Host], recipe: Recipe) -> Layout:
@@ -83,9 +84,9 @@ def fitted(hosts: Sequence[Host], recipe: Recipe, last: Layout, degraded: bool) 
     if not replicas:
         run = recipe.run
         raise RefusedError(
-            f"{ranks} ranks on {', '.join(host.name for host in hosts)} are {ranks // shared} replicas of {shared} "
-            f"submodule ranks at most, which cannot train run.global_batch = {run.global_batch} in micro batches of "
-            f"run.micro_batch = {run.micro_batch}; bring a host back, or change these keys"
+            f"{counted(ranks, 'rank')} on {', '.join(host.name for host in hosts)} are "
+            f"{counted(ranks // shared, 'replica')} of {counted(shared, 'submodule rank')} at most, which "
+            f"cannot train run.global_batch = {run.global_batch} in micro batches of run.micro_batch = {run.micro_batch}; bring a host back, or change these keys"
         )
     placed = _place(hosts, replicas * shared, shared)
     return Layout(placed, model, shared, absent, ranks - replicas * shared)

@@ -10,6 +10,7 @@ from ..data.reader import Reader
 from ..engine.checkpoint import Position
 from ..engine.engine import Engine
 from ..engine.optimizer import describe
+from ..errors import counted
 from ..grid.grid import Grid
 from .recipe import Plan, Recipe
 
@@ -20,18 +21,20 @@ def lines(
     """start: where the run goes on."""
     yield (
         f"{folder}: {plan.parameters:,} parameters, {plan.macs / 1e9:,.4g} GMACs an image; "
-        f"{plan.replicas} replicas x {grid.submodule_ranks} submodule ranks on {grid.device.type} ({grid.backend}), "
+        f"{counted(plan.replicas, 'replica')} x {counted(grid.submodule_ranks, 'submodule rank')} on "
+        f"{grid.device.type} ({grid.backend}), "
         f"ZeRO-{recipe.engine.zero_stage}, {'bf16 autocast' if plan.bf16 else 'fp32'}"
     )
     yield (
-        f"global batch {recipe.run.global_batch} = {plan.replicas} replicas x {plan.accumulation} "
-        f"micro batches x {plan.micro_batch}; {plan.steps_per_epoch} steps an epoch, {plan.steps} in all; "
-        f"{describe(engine.parameter_groups)}"
+        f"global batch {recipe.run.global_batch} = {counted(plan.replicas, 'replica')} x "
+        f"{counted(plan.accumulation, 'micro batch', 'micro batches')} x {plan.micro_batch}; "
+        f"{counted(plan.steps_per_epoch, 'step')} an epoch, {plan.steps} in all; "
+        f"{describe(engine.parameter_groups, grid)}"
     )
     if reader.placement:
         yield reader.placement
     if reader.left_out:
-        yield f"not readable, as the index says: {len(reader.left_out)} images, see {folder / FILE}"
+        yield f"not readable, as the index says: {counted(len(reader.left_out), 'image')}, see {folder / FILE}"
     if recipe.data.val == recipe.data.test:
         yield (
             f'warning: data.val = data.test = "{recipe.data.val}": the images of the result also choose the best '

@@ -45,7 +45,7 @@ def test_two_hosts_then_one_then_two_are_one_run(cluster: Cluster, tmp_path: Pat
     until(lambda: "step 30/" in output(process), "step 30", 240)
     cluster.hosts["node-2"].switch_off()
     until(lambda: "attempt 2:" in output(process), "the next attempt", 90)
-    until(lambda: "1 replicas x" in output(process).partition("attempt 2:")[2], "it runs", 120)
+    until(lambda: "1 replica x" in output(process).partition("attempt 2:")[2], "it runs", 120)
     until(lambda: "/284 " in output(process).partition("resumed at step")[2], "it steps", 60)
     cluster.hosts["node-2"].start()
     for pid in cluster.hosts["node-1"].processes("hsvit_ds.train --local_rank="):

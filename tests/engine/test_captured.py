@@ -205,7 +205,7 @@ def test_what_torch_compile_made_of_the_model_is_said() -> None:
 
     torch.compile(broken, backend="eager")(torch.ones(2))
     said = captured.compiled()
-    assert said.startswith("engine.compile: 2 graphs, 1 breaks; 1 x ")
+    assert said.startswith("engine.compile: 2 graphs, 1 break; 1 x ")
     assert len(said.splitlines()) == 1
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-from hsvit_ds.engine.optimizer import Config, Schedule, decays, parameter_groups
+from hsvit_ds.engine.optimizer import Config, Schedule, decays, describe, parameter_groups
 from hsvit_ds.errors import RefusedError
+from hsvit_ds.run import opening
 from hsvit_ds.run.evaluation import evaluate
 from hsvit_ds.run.trainer import Trainer
 from hsvit_kernels import dispatch
@@ -208,6 +210,28 @@ def test_what_decays() -> None:
         (0.0, ["0.bias", "1.bias"]),
     ]
     assert len(parameter_groups(model, Config(decay="all"))) == 1
+
+
+def test_what_decays_is_counted_over_all_submodules(tmp_path: Path) -> None:
+    here = run(tmp_path)
+    lines = list(opening.lines(here.recipe, here.plan, here.grid, here.engine, here.reader, tmp_path, here.start))
+    numbers = [int(number.replace(",", "")) for number in re.findall(r"\(([\d,]+) numbers\)", lines[1])]
+    assert sum(numbers) == here.plan.parameters
+    assert "1 replica x 1 submodule rank on cpu" in lines[0]
+    assert not re.search(r"\b1 \w+s\b", "\n".join(lines)), lines
+
+    class Half:
+        """A grid whose other rank has as many submodules."""
+
+        submodule_ranks, device = 2, torch.device("cpu")
+        sum_over_submodule_ranks = staticmethod(lambda x: 2 * x)
+
+    model: Any = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Linear(3, 1000))
+    for parameter in model[1].parameters():
+        parameter.model_parallel = True
+    half: Any = Half()
+    told = describe(parameter_groups(model, Config(weight_decay=0.1)), half)
+    assert told == "weight decay 0.1 on 2 tensors (6,006 numbers), weight decay 0 on 2 tensors (2,003 numbers)"
 
 
 def test_the_schedule_warms_up_and_follows_a_cosine() -> None:

@@ -115,7 +115,7 @@ def test_a_host_that_returns_makes_the_model_whole_again() -> None:
 
 def test_what_cannot_go_on_is_refused_with_the_arithmetic() -> None:
     recipe, hosts = _recipe(submodules=2, ranks=2, batch=96, micro=64), _hosts(2, 2)
-    with pytest.raises(RefusedError, match=r"2 ranks on node-2 are 1 replicas of 2.* 96 in micro batches of .* = 64"):
+    with pytest.raises(RefusedError, match=r"2 ranks on node-2 are 1 replica of 2.* 96 in micro batches of .* = 64"):
         fitted(hosts[1:], recipe, whole(hosts, recipe), degraded=False)
 
 

@@ -217,8 +217,8 @@ def test_a_part_of_each_class_can_be_held_out(tmp_path: Path) -> None:
         result = shards(
             "make", tmp_path / "source", out, "--split=train", "--name=mini", "--holdout=0.15", f"--seed={seed}"
         )
-        assert "52 samples of mini-train in 1 shards" in result.stdout
-        assert "10 samples of mini-val in 1 shards" in result.stdout
+        assert "52 samples of mini-train in 1 shard" in result.stdout
+        assert "10 samples of mini-val in 1 shard" in result.stdout
         kept, held = ({json.loads(s["json"])["filename"] for s in samples(out, name)} for name in ("train", "val"))
         assert len(kept) + len(held) == 62
         assert not kept & held

@@ -85,8 +85,9 @@ def fitted(hosts: Sequence[Host], recipe: Recipe, last: Layout, degraded: bool) 
         run = recipe.run
         raise RefusedError(
             f"{counted(ranks, 'rank')} on {', '.join(host.name for host in hosts)} are "
-            f"{counted(ranks // shared, 'replica')} of {counted(shared, 'submodule rank')} at most, which "
-            f"cannot train run.global_batch = {run.global_batch} in micro batches of run.micro_batch = {run.micro_batch}; bring a host back, or change these keys"
+            f"{counted(ranks // shared, 'replica')} of {counted(shared, 'submodule rank')} at most, which cannot train "
+            f"run.global_batch = {run.global_batch} in micro batches of run.micro_batch = {run.micro_batch}; "
+            "bring a host back, or change these keys"
         )
     placed = _place(hosts, replicas * shared, shared)
     return Layout(placed, model, shared, absent, ranks - replicas * shared)

@@ -3,11 +3,13 @@ only when asked for."""
 
 from __future__ import annotations
 
+import codecs
 import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import IntEnum
+from pathlib import Path
 
 
 class Exit(IntEnum):
@@ -38,6 +40,25 @@ def counted(number: int, noun: str, plural: str = "") -> str:
 def first_line(error: Exception) -> str:
     """What a foreign error says, short enough for a line of ours."""
     return (str(error).splitlines() or [type(error).__name__])[0][:200]
+
+
+def read_text(path: Path) -> str:
+    """A file that a person wrote, in UTF-8, or in UTF-16 as its byte-order mark says.
+
+    Raises:
+        RefusedError: in another encoding.
+        OSError: not readable.
+    """
+    data = path.read_bytes()
+    is_wide = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    try:
+        return data.decode("utf-16" if is_wide else "utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data[: error.start].count(b"\n") + 1
+        raise RefusedError(
+            f"{path}, line {line}: byte 0x{data[error.start]:02x} is not {'UTF-16' if is_wide else 'UTF-8'} "
+            "(Latin-1 or another encoding?); save the file as UTF-8"
+        ) from None
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from ..errors import RefusedError
 from ..models import slimmable, vit
 from ..models.hsvit import Config as HSViTConfig
 from ..models.hsvit import HSViT
-from ..models.weights import load_exactly, unwrapped
+from ..models.weights import load_exactly, resembling, unwrapped
 from .checkpoint import Position
 from .checkpoint_files import chosen, read_manifest, read_weights
 
@@ -38,7 +38,14 @@ def import_weights(
 ) -> models.Model:
     """Build the model that weights belong to, told by their keys: the published HSViT's, or a DeiT's, which Scala's
     are too where `smallest` is below 1. Arguments and errors: `import_hsvit`, `import_scala`, `import_deit`."""
-    if not any(key.startswith(("blocks.", "patch_embed.")) for key in unwrapped(state_dict)):
+    weights = unwrapped(state_dict)
+    if not any(key.startswith(("blocks.", "patch_embed.")) for key in weights):
+        if not any("conv2d_layers." in key for key in weights):
+            raise RefusedError(
+                f"{len(weights)} tensors ({', '.join(list(weights)[:3])}, …) of neither a DeiT nor the published "
+                f"HSViT: they seem to be {resembling(weights)}; of timm's networks model.weights takes them "
+                '(model.kind = "timm"), or model.backbone.weights'
+            )
         if not image_size or not pool_strides:
             raise RefusedError("weights of the published HSViT code need --image-size and --pool-strides")
         return import_hsvit(state_dict, image_size=image_size, pool_strides=pool_strides, heads=heads or 8)
@@ -55,7 +62,8 @@ def import_scala(
     Args:
         state_dict: a DeiT's keys, or a checkpoint that nests them under "model", with or without "module." in front.
         smallest, granularity: the widths it was trained at. side: of the smallest; the published code takes leading
-            channels, the paper trailing ones. heads: by default one for 64 channels, as in every DeiT.
+            channels, the paper trailing ones. heads: by default one for 64 channels, as in every DeiT; has to be given
+            where the channels are no multiple of 64.
 
     Raises:
         RefusedError: keys that are missing or left over (listed), or shapes that are no square ViT's.
@@ -76,9 +84,14 @@ def _import_vit(state_dict: Mapping[str, Any], widths: dict[str, Any], heads: in
     if patch is None or positions is None or head is None or fc1 is None:
         raise RefusedError(
             "these are not weights of a DeiT: patch_embed.proj.weight, pos_embed, head.weight or "
-            f"blocks.0.mlp.fc1.weight is missing among {len(weights)} keys"
+            f"blocks.0.mlp.fc1.weight is missing among {len(weights)} keys; they seem to be {resembling(weights)}"
         )
     embedding, channels, side = patch.shape[0], patch.shape[1], patch.shape[2]
+    if not heads and embedding % 64:
+        raise RefusedError(
+            f"{embedding} channels are no multiple of 64, which a DeiT's head has: the shapes do not tell the number "
+            "of heads; give it (--heads, heads=)"
+        )
     distilled = "dist_token" in weights
     grid = isqrt(positions.shape[1] - 1 - distilled)
     if grid**2 != positions.shape[1] - 1 - distilled:
@@ -88,7 +101,7 @@ def _import_vit(state_dict: Mapping[str, Any], widths: dict[str, Any], heads: in
     try:
         model = vit.Config(
             embedding=embedding,
-            heads=heads or max(embedding // 64, 1),
+            heads=heads or embedding // 64,
             depth=depth,
             mlp_ratio=fc1.shape[0] / embedding,
             patch_size=side,
@@ -119,7 +132,7 @@ def import_hsvit(
     Raises:
         RefusedError: keys that are missing or left over (listed), or an image size that does not fit the projection.
     """
-    weights = {k: v for k, v in state_dict.get("state_dict", state_dict).items()}
+    weights = unwrapped(state_dict)
     if any(k.startswith("model.model.") for k in weights):
         weights = {k.removeprefix("model."): v for k, v in weights.items()}
     weights = {k: v for k, v in weights.items() if not k.endswith("num_batches_tracked")}
@@ -127,10 +140,10 @@ def import_hsvit(
     model = HSViT(config, image_size=image_size, channels=channels, classes=classes)
     found: dict[str, Tensor] = {}
     for ours, theirs in _key_map(config).items():
-        parts = [weights.pop(key, None) for key in theirs]
-        missing = [key for key, part in zip(theirs, parts, strict=True) if part is None]
+        missing = [key for key in theirs if key not in weights]
         if missing:
             raise RefusedError(f"the published weights lack {', '.join(missing)}")
+        parts = [weights.pop(key) for key in theirs]
         target = model.state_dict()[ours]
         value = torch.stack(parts) if len(parts) > 1 else parts[0]
         if value.numel() != target.numel():

@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..errors import RefusedError
+from ..errors import RefusedError, read_text
 
 SSH_OPTIONS = (
     "-o BatchMode=yes -o ConnectTimeout=5 "  # never ask, never wait for a host that is gone
@@ -29,6 +29,11 @@ class Host:
     name: str
     slots: int
     """Ranks that it takes."""
+
+    @property
+    def address(self) -> str:
+        """Its name without the user to log in as."""
+        return self.name.rpartition("@")[2]
 
 
 @dataclass(frozen=True)
@@ -51,7 +56,7 @@ def read_hostfile(path: Path) -> list[Host]:
             where the file is missing.
     """
     try:
-        lines = path.read_text().splitlines()
+        lines = read_text(path).splitlines()
     except OSError as error:
         raise RefusedError(
             f"hostfile {path}: cannot be read ({error.strerror}); write a line `NAME slots=N` for every host"

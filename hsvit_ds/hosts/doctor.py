@@ -19,7 +19,7 @@ from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 
-from ..errors import RefusedError, counted
+from ..errors import RefusedError, counted, read_text
 from ..run import recipe as recipes
 from ..run.recipe import Recipe
 from . import bandwidth, checks
@@ -174,7 +174,7 @@ def _write_environment(result: Examination, cores: int) -> None:
 def _valid(path: Path, fate: str, result: Examination) -> list[str]:
     """The lines that the launcher can read; a warning for each other one, whose text may be a password."""
     lines = []
-    for number, line in enumerate(path.read_text().splitlines() if path.exists() else [], 1):
+    for number, line in enumerate(read_text(path).splitlines() if path.exists() else [], 1):
         if re.fullmatch(r"[A-Za-z_]\w*=.*", line):
             lines.append(line)
         else:
@@ -187,7 +187,7 @@ def _valid(path: Path, fate: str, result: Examination) -> list[str]:
 def variables() -> tuple[dict[str, str], list[str]]:
     """(secrets, other NAME=VALUE lines) that the launcher would give to the ranks on their command lines."""
     paths = (Path.home() / ENVIRONMENT, Path(ENVIRONMENT))
-    hidden, others = in_lines(line for path in paths if path.exists() for line in path.read_text().splitlines())
+    hidden, others = in_lines(line for path in paths if path.exists() for line in read_text(path).splitlines())
     return in_environment(os.environ) | hidden, others
 
 

@@ -23,7 +23,7 @@ def torchrun(hosts: Sequence[Host], path: Path, overrides: list[str], resume: bo
     for number, host in enumerate(hosts):
         command = [
             *("torchrun", "--nnodes", str(len(hosts)), "--nproc_per_node", str(host.slots), "--node_rank", str(number)),
-            *("--master_addr", hosts[0].name, "--master_port", str(PORT)),
+            *("--master_addr", hosts[0].address, "--master_port", str(PORT)),
             *("-m", "hsvit_ds.train", str(path), *(["--resume"] if resume else []), *overrides),
         ]
         lines += [f"# on {host.name}", shlex.join(command)]

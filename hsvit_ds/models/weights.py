@@ -7,16 +7,33 @@ import shlex
 import sys
 import warnings
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ..errors import RefusedError, first_line
 
+_NESTS = ("model", "state_dict", "model_state_dict", "model_state", "module", "net", "weights")
+"""Where training programs keep a model's tensors, the first one that is there."""
+_MARKS = {
+    "a model file of this project (hsvit_ds.interop.load_model)": ("submodules.",),
+    "a DeiT or ViT": ("patch_embed.proj.", "blocks.0."),
+    "the published HSViT's": ("model.conv2d_layers.",),
+    "a ResNet": ("conv1.", "layer1.0.", "fc."),
+    "a Swin Transformer": ("patch_embed.", "layers.0."),
+    "a ConvNeXt": ("stem.", "stages.0."),
+    "a MobileNet or EfficientNet": ("conv_stem.", "blocks.0."),
+    "a transformer of Hugging Face's transformers": ("vit.",),
+    "an optimizer's state": ("state", "param_groups"),
+}
+_POINTER = b"version https://git-lfs"
+_NUMBERS = (np._core.multiarray.scalar, np.dtype, *{type(np.dtype(kind)) for kind in "fdilq?"})  # type: ignore[attr-defined]
+"""What NumPy's numbers, as a metric beside the weights, are unpickled by: values."""
 _KEEP_TENSORS = (
     "import sys, torch; f = torch.load(sys.argv[1], weights_only=False); "
     'f = getattr(f, "state_dict", lambda: f)(); torch.save(f.get("model", f.get("state_dict", f)), sys.argv[2])'
@@ -34,13 +51,18 @@ def read_foreign(path: Path, *, trust: bool = False, way_out: str = "") -> Mappi
         RefusedError: no such file, none of weights, or one that would run code.
     """
     try:
+        with path.open("rb") as file:
+            if file.read(len(_POINTER)) == _POINTER:
+                raise RefusedError(f"{path}: a pointer of Git LFS, not the weights; fetch them with git lfs pull")
         if path.suffix == ".safetensors":
             return load_file(path)
         if trust:
             print(f"hsvit: warning: {path}: unpickled by --trust, with any code in it", file=sys.stderr, flush=True)
         # Namespace: the arguments in DeiT's checkpoints, which are values. Warnings: of what is refused anyway.
-        with torch.serialization.safe_globals([Namespace]), warnings.catch_warnings(action="ignore"):
+        with torch.serialization.safe_globals([Namespace, *_NUMBERS]), warnings.catch_warnings(action="ignore"):
             loaded = torch.load(path, map_location="cpu", weights_only=not trust)
+    except RefusedError:
+        raise
     except FileNotFoundError as error:
         raise RefusedError(f"{path}: no such file") from error
     except Exception as error:  # damaged and hostile files raise nearly anything
@@ -73,7 +95,43 @@ def load_exactly(model: nn.Module, weights: Mapping[str, Tensor], message: str) 
     model.load_state_dict(weights)
 
 
-def unwrapped(state_dict: Mapping[str, Any]) -> dict[str, Any]:
-    """The tensors of a checkpoint of DeiT's or timm's training code, which nest them and may name a wrapper."""
-    weights = state_dict.get("model", state_dict.get("state_dict", state_dict))
-    return {key.removeprefix("module."): value for key, value in weights.items()}
+def unwrapped(state_dict: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The tensors of a training program's checkpoint, in fp32: wherever it nests them, without the names of wrappers
+    (DDP's "module.", torch.compile's "_orig_mod.", in any order).
+
+    Raises:
+        RefusedError: no tensors there, or several sets of them.
+    """
+    weights = _nested(state_dict)
+    return {
+        re.sub(r"(^|\.)_orig_mod\.", r"\1", re.sub(r"^((module|_orig_mod)\.)+", "", key)): (
+            value.float() if value.is_floating_point() else value
+        )
+        for key, value in weights.items()
+    }
+
+
+def _nested(found: Mapping[str, Any]) -> Mapping[str, Tensor]:
+    tensors = {key: value for key, value in found.items() if isinstance(value, Tensor)}
+    inside = {key: value for key, value in found.items() if isinstance(value, Mapping) and _has_tensors(value)}
+    if tensors and not inside:
+        return tensors
+    name = next((name for name in _NESTS if name in inside), None)
+    if name is None and len(inside) == 1:
+        (name,) = inside
+    if name is None:
+        keys = ", ".join(map(str, inside)) or ", ".join(map(str, list(found)[:8])) or "nothing"
+        raise RefusedError(f"a checkpoint without weights under {', '.join(_NESTS)}; it has: {keys}")
+    return _nested(inside[name])
+
+
+def _has_tensors(found: Mapping[str, Any]) -> bool:
+    return any(isinstance(v, Tensor) or (isinstance(v, Mapping) and _has_tensors(v)) for v in found.values())
+
+
+def resembling(keys: Collection[str]) -> str:
+    """What weights seem to be, by their names."""
+    for kind, marks in _MARKS.items():
+        if all(any(key.startswith(mark) for key in keys) for mark in marks):
+            return kind
+    return "of no network that is known here"

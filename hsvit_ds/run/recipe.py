@@ -21,7 +21,7 @@ from ..data.order import Order, Share
 from ..data.sets import Facts
 from ..data.stream import is_url
 from ..engine import checkpoint, ema, engine, optimizer
-from ..errors import RefusedError
+from ..errors import RefusedError, read_text
 from ..grid import grid
 from ..models import hsvit
 from ..models.batchnorm import BatchNorm
@@ -128,7 +128,7 @@ def order(recipe: Recipe) -> Order:
 def read(path: Path, overrides: list[str] | None = None) -> Recipe:
     """The recipe in a TOML file, with `key.path=value` overrides; refuses what is unknown or of a wrong type."""
     try:
-        text = path.read_text()
+        text = read_text(path)
     except OSError as error:
         raise RefusedError(f"{path}: cannot be read ({error.strerror})") from error
     try:

@@ -40,17 +40,17 @@ def main(argv: list[str] | None = None) -> None:
     with shown(2, args.debug):
         secrets.load()
         check_kernels()
-        from .data.splits import check_splits, named_as_before
+        from .data.splits import named_as_before
         from .grid.grid import Grid, world_size
         from .run import folders
         from .run import recipe as recipes
 
-        recipe, plan = recipes.resolve(recipes.read(args.recipe, args.overrides), world_size())
+        recipe = recipes.read(args.recipe, args.overrides)
+        if not folders.names_splits(recipe.run, args.run, args.resume):
+            recipe = replace(recipe, data=named_as_before(recipe.data))
+        recipe, plan = recipes.resolve(recipe, world_size())
         grid = Grid(recipe.grid, recipe.model.submodules)
         try:
-            if not grid.agree(lambda: folders.names_splits(recipe.run, args.run, args.resume)):
-                recipe = replace(recipe, data=named_as_before(recipe.data))
-            grid.together(lambda: check_splits(recipe.data))
             text = recipes.dumps(recipe)
             folder = grid.agree(lambda: folders.open_folder(recipe.run, args.run, args.resume, text))
         except RefusedError:

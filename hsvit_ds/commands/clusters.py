@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..errors import Exit, counted, shown
+from ..errors import Exit, RefusedError, counted, shown
 from ..train import check_kernels
 from . import Debug
 
@@ -36,6 +36,8 @@ def examine_hosts(
         for warning in found.warnings:
             typer.echo(f"hsvit: warning: {warning}", err=True)
         _print(hosts, found)
+        if found.wrote:
+            typer.echo(found.wrote)
         for failure in found.failures:
             typer.echo(failure)
         if found.failures:
@@ -86,7 +88,7 @@ def launch_run(
     """Start a run on several hosts and keep it going; exit code 75: saved and stopped as asked."""
     with shown(Exit.REFUSED, debug):
         check_kernels()
-        from ..hosts import schedulers
+        from ..hosts import checks, schedulers
         from ..hosts.cluster import read_hostfile
         from ..hosts.launch import Options, prepare
         from ..hosts.secrets import check_overrides
@@ -95,7 +97,11 @@ def launch_run(
         listed, changes = read_hostfile(hostfile), overrides or []
         check_overrides(changes)
         if printed is not None:
+            if hosts > len(listed):
+                raise RefusedError(f"--hosts {hosts}: the hostfile names {len(listed)}; add hosts to it")
             taken, read = listed[: hosts or None], recipes.read(recipe, changes)
+            if (cell := checks.training(read, sum(host.slots for host in taken))).remedy:
+                raise RefusedError(cell.value)
             if printed == Printed.slurm:
                 typer.echo(schedulers.slurm(taken, read, recipe, changes, resume))
             else:

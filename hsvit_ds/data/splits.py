@@ -85,7 +85,10 @@ class Config:
                 f'name = "{self.name}": not one of {", ".join(SETS)}; for a data set of your own set root, the folder '
                 "of its shards, or classes"
             )
-        if self.name == "digits" and (self.root or self.classes or self.image_size):
+        known = SETS["digits"]
+        if self.name == "digits" and (
+            self.root or self.classes not in (0, known.classes) or self.image_size not in (0, known.image_size)
+        ):
             raise ValueError('name = "digits" is built in: it takes no root, classes or image_size')
 
 
@@ -164,9 +167,8 @@ def named_as_before(config: Config) -> Config:
 
 
 def resolved(config: Config) -> Config:
-    """With the decoder and the fingerprint of the data filled in; refuses others than a recipe names."""
-    if config.name == "digits" or not config.root:
-        return config
+    """With classes and image size, and the decoder and the fingerprint of the data, filled in; refuses others than a
+    recipe names."""
     if config.name not in SETS and not config.classes:
         config = dataclasses.replace(config, classes=len(class_names(config)))
         if not config.classes:
@@ -174,6 +176,10 @@ def resolved(config: Config) -> Config:
                 f"data.root = {config.root}: names no classes (classes.txt, _info.json, kept in the index); set "
                 "data.classes to their number"
             )
+    about = facts(config)
+    config = dataclasses.replace(config, classes=about.classes, image_size=about.image_size)
+    if config.name == "digits" or not config.root:
+        return config
     there = open_split(config, "train")
     assert there is not None
     if config.fingerprint not in ("", there.fingerprint):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -17,8 +18,9 @@ import torch
 from .. import models
 from ..data import splits
 from ..data.stream import is_url
-from ..errors import RefusedError
+from ..errors import RefusedError, counted
 from ..models import hsvit, timm_models
+from ..run import recipe as recipes
 from ..run.recipe import Recipe
 from ..tasks import scala
 from . import probe
@@ -26,6 +28,8 @@ from .cluster import NO_FOLDER, NO_PYTHON, Answer, Host
 
 CLOCKS = 60
 """Seconds that clocks may be apart."""
+HERE = "this machine"
+"""The host of a cell that is about where the command runs."""
 SPARE = 2**30
 """Bytes of disk for a run of which nothing is known."""
 Found = Mapping[str, dict[str, Any]]
@@ -132,6 +136,24 @@ def checkpoint_bytes(recipe: Recipe) -> int:
     with torch.device("meta"):
         shape = model.build(image_size=facts.image_size, channels=facts.channels, classes=facts.classes)
     return (recipe.checkpoint.keep_last + 2) * 12 * sum(p.numel() for p in shape.parameters())
+
+
+def training(recipe: Recipe, ranks: int) -> Cell:
+    """Whether training would take the recipe, by its own check, as far as its data can be seen from here."""
+    root = recipe.data.root
+    if recipe.data.name != "digits" and not is_url(root) and not Path(root).is_dir():
+        return Cell(HERE, "training", f"not checked: data.root = {root} is not on this machine")
+    try:
+        _, plan = recipes.resolve(recipe, ranks)
+    except RefusedError as error:
+        return Cell(HERE, "training", str(error), "it would be refused so")
+    return Cell(HERE, "training", f"{counted(plan.replicas, 'replica')}, {counted(plan.steps, 'step')}")
+
+
+def launcher() -> Cell:
+    if shutil.which("pdsh") is None:
+        return Cell(HERE, "pdsh", "not installed", "install it: DeepSpeed's launcher starts the ranks with it")
+    return Cell(HERE, "pdsh", "installed")
 
 
 def data_files(recipe: Recipe) -> list[str]:

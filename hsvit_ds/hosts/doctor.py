@@ -46,6 +46,8 @@ class Examination:
     interface: str = ""
     """Name of the network interface between the hosts, the same on all of them; "" where the names differ."""
     warnings: list[str] = field(default_factory=list)
+    wrote: str = ""
+    """What was written, in words."""
     log: str = ""
     """What the launcher and the ranks of the all-reduce printed."""
 
@@ -55,18 +57,20 @@ class Examination:
         return [f"{c.host}: {c.check}: {c.value}; {c.remedy}" for c in self.cells if c.remedy]
 
 
-def examine(hosts: list[Host], recipe_path: Path | None, overrides: list[str], quick: bool) -> Examination:
+def examine(
+    hosts: list[Host], recipe_path: Path | None, overrides: list[str], quick: bool, ranks: int = 0
+) -> Examination:
     """Look at every host, for a recipe if one is given. Where nothing is wrong `ENVIRONMENT` is written in the working
-    folder and, if not quick, an all-reduce is run over all ranks.
+    folder and, if not quick, an all-reduce is run over all ranks. ranks: that train; 0: one on every slot.
 
     Raises:
-        RefusedError: the recipe cannot be read, run.root or the working folder cannot be written here, or ssh or pdsh
-            is not installed.
+        RefusedError: the recipe cannot be read, run.root or the working folder cannot be written here, or ssh is not
+            installed.
     """
     recipe = recipes.read(recipe_path, overrides) if recipe_path else None
-    if shutil.which("pdsh") is None:
-        raise RefusedError("pdsh is not installed here, with which deepspeed starts ranks on hosts; install it")
-    result = Examination()
+    result = Examination([checks.launcher()])
+    if recipe:
+        result.cells.append(checks.training(recipe, ranks or sum(host.slots for host in hosts)))
     with _meeting_place(recipe) as folder:
         request = json.dumps(_request(recipe_path, recipe, folder))
         answers = on_all(hosts, rank_command("hsvit_ds.hosts.probe"), request)
@@ -167,6 +171,8 @@ def _write_environment(result: Examination, cores: int) -> None:
         here.write_text("".join(f"{line}\n" for line in [*kept, *(f"{name}={value}" for name, value in ours.items())]))
     except OSError as error:
         raise RefusedError(f"{here}: cannot be written ({error.strerror}); start from a folder of your own") from error
+    pins = f", which pins the interface {result.interface}" if result.interface else ""
+    result.wrote = f"wrote {here}, variables for every rank{pins}: {', '.join(f'{k}={v}' for k, v in ours.items())}"
     if home != here:
         _valid(home, "delete it", result)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shlex
-import shutil
 import sys
 import time
 from collections.abc import Collection
@@ -62,10 +61,9 @@ def prepare(options: Options, hosts: list[Host]) -> Launch:
     """
     if options.hosts > len(hosts):
         raise RefusedError(f"--hosts {options.hosts}: the hostfile names {len(hosts)}; add hosts to it")
-    if shutil.which("pdsh") is None:
-        raise RefusedError("pdsh is not installed here, and DeepSpeed's launcher needs it; install it")
     recipe = recipes.read(options.recipe, options.overrides)
-    found = doctor.examine(hosts, options.recipe, options.overrides, quick=True)
+    ranks = sum(host.slots for host in hosts[: options.hosts or None])
+    found = doctor.examine(hosts, options.recipe, options.overrides, quick=True, ranks=ranks)
     for warning in found.warnings:
         _say(f"warning: {warning}")
     if found.failures:

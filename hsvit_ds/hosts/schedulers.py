@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import socket
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,18 +13,21 @@ from ..run import folders
 from ..run.recipe import Recipe
 from .cluster import Host
 
-PORT = 29500
-"""On the first host, where rank 0 listens."""
+LONGEST = "1-00:00:00"
+"""Of a Slurm job, days-hours:minutes:seconds; then it saves and is queued again."""
 _SAVE_SECONDS = 180  # before the end of a job's time
 
 
 def torchrun(hosts: Sequence[Host], path: Path, overrides: list[str], resume: bool) -> str:
     """A command for each host; all have to be running within ten minutes."""
+    with socket.create_server(("", 0)) as server:
+        port = server.getsockname()[1]  # free here, and then likely there
     lines = []
     for number, host in enumerate(hosts):
         command = [
-            *("torchrun", "--nnodes", str(len(hosts)), "--nproc_per_node", str(host.slots), "--node_rank", str(number)),
-            *("--master_addr", hosts[0].address, "--master_port", str(PORT)),
+            *(sys.executable, "-m", "torch.distributed.run"),
+            *("--nnodes", str(len(hosts)), "--nproc_per_node", str(host.slots), "--node_rank", str(number)),
+            *("--master_addr", hosts[0].address, "--master_port", str(port)),
             *("-m", "hsvit_ds.train", str(path), *(["--resume"] if resume else []), *overrides),
         ]
         lines += [f"# on {host.name}", shlex.join(command)]
@@ -49,6 +53,8 @@ def slurm(hosts: Sequence[Host], recipe: Recipe, path: Path, overrides: list[str
     options = [
         *(f"--job-name={shlex.quote(recipe.run.name)}", f"--nodes={len(hosts)}", f"--ntasks-per-node={slots}"),
         *([] if recipe.grid.backend == "gloo" else [f"--gpus-per-node={slots}"]),
+        f"--time={LONGEST}",
+        f"--cpus-per-task={recipe.data.workers + 1}",
         *(f"--signal=USR1@{_SAVE_SECONDS}", "--requeue", "--open-mode=append"),
     ]
     ranks = 'RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS exec "$@"'
@@ -58,7 +64,7 @@ def slurm(hosts: Sequence[Host], recipe: Recipe, path: Path, overrides: list[str
             "#!/bin/bash",
             *(f"#SBATCH {option}" for option in options),
             'MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)',
-            f"export MASTER_ADDR MASTER_PORT={PORT}",
+            "export MASTER_ADDR MASTER_PORT=$((20000 + SLURM_JOB_ID % 10000))  # not that of another job",
             f"srun --kill-on-bad-exit=1 bash -c {shlex.quote(ranks)} rank \\",
             f"  {train} --run {folder} {shlex.join(overrides)}".rstrip(),
             "code=$?",

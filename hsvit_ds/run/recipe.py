@@ -257,6 +257,8 @@ def _steps_per_epoch(recipe: Recipe) -> int:
 def resolve(recipe: Recipe, ranks: int) -> tuple[Recipe, Plan]:
     """The recipe with everything derived filled in, and the plan for `ranks` ranks; refuses what cannot be."""
     recipe = replace(recipe, data=splits.resolved(recipe.data))
+    if recipe.data.root:
+        splits.check_splits(recipe.data)
     facts = splits.facts(recipe.data)
     if recipe.data.name == "digits" and (keys := recipe.augment.needs_files):
         raise RefusedError(f"augment.{keys[0]} needs image files; the digits are in memory: use augment.shift")
@@ -292,7 +294,7 @@ def resolve(recipe: Recipe, ranks: int) -> tuple[Recipe, Plan]:
     recipe = replace(
         recipe,
         model=model,
-        run=replace(recipe.run, micro_batch=micro),
+        run=replace(recipe.run, micro_batch=micro, bn_batch=recipe.run.bn_batch or recipe.run.global_batch),
         engine=replace(recipe.engine, precision=precision),
     )
     # Contradicting expert keys are refused before anything starts.

@@ -123,7 +123,9 @@ class Runs:
         monkeypatch.setattr(launch, "time", self.clock)
         monkeypatch.setattr(doctor, "examine", self._examine)
 
-    def _examine(self, hosts: list[Host], recipe: Path | None, overrides: list[str], quick: bool) -> Examination:
+    def _examine(
+        self, hosts: list[Host], recipe: Path | None, overrides: list[str], quick: bool, ranks: int = 0
+    ) -> Examination:
         assert quick
         self.asked.append(([host.name for host in hosts], recipe))
         return self.found_later.pop(0) if self.found_later and recipe is None else self.found

@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import re
+import shutil
 import socket
 import stat
 import subprocess
@@ -22,6 +23,7 @@ from typer.testing import CliRunner
 from hsvit_ds.cli import app
 from hsvit_ds.errors import RefusedError
 from hsvit_ds.hosts import checks, doctor, probe
+from hsvit_ds.hosts.checks import HERE
 from hsvit_ds.hosts.cluster import Answer, Host
 from hsvit_ds.hosts.doctor import Examination
 from hsvit_ds.run import recipe
@@ -92,8 +94,8 @@ def look(*names: str, path: Path | None = None, overrides: tuple[str, ...] = (),
 
 
 def wrong(found: Examination) -> dict[tuple[str, str], str]:
-    """{(host, check): what was found} of the red cells."""
-    return {(cell.host, cell.check): cell.value for cell in found.cells if cell.remedy}
+    """{(host, check): what was found} of the hosts' red cells."""
+    return {(cell.host, cell.check): cell.value for cell in found.cells if cell.remedy and cell.host != HERE}
 
 
 def test_hosts_that_are_alike_are_right_and_meet_at_the_first(hosts: Hosts) -> None:
@@ -205,10 +207,10 @@ def test_an_mlflow_server_must_answer(hosts: Hosts) -> None:
     server = http.server.HTTPServer(("127.0.0.1", 0), Handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     uri = f"http://127.0.0.1:{server.server_port}"
-    assert look("a", path=DIGITS, overrides=(f"tracking.uri={uri}",)).failures == []
+    assert look("a", path=DIGITS, overrides=(f"tracking.uri={uri}",), slots=2).failures == []
     server.shutdown()
     server.server_close()
-    (line,) = look("a", path=DIGITS, overrides=(f"tracking.uri={uri}/",)).failures
+    (line,) = look("a", path=DIGITS, overrides=(f"tracking.uri={uri}/",), slots=2).failures
     assert line.startswith(f"a: MLflow: {uri}/: ")
     assert "Connection refused" in line
 
@@ -316,14 +318,11 @@ def test_a_wrong_hostfile_is_refused_with_its_line(hosts: Hosts, text: str | Non
     assert done.stderr.count("\n") == 1
 
 
-def test_what_would_stop_the_launcher_here_is_refused(hosts: Hosts, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_would_stop_the_launcher_here_is_refused(hosts: Hosts) -> None:
     with pytest.raises(RefusedError, match=r"run.root = /proc/no: cannot be written here"):
         look("a", path=DIGITS, overrides=("run.root=/proc/no",))
     with pytest.raises(RefusedError, match=r"data.root is not set"):
         look("a", path=DIGITS, overrides=("data.name=cifar10",))
-    monkeypatch.setenv("PATH", "/nowhere")
-    with pytest.raises(RefusedError, match="pdsh is not installed here"):
-        look("a")
 
 
 def test_the_command_prints_a_table_and_a_remedy_for_each_fault(hosts: Hosts) -> None:
@@ -358,3 +357,34 @@ def test_a_failed_all_reduce_is_told_with_what_a_rank_said_and_no_secret(
     for variable in ("NCCL_IB_DISABLE=1", "GLOO_SOCKET_IFNAME=lo"):
         assert f"export {variable};" in done.stderr
     assert "hunter" not in done.output
+
+
+def test_without_pdsh_the_hosts_are_looked_at_all_the_same(hosts: Hosts, monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("hostfile").write_text("a slots=1\nb slots=1\n")
+    which = shutil.which
+    monkeypatch.setattr(shutil, "which", lambda name: None if name == "pdsh" else which(name))
+    done = CliRunner().invoke(app, ["doctor", "hostfile"])
+    assert done.exit_code == 1
+    rows = [[cell.strip() for cell in line.split("│")[1:4]] for line in done.stdout.splitlines()]
+    assert ["pdsh", "WRONG: not installed", "this machine"] in rows
+    assert ["ssh", "answers", "all hosts"] in rows
+    assert "all-reduce" not in done.stdout
+    assert not Path(doctor.ENVIRONMENT).exists()
+
+
+def test_what_training_would_refuse_is_found_before_it_starts(hosts: Hosts) -> None:
+    assert look("a", "b", path=DIGITS).failures == []
+    for overrides, said in (
+        (("grid.submodule_ranks=4", "model.submodules=4"), "grid.submodule_ranks = 4 does not divide the 2 ranks"),
+        (("run.global_batch=2000",), "run.global_batch = 2000 is more than the 1150 training images"),
+    ):
+        (failure,) = look("a", "b", path=DIGITS, overrides=overrides).failures
+        assert failure.startswith(f"{HERE}: training: {said}")
+
+
+def test_what_the_doctor_wrote_is_said(hosts: Hosts) -> None:
+    found = look("a", "b", path=DIGITS)
+    assert found.wrote.startswith(f"wrote {Path(doctor.ENVIRONMENT).absolute()}, variables for every rank, which pins")
+    assert "OMP_NUM_THREADS=" in found.wrote
+    for line in Path(doctor.ENVIRONMENT).read_text().splitlines():
+        assert line in found.wrote

@@ -27,13 +27,19 @@ ALL = sorted((ROOT / "recipes").rglob("*.toml"))
 def test_every_recipe_resolves_builds_and_steps(path: Path, tmp_path: Path) -> None:
     recipe, plan = recipes.resolve(recipes.read(path), recipes.read(path).grid.submodule_ranks)
     facts = splits.facts(recipe.data)
+    # Everything derived is filled in.
+    assert (recipe.data.image_size, recipe.data.classes) == (facts.image_size, facts.classes)
+    assert min(facts.image_size, facts.classes, recipe.run.micro_batch, recipe.run.bn_batch) > 0
+    assert recipe.engine.precision != "auto"
     with torch.device("meta"):
         model = recipe.model.build(image_size=facts.image_size, channels=facts.channels, classes=facts.classes)
     assert sum(p.numel() for p in model.parameters()) == plan.parameters
     overrides = ["grid.submodule_ranks=1", "run.global_batch=8", "tracking.mlflow=false", "data.workers=0"]
     overrides.append("engine.compile=false")  # two minutes
     if recipe.data.name != "digits":
-        root = tars.data_set(tmp_path / "data", train=16, val=8, classes=facts.classes, side=facts.image_size)
+        held_out = recipe.data.val if recipe.data.val == recipe.data.test else "val"
+        sizes = {"classes": facts.classes, "side": facts.image_size}
+        root = tars.data_set(tmp_path / "data", train=16, val=8, held_out=held_out, **sizes)
         overrides.append(f"data.root={root}")
     if recipe.model.kind == "vit":
         overrides.append("model.depth=1")

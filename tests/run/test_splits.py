@@ -50,6 +50,8 @@ def test_a_split_that_is_missing_is_refused_and_a_named_one_is_read_and_said(
     told = "".join(capfd.readouterr())
     assert f'data.root = {data}: no split {missing} ({found}); data.{missing} = "{there}" takes that one in its' in told
     assert not list(tmp_path.glob("digits-scala*"))
+    shown = CliRunner().invoke(app, ["recipe", *arguments(tmp_path, data)])
+    assert (shown.exit_code, f"no split {missing}" in shown.stderr) == (2, True)  # by the same check
 
     main(arguments(tmp_path, data, f"data.{missing}={there}", "ema.decay=0.9"))
     told = capfd.readouterr().out

@@ -18,6 +18,9 @@ from . import Debug
 app = typer.Typer(no_args_is_help=True)
 Folder = Annotated[Path, typer.Argument(help="Folder of NAME-SPLIT-0000.tar, …")]
 Processes = Annotated[int, typer.Option(help="How many work at once; 0 is one for each core.")]
+Image = Annotated[
+    str, typer.Option(help="Extension of a sample's image where it has two, as jpg or rgb.png; jpg;png: else a png.")
+]
 _INTERVAL = 60  # s between progress lines where there is no terminal
 
 
@@ -66,6 +69,7 @@ def make_shards(
 def index_shards(
     folder: Folder,
     out: Annotated[Path | None, typer.Option(help="Folder for SPLIT.index.npz; FOLDER by default.")] = None,
+    image: Image = "",
     processes: Processes = 0,
     debug: Debug = False,
 ) -> None:
@@ -76,7 +80,7 @@ def index_shards(
         from ..data.shards.make import class_names
 
         names = class_names(folder)
-        splits, target, rows, problems = shards_in(folder), out or folder, [], list[str]()
+        splits, target, rows, problems, empty = shards_in(folder), out or folder, [], list[str](), list[str]()
         _made_folder(target)
         total = sum(map(len, splits.values()))
         with _progress("shards") as done:
@@ -87,25 +91,32 @@ def index_shards(
                     nonlocal read
                     done(read := read + 1, total)
 
-                built = index.build(folder, paths, _cores(processes), one, names)
+                built = index.build(folder, paths, _cores(processes), one, names, image)
+                problems += built.problems
+                if not len(built):
+                    empty.append(split)
+                    continue
                 path = target / f"{split}.index.npz"
                 built.save(path)
                 classes = len(set(built.labels.tolist()))
                 rows.append((split, f"{len(built):,}", f"{len(paths):,}", f"{classes:,}", f"{path.stat().st_size:,}"))
-                problems += built.problems
-        _table(("split", "samples", "shards", "classes", "index bytes"), rows, str(target))
+        if rows:
+            _table(("split", "samples", "shards", "classes", "index bytes"), rows, str(target))
         if problems:
             _list(problems, 20)
             typer.echo(
                 f"hsvit: problems: {len(problems):,}; what they name is left out; more: hsvit shards check {folder}",
                 err=True,
             )
+        if empty:
+            raise RefusedError(f"{folder}: no sample of {', '.join(empty)} can be used, so it gets no index")
 
 
 @app.command("check")
 def check_shards(
     folder: Folder,
     classes: Annotated[int, typer.Option(help="Labels must be below it; 0: the classes of _info.json.")] = 0,
+    image: Image = "",
     processes: Processes = 0,
     debug: Debug = False,
 ) -> None:
@@ -114,7 +125,7 @@ def check_shards(
         from ..data.shards.check import WARNINGS, check
 
         with _progress("shards") as done:
-            findings, samples = check(folder, classes, _cores(processes), done)
+            findings, samples = check(folder, classes, image, _cores(processes), done)
         findings.sort(key=lambda finding: not finding.is_error)
         errors = sum(finding.is_error for finding in findings)
         if findings:

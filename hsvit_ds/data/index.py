@@ -7,28 +7,23 @@ no image is read. An index holds 12 bytes a sample, so a rank and each of its wo
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
-import sys
 import tarfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, fields, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 
 from ..errors import RefusedError, first_line
+from .members import BLOCK, MOST_BYTES, Sample, grouped, printable, safe, walk
 
-FORMAT = 1
-IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
-BLOCK = 512  # of a tar
-MOST_BYTES = 2**29
-"""Of an image file: it is read whole."""
+FORMAT = 2
+"""1 took for a sample's image the first of its members that ended as one does."""
 _SHARD = re.compile(r"(?P<name>.+)-(?P<split>[A-Za-z_]+)-\d+\.tar")
 
 
@@ -39,7 +34,7 @@ class Index:
     lengths: samples of each shard. bytes, modified, checksums: of each shard its size, its time of modification
     (ns) and the hash of its members' names, places and labels. offsets: uint32 [N], in blocks of 512 bytes. sizes:
     uint32 [N], bytes of the image. labels: int32 [N]. problems: samples that are left out, and why. classes: what the
-    labels mean, where that is known.
+    labels mean, where that is known. image: the extensions that it was asked for, see `Sample.image`.
     """
 
     folder: Path
@@ -53,6 +48,7 @@ class Index:
     labels: np.ndarray
     problems: tuple[str, ...]
     classes: tuple[str, ...] = ()
+    image: str = ""
 
     def __len__(self) -> int:
         return len(self.sizes)
@@ -102,14 +98,20 @@ def open_index(path: Path, folder: Path) -> Index:
     Raises:
         RefusedError: no index, one of another version or damaged, or shards that are missing, new or changed since.
     """
-    remedy = f"make it anew: hsvit shards index {folder}"
     if not path.exists():
-        raise RefusedError(f"{path}: there is no index; make it: hsvit shards index {folder}")
+        raise RefusedError(f"{path}: there is no index; make it: {command(path, folder)}")
     try:
         index = _read(path, folder)
     except Exception as error:  # NumPy makes nearly anything of a damaged file
+        remedy = f"make it anew: {command(path, folder)}"
         raise RefusedError(f"{path}: not an index ({first_line(error)}); {remedy}") from error
-    return _compared(index, path, remedy)
+    return _compared(index, path)
+
+
+def command(path: Path, folder: Path, image: str = "") -> str:
+    """The command that makes an index."""
+    out = "" if path.parent == folder else f" --out {path.parent}"
+    return f"hsvit shards index {folder}{out}" + (f' --image "{image}"' if image else "")
 
 
 def _read(path: Path, folder: Path) -> Index:
@@ -119,9 +121,10 @@ def _read(path: Path, folder: Path) -> Index:
             raise ValueError(f"format {file['format']}, this version reads {FORMAT}")
         if any(part.compress_type for part in file.zip.infolist()):  # then it may take more memory than disk
             raise ValueError("compressed")
-        arrays = {f.name: file[f.name] for f in fields(Index) if f.name in file}  # the first ones had no classes
+        arrays = {f.name: file[f.name] for f in fields(Index) if f.name != "folder"}
     names = ("shards", "problems", "classes")
-    shards, problems, classes = (tuple(str(text) for text in arrays.pop(name, ())) for name in names)
+    shards, problems, classes = (tuple(str(text) for text in arrays.pop(name)) for name in names)
+    image = str(arrays.pop("image"))
     shapes = [(len(shards),)] * 4 + [(int(arrays["lengths"].sum()),)] * 3
     if [x.shape for x in arrays.values()] != shapes or any(x.dtype.kind not in "iu" for x in arrays.values()):
         raise ValueError("its arrays do not fit each other")
@@ -131,11 +134,12 @@ def _read(path: Path, folder: Path) -> Index:
         raise ValueError(f"{printable(odd[0])} is no shard's name")
     if arrays["sizes"].max(initial=0) > MOST_BYTES:
         raise ValueError(f"an image of more than {MOST_BYTES} bytes")
-    return Index(folder, shards, problems=problems, classes=classes, **arrays)
+    return Index(folder, shards, problems=problems, classes=classes, image=image, **arrays)
 
 
-def _compared(index: Index, path: Path, remedy: str) -> Index:
+def _compared(index: Index, path: Path) -> Index:
     """The index with the shards' times of modification as they are now; refused where the shards are not its own."""
+    remedy = f"make it anew: {command(path, index.folder, index.image)}"
     split = path.name.removesuffix(".index.npz")
     known = set(index.shards)
     new = [p.name for p in split_shards(index.folder).get(split, []) if p.name not in known]
@@ -153,7 +157,7 @@ def _compared(index: Index, path: Path, remedy: str) -> Index:
         if found.st_size != index.bytes[i]:
             raise RefusedError(f"{shard}: {found.st_size} bytes, {path} says {index.bytes[i]}; {remedy}")
         if found.st_mtime_ns != modified[i]:  # copied, or rewritten: the headers tell
-            if scan(shard).checksum != index.checksums[i]:
+            if scan(shard, index.image).checksum != index.checksums[i]:
                 raise RefusedError(f"{shard}: its members are not those of {path}; {remedy}")
             modified[i] = found.st_mtime_ns
     return replace(index, modified=modified)
@@ -188,11 +192,13 @@ def build(
     processes: int,
     done: Callable[[Path], None] = lambda _: None,
     classes: Iterable[str] = (),
+    image: str = "",
 ) -> Index:
-    """Index the shards of a split. done: called after each shard. classes: what the labels mean."""
-    scans = []
+    """Index the shards of a split. done: called after each shard. classes: what the labels mean. image: see
+    `Sample.image`."""
+    scans, one = [], partial(scan, image=image)
     with ProcessPoolExecutor(processes) if processes > 1 else nullcontext() as pool:
-        results = pool.map(scan, shards) if pool is not None else map(scan, shards)
+        results = pool.map(one, shards) if pool is not None else map(one, shards)
         for path, result in zip(shards, results, strict=True):
             scans.append(result)
             done(path)
@@ -209,6 +215,7 @@ def build(
         labels=rows[:, 2].astype(np.int32),
         problems=tuple(problem for s in scans for problem in s.problems),
         classes=tuple(map(printable, classes)),
+        image=image,
     )
 
 
@@ -223,139 +230,36 @@ class Scan:
     checksum: int
 
 
-def scan(path: Path) -> Scan:
-    """Walk over a shard's headers; samples that cannot be used are named in `problems`."""
+def scan(path: Path, image: str = "") -> Scan:
+    """Walk over a shard's headers; samples that cannot be used are named in `problems`. image: see `Sample.image`."""
     samples: list[tuple[int, int, int]] = []
     problems: list[str] = []
     digest = hashlib.sha256()
     try:
         with path.open("rb") as file:
             status = os.fstat(file.fileno())
-            for key, members in grouped(safe(path, walk(path, file, problems))):
-                sample = _sample(key, members, status.st_size)
-                if isinstance(sample, str):
-                    problems.append(printable(f"{path.name}: {sample}"))
+            for sample in grouped(safe(path, walk(path, file, problems))):
+                found = _located(sample, image, status.st_size)
+                if isinstance(found, str):
+                    problems.append(printable(f"{path.name}: {found}"))
                 else:
-                    samples.append(sample)
-                digest.update(f"{key} {sample}\n".encode(errors="surrogateescape"))
+                    samples.append(found)
+                place = "left out" if isinstance(found, str) else found
+                digest.update(f"{sample.key} {place}\n".encode(errors="surrogateescape"))
     except OSError as error:
         raise RefusedError(f"{path}: {error.strerror}") from error
     checksum = int.from_bytes(digest.digest()[:8], "big")
     return Scan(samples, problems, status.st_size, status.st_mtime_ns, checksum)
 
 
-@dataclass(frozen=True)
-class Member:
-    """A file in a tar. text: read where it is small metadata, not an image. unsafe: why it must not be read, or ""."""
-
-    name: str
-    offset: int
-    size: int
-    text: bytes
-    unsafe: str
-
-
-def walk(path: Path, file: BinaryIO, problems: list[str], end: int = sys.maxsize) -> Iterator[Member]:
-    """The files of a tar in their order; where it is cut off or damaged the walk ends and says so in `problems`.
-
-    end: byte of `file` at which the tar ends, where it is itself in a tar.
-    """
-    last = "its start"
-    try:
-        with tarfile.open(fileobj=file, mode="r:") as tar:
-            for member in tar:
-                if member.size < 0:  # tarfile would go back, for ever
-                    raise tarfile.ReadError(f"{member.name} has {member.size} bytes")
-                if (wrong := unsafe(member)) or member.isfile():
-                    text = b""
-                    if member.name.endswith((".cls", ".json")) and member.size <= 1 << 20:
-                        text = os.pread(file.fileno(), member.size, member.offset_data)
-                    yield Member(member.name, member.offset_data, member.size, text, wrong)
-                    last = printable(member.name)
-                tar.members = []  # type: ignore[attr-defined]  # it keeps them all
-            # tarfile stops at any block that is no header.
-            rest = os.pread(file.fileno(), max(min(1 << 20, end - tar.offset), 0), tar.offset)
-            if len(rest) < BLOCK:
-                problems.append(f"{path.name}: cut off after {last} (no end mark)")
-            elif any(rest):
-                problems.append(f"{path.name}: damaged after {last}")
-    except (tarfile.TarError, RecursionError) as error:
-        problems.append(printable(f"{path.name}: cut off or damaged after {last} ({first_line(error)})"))
-
-
-def unsafe(member: tarfile.TarInfo) -> str:
-    """Why a member must not be read, "" where it may be. Nothing is unpacked here; but where it is, such a member
-    reaches what lies outside the folder, and a sparse one can claim any size."""
-    if not member.isdir() and (not member.isreg() or member.issparse()):
-        return "a link, a device or a sparse file"
-    if member.name.startswith("/") or ".." in member.name.split("/"):
-        return "its name leads out of the folder that it is unpacked in"
-    return ""
-
-
-def safe(path: Path, members: Iterable[Member]) -> Iterator[Member]:
-    """The members of a tar; refused where one is unsafe."""
-    for member in members:
-        if member.unsafe:
-            raise RefusedError(f"{path}: {printable(member.name)}: {member.unsafe}; make the tar anew without it")
-        yield member
-
-
-def printable(text: str) -> str:
-    """Names in a tar may hold anything; what is shown and saved of them is one line that no terminal obeys."""
-    return text if text.isprintable() else ascii(text)
-
-
-def grouped(members: Iterable[Member]) -> Iterator[tuple[str, dict[str, Member]]]:
-    """(key, {extension: member}) of consecutive members with one key, as webdataset groups them."""
-    key, group = "", dict[str, Member]()
-    for member in members:
-        folder, _, base = member.name.rpartition("/")
-        stem, dot, extension = base.partition(".")
-        this = f"{folder}/{stem}" if folder else stem
-        if this != key and group:
-            yield key, group
-            group = {}
-        key = this
-        group[(dot + extension).lower()] = member
-    if group:
-        yield key, group
-
-
-def label_of(members: dict[str, bytes]) -> int | None:
-    """The label in `.cls`, or in "label" of `.json`, by the members' extensions; None where there is none.
-
-    Raises:
-        ValueError: it is not a number.
-    """
-    if ".cls" in members:
-        return int(members[".cls"])
-    if ".json" in members:
-        try:
-            label = json.loads(members[".json"]).get("label")
-        except RecursionError as error:
-            raise ValueError("nested too deeply") from error
-        if label is not None and type(label) is not int:
-            raise ValueError(label)
-        return label
-    return None
-
-
-def _sample(key: str, members: dict[str, Member], bytes_: int) -> tuple[int, int, int] | str:
+def _located(sample: Sample, image: str, bytes_: int) -> tuple[int, int, int] | str:
     """(block, bytes, label) of a sample, or what is wrong with it."""
-    image = next((member for extension, member in members.items() if extension.endswith(IMAGES)), None)
-    if image is None:
-        return f"{key}: no image among {', '.join(sorted(members))}"
     try:
-        label = label_of({extension: member.text for extension, member in members.items()})
-    except (ValueError, AttributeError):
-        return f"{key}: its label is not a number"
-    if label is None:
-        return f"{image.name}: no label ({key}.cls, or label in {key}.json)"
-    if not 0 <= label < 2**31:
-        return f"{image.name}: label {label} is out of range"
-    if not 0 < image.size <= MOST_BYTES:
-        return f"{image.name}: {image.size} bytes"
-    if image.offset + image.size > bytes_:
-        return f"{image.name}: cut off"
-    return image.offset // BLOCK, image.size, label
+        found, label = sample.image_and_label(image)
+    except ValueError as error:
+        return f"{sample.key}: {error}"
+    if not 0 < found.size <= MOST_BYTES:
+        return f"{found.name}: {found.size} bytes"
+    if found.offset + found.size > bytes_:
+        return f"{found.name}: cut off"
+    return found.offset // BLOCK, found.size, label

@@ -84,6 +84,7 @@ class Reader:
             window=self.config.window,
             cache=self.config.cache,
             timeout=self.config.timeout,
+            image=self.config.image,
         )
 
     def _placed(self, split: str, canvas: int = 0) -> tuple[bool, str]:

@@ -15,7 +15,8 @@ from . import digits
 from .augment import VIEW
 from .batch import PADDING, UNREADABLE, Images, Job
 from .decode import BadImageError
-from .index import BLOCK, Index
+from .index import Index
+from .members import BLOCK
 from .transform import Transform, own_generators
 
 OPEN_FILES = 128

@@ -9,7 +9,7 @@ from pathlib import Path
 from ..errors import RefusedError
 from . import augment, decode, stream
 from .digits import SPLITS as DIGITS
-from .index import Index, no_split, open_index, split_shards
+from .index import Index, command, no_split, open_index, split_shards
 from .sets import SETS, Facts, photographs
 
 
@@ -28,6 +28,9 @@ class Config:
     """The split of the result; "val" where a set has no other."""
     index: str = ""
     """Folder of the index files, where they are not beside the shards."""
+    image: str = ""
+    """Extension of a sample's image, where more than one of its files is an image or none is called so: "jpg" or
+    "rgb.png", or several, the preferred first: "jpg;png". An index knows that of `hsvit shards index --image`."""
     classes: int = 0
     """Of a data set of your own; 0: as many as its shards name, or those of the known one."""
     image_size: int = 0
@@ -131,6 +134,11 @@ def open_split(config: Config, split: str) -> Index | stream.Split | None:
         raise no_split(f"data.root = {folder}", split, shards)
     path = (Path(config.index) if config.index else folder) / f"{split}.index.npz"
     index = open_index(path, folder)
+    if config.image not in ("", index.image):
+        raise RefusedError(
+            f'{path}: its images are "{index.image}", but data.image = "{config.image}"; make it anew: '
+            f"{command(path, folder, config.image)}"
+        )
     if not len(index):
         raise RefusedError(f"{path}: holds no sample; hsvit shards check {folder} tells why")
     worst, classes = int(index.labels.argmax()), facts(config).classes or len(index.classes)

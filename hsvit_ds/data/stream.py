@@ -41,8 +41,9 @@ from . import loader
 from .augment import VIEW
 from .batch import PADDING, UNREADABLE, Images
 from .decode import BadImageError
-from .index import IMAGES, MOST_BYTES, label_of, no_split, printable, unsafe
+from .index import no_split
 from .loader import Loader
+from .members import MOST_BYTES, Member, Sample, grouped, printable, unsafe
 from .sources import empty
 from .transform import Transform, own_generators
 
@@ -201,32 +202,19 @@ def _open_http_ourselves(timeout: float) -> None:
     gopen_schemes.update(http=http, https=http)
 
 
-def _files(url: str, stream: Any) -> Iterator[dict[str, Any]]:
-    """The files of a tar, as webdataset groups them; instead of one that must not be read, a `BadImageError`.
+def _files(stream: Any) -> Iterator[Member]:
+    """The files of a tar with their data, unless they must not be read or are too large.
 
     A compressed tar is not one here: a small one could fill the memory.
     """
     with tarfile.open(fileobj=stream, mode="r|") as tar:
         for member in tar:
-            wrong = unsafe(member) or (f"{member.size} bytes" if member.size > MOST_BYTES else "")
+            wrong = unsafe(member)
             if wrong or member.isreg():
-                data = BadImageError(wrong) if wrong else tar.extractfile(member).read()  # type: ignore[union-attr]
-                yield {"fname": member.name, "data": data, "__url__": url}
+                is_read = not wrong and member.size <= MOST_BYTES
+                data = tar.extractfile(member).read() if is_read else b""  # type: ignore[union-attr]
+                yield Member(member.name, member.offset_data, member.size, data, wrong)
             tar.members = []  # type: ignore[attr-defined]  # it keeps them all
-
-
-def _image(sample: dict[str, Any]) -> bytes:
-    for part in sample.values():
-        if isinstance(part, BadImageError):
-            raise part
-    for extension, data in sample.items():
-        if f".{extension}".endswith(IMAGES):
-            return bytes(data)
-    raise BadImageError("no image")
-
-
-def _name(sample: dict[str, Any]) -> str:
-    return f"{sample['__url__']}: {printable(sample['__key__'])}"
 
 
 @dataclass(frozen=True)
@@ -237,7 +225,7 @@ class Streamed(IterableDataset[Images]):
         classes: labels are below it. reader, readers: this one among those that read different images, over all ranks.
         count: images of a forward here. window: samples that are shuffled together, over all readers. cache: folder for
         whole shards, or "". done: forwards of this reader before the first one. once: a pass for evaluation instead of
-        training for ever.
+        training for ever. image: see `Sample.image`.
     """
 
     split: Split
@@ -251,6 +239,7 @@ class Streamed(IterableDataset[Images]):
     timeout: float
     done: int = 0
     once: bool = False
+    image: str = ""
 
     def start(self, workers: int, pin: bool, done: int = 0) -> Loader:
         """The images of one forward after the other, from forward `done` of this reader on."""
@@ -315,8 +304,8 @@ class Streamed(IterableDataset[Images]):
                 skip = 0
                 yield epoch, shard
 
-    def _samples(self, shards: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int, dict[str, Any]]]:
-        """(epoch, number in the split, webdataset's sample) of whole shards, however often they break off."""
+    def _samples(self, shards: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int, str, Sample]]:
+        """(epoch, number in the split, shard, sample) of whole shards, however often they break off."""
         for epoch, shard in shards:
             url, length = f"{self.split.root}/{self.split.shards[shard]}", self.split.lengths[shard]
             first, got = sum(self.split.lengths[:shard]), 0
@@ -325,7 +314,7 @@ class Streamed(IterableDataset[Images]):
                     for number, sample in enumerate(self._shard(url)):
                         if number >= got:
                             got += 1
-                            yield epoch, first + number, sample
+                            yield epoch, first + number, url, sample
                     if got < length:
                         raise OSError(f"{got} samples, _info.json says {length}")
                     break
@@ -333,13 +322,12 @@ class Streamed(IterableDataset[Images]):
                     self._forget(url)
                     _wait(attempt, url, error)
 
-    def _shard(self, url: str) -> Iterator[dict[str, Any]]:
+    def _shard(self, url: str) -> Iterator[Sample]:
         from webdataset.gopen import gopen
-        from webdataset.tariterators import group_by_keys
 
         _open_http_ourselves(self.timeout)
         with open(self._cache().get_file(url), "rb") if self.cache else gopen(url) as stream:
-            yield from group_by_keys(_files(url, stream))
+            yield from grouped(_files(stream))
 
     def _cache(self) -> Any:
         """webdataset's, in a folder of its own for each root, as it goes by file names only."""
@@ -362,13 +350,14 @@ class Streamed(IterableDataset[Images]):
     def _batches(self, samples: Iterable[Any], transform: Any, last: bool = False) -> Iterator[Images]:
         """Whole forwards. last: also an incomplete one, padded."""
         found, filled = self._empty(), 0
-        for epoch, number, sample in samples:
+        for epoch, number, url, sample in samples:
             try:
-                pixels, view = transform(_image(sample), epoch, number, 0)
-                found.pixels[filled], found.labels[filled] = pixels, self._label(sample)
+                image, label = self._image_and_label(url, sample)
+                pixels, view = transform(image, epoch, number, 0)
+                found.pixels[filled], found.labels[filled] = pixels, label
                 found.views[filled] = torch.tensor(view)
             except BadImageError as error:
-                found.bad.append(f"{_name(sample)}: {error}")
+                found.bad.append(f"{url}: {printable(sample.key)}: {error}")
                 if not last:
                     continue
                 found.labels[filled] = UNREADABLE
@@ -379,19 +368,22 @@ class Streamed(IterableDataset[Images]):
         if last and filled:
             yield found
 
-    def _label(self, sample: dict[str, Any]) -> int:
+    def _image_and_label(self, url: str, sample: Sample) -> tuple[bytes, int]:
+        for _, member in sample.members:
+            if member.unsafe:
+                raise BadImageError(member.unsafe)
         try:
-            label = label_of({f".{extension}": data for extension, data in sample.items()})
-        except (ValueError, AttributeError):
-            label = None
-        if label is None or label < 0:
-            raise BadImageError("no label, or one that is not a number from 0 on")
+            image, label = sample.image_and_label(self.image)
+        except ValueError as error:
+            raise BadImageError(printable(str(error))) from None
+        if image.size > MOST_BYTES:
+            raise BadImageError(f"{image.size} bytes")
         if label >= self.classes:
             raise RefusedError(
-                f"{_name(sample)} has label {label}, but the data set has {self.classes} classes, 0 to "
-                f"{self.classes - 1}; is data.root right, or data.classes to be set?"
+                f"{url}: {printable(sample.key)} has label {label}, but the data set has {self.classes} classes, "
+                f"0 to {self.classes - 1}; is data.root right, or data.classes to be set?"
             )
-        return label
+        return image.data, label
 
     def _empty(self) -> Images:
         config = self.transform.config

@@ -120,14 +120,15 @@ JPEG = encoded(picture(0))
 @pytest.mark.parametrize(
     ("members", "problem"),
     [
-        ([("b.jpg", JPEG)], "b.jpg: no label (b.cls, or label in b.json)"),
+        ([("b.jpg", JPEG)], "b: no label (b.cls, or label in b.json)"),
         ([("b.cls", b"3")], "b: no image among .cls"),
         ([("b.jpg", JPEG), ("b.cls", b"three")], "b: its label is not a number"),
-        ([("b.jpg", JPEG), ("b.json", b"{}")], "b.jpg: no label"),
+        ([("b.jpg", JPEG), ("b.json", b"{}")], "b: no label"),
         ([("b.jpg", JPEG), ("b.json", b'{"label": [1]}')], "b: its label is not a number"),
         ([("b.jpg", JPEG), ("b.json", b'{"label": Infinity}')], "b: its label is not a number"),
-        ([("b.jpg", JPEG), ("b.cls", b"-1")], "b.jpg: label -1 is out of range"),
+        ([("b.jpg", JPEG), ("b.cls", b"-1")], "b: label -1 is out of range"),
         ([("b.jpg", b""), ("b.cls", b"3")], "b.jpg: 0 bytes"),
+        ([("b.jpg", JPEG), ("b.JPG", JPEG), ("b.cls", b"3")], "b: .jpg more than once"),
     ],
 )
 def test_a_sample_that_cannot_be_used_is_left_out_and_named(
@@ -184,7 +185,7 @@ if len(sys.argv) > 2:
     sys.exit()
 import os
 from hsvit_ds.data import index
-index.scan = lambda path: index.Scan([], [], 0, 0, 0)
+index.scan = lambda *_: index.Scan([], [], 0, 0, 0)
 def resident():
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 before = resident()

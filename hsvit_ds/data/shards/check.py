@@ -14,7 +14,7 @@ from typing import NamedTuple
 from ...errors import RefusedError
 from .. import index
 from ..decode import BadImageError
-from ..index import IMAGES, MOST_BYTES, Member
+from ..members import MOST_BYTES, Member, Sample, grouped, walk
 from .make import INFO, Done, disagreement, read_info
 from .sources import decoded
 
@@ -47,21 +47,26 @@ class Checked:
         self.findings.append(Finding(kind, f"{self.shard}: {member}: {what}"))
 
 
-def check(folder: Path, classes: int, processes: int, done: Done) -> tuple[list[Finding], dict[str, int]]:
+def check(folder: Path, classes: int, image: str, processes: int, done: Done) -> tuple[list[Finding], dict[str, int]]:
     """Read every byte of the shards in a folder. Gives what is wrong, and the samples of each split.
 
-    classes: labels are below it; 0 takes the number of classes in `_info.json`, if it tells.
+    classes: labels are below it; 0 takes the number of classes in `_info.json`, if it tells. image: see `Sample.image`;
+    "" takes that of the split's index, if it is beside the shards.
 
     Raises:
         RefusedError: no shards, or an `_info.json` that cannot be read.
     """
     splits, info = shards_in(folder), read_info(folder)
-    read = partial(check_shard, classes=classes or len(info.get("classes", [])))
     findings, samples, total, count = list[Finding](), dict[str, int](), sum(map(len, splits.values())), 0
     with ProcessPoolExecutor(processes) as pool:
         known = Known()
         for split, paths in splits.items():
-            known.keys, lengths = {}, []
+            known.keys, lengths, wanted = {}, [], image
+            try:
+                wanted = image or index.open_index(folder / f"{split}.index.npz", folder).image
+            except RefusedError as error:
+                findings.append(Finding("index", str(error)))
+            read = partial(check_shard, classes=classes or len(info.get("classes", [])), image=wanted)
             for checked in pool.map(read, paths):
                 findings += [*checked.findings, *known.repeated(split, checked)]
                 lengths.append(checked.samples)
@@ -69,10 +74,6 @@ def check(folder: Path, classes: int, processes: int, done: Done) -> tuple[list[
             samples[split] = sum(lengths)
             if text := disagreement(info, split, [path.name for path in paths], lengths):
                 findings.append(Finding(INFO, text))
-            try:
-                index.open_index(folder / f"{split}.index.npz", folder)
-            except RefusedError as error:
-                findings.append(Finding("index", str(error)))
     for split in info.get("splits", {}).keys() - splits.keys():
         findings.append(Finding(INFO, f"{split} is in it, but has no shards"))
     return findings, samples
@@ -108,40 +109,40 @@ class Known:
                 yield Finding("duplicate image" if other == split else "image in two splits", f"{this}: also {first}")
 
 
-def check_shard(path: Path, classes: int) -> Checked:
+def check_shard(path: Path, classes: int, image: str) -> Checked:
     """Read a shard and decode its images, one at a time; how far Pillow decodes them is how much is checked."""
     try:
-        samples = len(index.scan(path).samples)
+        samples = len(index.scan(path, image).samples)
     except RefusedError:  # for a reason that is found below
         samples = 0
     checked = Checked(path.name, samples)
-    problems, names, twice = list[str](), set[str](), set[str]()
+    problems = list[str]()
 
     def watched(members: Iterable[Member]) -> Iterator[Member]:
         for member in members:
             if member.unsafe:
                 checked.find("unsafe member", member.name, member.unsafe)
-                continue
-            (twice if member.name in names else names).add(member.name)
-            yield member
+            else:
+                yield member
 
     try:
         with path.open("rb") as file:
-            for key, members in index.grouped(watched(index.walk(path, file, problems))):
-                if key in checked.keys or twice.intersection(member.name for member in members.values()):
-                    checked.find("duplicate key", key, "more than once in this shard")
-                checked.keys[key] = None
-                _check_images(file.fileno(), key, members, _checked_label(key, members, classes, checked), checked)
+            for sample in grouped(watched(walk(path, file, problems))):
+                if sample.key in checked.keys or sample.repeated:
+                    checked.find("duplicate key", sample.key, "more than once in this shard")
+                checked.keys[sample.key] = None
+                _check_image(file.fileno(), sample, image, _checked_label(sample, classes, checked), checked)
     except OSError as error:
         problems.append(f"{path.name}: {error.strerror}")
     checked.findings += [Finding("damaged tar", problem) for problem in problems]
     return checked
 
 
-def _checked_label(key: str, members: dict[str, Member], classes: int, checked: Checked) -> int | None:
+def _checked_label(sample: Sample, classes: int, checked: Checked) -> int | None:
+    key = sample.key
     try:
-        label = index.label_of({extension: member.text for extension, member in members.items()})
-    except (ValueError, AttributeError):
+        label = sample.label()
+    except ValueError:
         checked.find("label", key, "not a number")
         return None
     if label is None:
@@ -151,25 +152,27 @@ def _checked_label(key: str, members: dict[str, Member], classes: int, checked: 
     return label
 
 
-def _check_images(file: int, key: str, members: dict[str, Member], label: int | None, checked: Checked) -> None:
-    images = [member for extension, member in members.items() if extension.endswith(IMAGES)]
-    if not images:
-        checked.find("no image", key, f"only {', '.join(sorted(members))}")
-    for image in images:
-        if image.size > MOST_BYTES:
-            checked.find("broken image", image.name, f"{image.size} bytes are more than {MOST_BYTES}")
-            continue
-        data = os.pread(file, image.size, image.offset)
-        if not image.size:
-            checked.find("empty image", image.name, "0 bytes")
-        elif len(data) < image.size:
-            checked.find("broken image", image.name, f"cut off after {len(data)} of {image.size} bytes")
-        else:
-            try:
-                pixels = decoded(data)
-            except BadImageError as error:
-                checked.find("broken image", image.name, str(error))
-                continue
-            if image is images[0]:  # by its pixels, however the file stores them
-                digest = hashlib.sha256(f"{pixels.mode} {pixels.size} ".encode() + pixels.tobytes()).digest()
-                checked.images.append((digest, label, image.name))
+def _check_image(file: int, sample: Sample, wanted: str, label: int | None, checked: Checked) -> None:
+    try:
+        image = sample.image(wanted)
+    except ValueError as error:
+        checked.find("which image", sample.key, str(error))
+        return
+    if image.size > MOST_BYTES:
+        checked.find("broken image", image.name, f"{image.size} bytes are more than {MOST_BYTES}")
+        return
+    data = os.pread(file, image.size, image.offset)
+    if not image.size:
+        checked.find("empty image", image.name, "0 bytes")
+        return
+    if len(data) < image.size:
+        checked.find("broken image", image.name, f"cut off after {len(data)} of {image.size} bytes")
+        return
+    try:
+        pixels = decoded(data)
+    except BadImageError as error:
+        checked.find("broken image", image.name, str(error))
+        return
+    # By its pixels, however the file stores them.
+    digest = hashlib.sha256(f"{pixels.mode} {pixels.size} ".encode() + pixels.tobytes()).digest()
+    checked.images.append((digest, label, image.name))

@@ -110,7 +110,7 @@ def make(
     """
     if out.resolve().is_relative_to(source_folder.resolve()):
         raise RefusedError(f"{out}: is inside SOURCE {source_folder}; give a folder elsewhere")
-    source = open_source(source_folder, options.split)
+    source = open_source(source_folder, options.split, read_info(out).get("classes", []))
     if not options.holdout:
         yield _make_split(source, out, options, processes, done)
         return

@@ -22,7 +22,7 @@ from PIL import Image
 
 from ...errors import RefusedError, first_line
 from ..decode import BadImageError, open_upright
-from ..index import IMAGES, MOST_BYTES, Member, printable, safe, unsafe, walk
+from ..members import IMAGES, MOST_BYTES, Member, printable, safe, unsafe, walk
 
 TRAIN, VAL, DEVKIT = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar", "ILSVRC2012_devkit_t12.tar.gz"
 META, TRUTH = "data/meta.mat", "data/ILSVRC2012_validation_ground_truth.txt"
@@ -71,8 +71,10 @@ class Source:
         return digest.hexdigest()[:16]
 
 
-def open_source(folder: Path, split: str) -> Source:
+def open_source(folder: Path, split: str, known: list[str]) -> Source:
     """List the images of a split, in an order that depends on their names alone.
+
+    known: the classes of splits that were made before; a folder that has no others is labelled as they are.
 
     Raises:
         RefusedError: neither layout, no images, or archives that are incomplete or contradict each other.
@@ -83,8 +85,8 @@ def open_source(folder: Path, split: str) -> Source:
         names = {entry.name for entry in os.scandir(folder)}
         if {TRAIN, VAL} & names:
             source = _imagenet(folder, split)
-        elif classes := sorted(n for n in names if not n.startswith(".") and (folder / n).is_dir()):
-            source = _image_folder(folder, classes)
+        elif classes := sorted(n for n in names if not _is_hidden(n) and (folder / n).is_dir()):
+            source = _image_folder(folder, classes, known)
         else:
             raise RefusedError(
                 f"{folder}: unknown layout; looked for one sub-folder a class, and for {TRAIN} or {VAL} beside {DEVKIT}"
@@ -96,25 +98,41 @@ def open_source(folder: Path, split: str) -> Source:
     return source
 
 
-def _image_folder(folder: Path, classes: list[str]) -> Source:
-    """Sorted names of sub-folders are the classes, as in torchvision's ImageFolder; hidden ones are none."""
-    if _SPLITS.issuperset(classes):
-        raise RefusedError(f"{folder}: {', '.join(classes)} are splits, not classes; give {folder / classes[0]}")
+def _image_folder(folder: Path, names: list[str], known: list[str]) -> Source:
+    """Sorted names of sub-folders with images are the classes, as in torchvision's ImageFolder."""
+    if _SPLITS.issuperset(names):
+        raise RefusedError(f"{folder}: {', '.join(names)} are splits, not classes; give {folder / names[0]}")
+    found = {name: sorted(_images(folder / name)) for name in names}
+    classes = [name for name in names if found[name]] or names
+    if set(classes) <= set(known):
+        classes = known
+    for name in sorted(set(names) - set(classes)):
+        print(f"hsvit: warning: {folder / name}: no image in it; it is no class", file=sys.stderr, flush=True)
     items = [
         Item(path, 0, os.stat(path).st_size, label, name, os.path.relpath(path, folder))
         for label, name in enumerate(classes)
-        for path in sorted(_images(folder / name))
+        for path in found.get(name, [])
     ]
     return Source(items, classes, classes)
 
 
 def _images(folder: Path) -> Iterator[str]:
-    for root, _, files in os.walk(folder, followlinks=True):
+    """Its images, also behind links, but of no folder twice: a link may lead back."""
+    seen = {os.path.realpath(folder)}
+    for root, folders, files in os.walk(folder, followlinks=True):
         yield from (os.path.join(root, name) for name in files if _is_image(name))
+        inside = {name: os.path.realpath(os.path.join(root, name)) for name in sorted(folders) if not _is_hidden(name)}
+        folders[:] = [name for name, real in inside.items() if real not in seen]
+        seen.update(inside.values())
+
+
+def _is_hidden(name: str) -> bool:
+    """Of a folder or file: what programs leave behind, as macOS in its archives."""
+    return name.startswith(".") or name == "__MACOSX"
 
 
 def _is_image(name: str) -> bool:
-    return name.lower().endswith(IMAGES) and not os.path.basename(name).startswith(".")
+    return name.lower().endswith(IMAGES) and not _is_hidden(os.path.basename(name))
 
 
 def _imagenet(folder: Path, split: str) -> Source:

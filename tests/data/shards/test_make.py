@@ -336,6 +336,7 @@ def test_shards_of_other_options_or_images_are_never_mixed(photos: Path, tmp_pat
     (photos / "ant/new.jpg").write_bytes(picture(7))
     refused(make(photos, out, code=2), "22 images", "now 23")
     (photos / "dog").mkdir()
+    (photos / "dog/new.jpg").write_bytes(picture(8))
     refused(make(photos, out, split="val", code=2), "_info.json: names other classes (3)")
     assert files(out) == before
     (out / "mini-train.make.json").unlink()

@@ -4,6 +4,7 @@ only when asked for."""
 from __future__ import annotations
 
 import codecs
+import io
 import os
 import sys
 from collections.abc import Iterator
@@ -61,6 +62,13 @@ def read_text(path: Path) -> str:
         ) from None
 
 
+def show_everything() -> None:
+    """Print what the terminal's encoding lacks as escapes; Python would end the program at a foreign name."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
 @contextmanager
 def shown(code: int, debug: bool) -> Iterator[None]:
     """Turn a refusal into one line and exit code `code` (2 before training, 1 during it).
@@ -68,6 +76,7 @@ def shown(code: int, debug: bool) -> Iterator[None]:
     Ranks of one host are refused for the same reasons, so the first of them speaks. Anything that is not a refusal
     keeps its stack trace: it is a defect, and the trace is what has to be reported.
     """
+    show_everything()
     try:
         yield
     except RefusedError as error:

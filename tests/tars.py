@@ -27,8 +27,8 @@ def encoded(image: Image.Image, kind: str = "JPEG", **options: object) -> bytes:
 
 
 def write_tar(path: Path, members: list[tuple[str, bytes]]) -> bytes:
-    """Its bytes."""
-    with tarfile.open(path, "w") as tar:
+    """Its bytes, as GNU tar writes them."""
+    with tarfile.open(path, "w", format=tarfile.GNU_FORMAT) as tar:
         for name, data in members:
             info = tarfile.TarInfo(name)
             info.size = len(data)

@@ -26,7 +26,7 @@ class BadSamples:
         self._add(left_out)
 
     def _read(self) -> list[str]:
-        return self.path.read_text().splitlines() if self.path.exists() else []
+        return self.path.read_text("utf-8").splitlines() if self.path.exists() else []
 
     def update(self) -> list[str]:
         """What has been found since the last call, sorted.
@@ -43,7 +43,7 @@ class BadSamples:
         self.names.update(new)
         if new and self.reader.grid.is_main:
             try:
-                with self.path.open("a") as file:
+                with self.path.open("a", encoding="utf-8", errors="backslashreplace") as file:
                     file.writelines(f"{name}\n" for name in new)
             except OSError as error:  # on one rank, of a disk that is full: no reason to end the run
                 print(f"hsvit: warning: {self.path}: {error.strerror}: {'; '.join(new)}", file=sys.stderr, flush=True)

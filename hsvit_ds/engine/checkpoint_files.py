@@ -26,7 +26,7 @@ STEPS = "step-*[0-9]"
 def pointed(folder: Path, pointer: str) -> Path | None:
     """The checkpoint that the file `pointer` ("latest" or "best") names, None where there is no such file."""
     try:
-        target = folder / (folder / pointer).read_text().strip()
+        target = folder / (folder / pointer).read_text("utf-8").strip()
     except FileNotFoundError:
         return None
     if not target.is_dir():

@@ -81,7 +81,7 @@ def read_hostfile(path: Path) -> list[Host]:
 
 
 def write_hostfile(hosts: list[Host], path: Path) -> None:
-    path.write_text("".join(f"{host.name} slots={host.slots}\n" for host in hosts))
+    path.write_text("".join(f"{host.name} slots={host.slots}\n" for host in hosts), "utf-8")
 
 
 def rank_command(module: str) -> list[str]:

@@ -168,7 +168,9 @@ def _write_environment(result: Examination, cores: int) -> None:
     home, here = Path.home() / ENVIRONMENT, Path.cwd() / ENVIRONMENT
     kept = [line for line in _valid(here, "deleted", result) if line.partition("=")[0] not in ours]
     try:
-        here.write_text("".join(f"{line}\n" for line in [*kept, *(f"{name}={value}" for name, value in ours.items())]))
+        here.write_text(
+            "".join(f"{line}\n" for line in [*kept, *(f"{name}={value}" for name, value in ours.items())]), "utf-8"
+        )
     except OSError as error:
         raise RefusedError(f"{here}: cannot be written ({error.strerror}); start from a folder of your own") from error
     pins = f", which pins the interface {result.interface}" if result.interface else ""
@@ -203,11 +205,11 @@ def _all_reduce(result: Examination, hosts: list[Host]) -> Cell:
         hostfile, environ, log = (Path(folder) / name for name in ("hostfile", "variables", "log"))
         write_hostfile(hosts, hostfile)
         secrets, others = variables()
-        environ.write_text("".join(f"{line}\n" for line in others))
+        environ.write_text("".join(f"{line}\n" for line in others), "utf-8")
         environment = {name: value for name, value in os.environ.items() if name not in secrets}
         command = [sys.executable, "-m", "deepspeed.launcher.runner", "--hostfile", str(hostfile), "--force_multi"]
         command += ["--master_addr", result.master, "--master_port", str(result.port), "--no_ssh_check"]
-        with log.open("w") as out:
+        with log.open("w", encoding="utf-8") as out:
             launcher = subprocess.Popen(
                 [*command, "--module", "hsvit_ds.hosts.bandwidth"],
                 env=deepspeed_environment(environment, environ),

@@ -186,7 +186,7 @@ class Launch:
         write_hostfile(list(self.layout.hosts), hostfile)
         _, lines = doctor.variables()
         lines += [f"{VARIABLE}={self.secrets.path}"] if self.secrets.values else []
-        variables.write_text("".join(f"{line}\n" for line in lines))
+        variables.write_text("".join(f"{line}\n" for line in lines), "utf-8")
         return hostfile, variables
 
     # Between two attempts
@@ -257,7 +257,7 @@ def _words(folder: Path) -> list[dict[str, Any]]:
     words = []
     for path in (folder / ERRORS).glob("rank-*.json"):
         try:
-            words.append(json.loads(path.read_text()))
+            words.append(json.loads(path.read_text("utf-8")))
         except (OSError, ValueError):  # its host was lost while it wrote
             continue
     return words

@@ -98,6 +98,6 @@ def load() -> None:
     if not path:
         return
     try:
-        os.environ.update(json.loads(Path(path).read_text()))
+        os.environ.update(json.loads(Path(path).read_text("utf-8")))
     except (OSError, ValueError) as error:
         raise RefusedError(f"{VARIABLE} = {path}: cannot be read ({error}); start again with `hsvit launch`") from error

@@ -114,7 +114,7 @@ def export(
     if _timm_has(small):
         save_file(timm_weights(small), out / "model.safetensors")
         config = timm_config(small, facts, augmentation) | ({"label_names": list(names)} if names else {})
-        (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        (out / "config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
     else:
         save_model(small, out / "model.safetensors")
     program = _program(small)
@@ -123,7 +123,7 @@ def export(
     if names:
         (out / "classes.txt").write_text("\n".join(names) + "\n", "utf-8")
     slimmable = len(model.config.widths.family) > 1
-    (out / "README.md").write_text(_card(small, width if slimmable else None, names, about))
+    (out / "README.md").write_text(_card(small, width if slimmable else None, names, about), "utf-8")
     return sorted(out.iterdir())
 
 

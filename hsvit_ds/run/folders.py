@@ -47,7 +47,7 @@ def open_folder(run: Run, asked: Path | None, resume: bool, recipe_text: str) ->
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if not (folder / "recipe.toml").exists():
-            (folder / "recipe.toml").write_text(recipe_text)
+            (folder / "recipe.toml").write_text(recipe_text, "utf-8")
         (folder / METRICS).open("a").close()
     except OSError as error:
         raise RefusedError(f"run folder {folder}: {error.strerror}; set run.root") from error

@@ -138,7 +138,7 @@ def _read(file: Path) -> tuple[Decision | None, list[str]]:
     if not file.exists():
         return None, []
     try:
-        table: Any = json.loads(file.read_text())
+        table: Any = json.loads(file.read_text("utf-8"))
         used = {str(name): bool(value) for name, value in table["used"].items()}
         return Decision(used, [Findings.of(machine) for machine in table["machines"]], []), []
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -147,7 +147,7 @@ def _read(file: Path) -> tuple[Decision | None, list[str]]:
 
 def _write(file: Path, decision: Decision) -> None:
     table = {"used": decision.used, "machines": [machine.to_table() for machine in decision.machines]}
-    file.write_text(json.dumps(table, indent=1))
+    file.write_text(json.dumps(table, indent=1), "utf-8")
 
 
 def rows(decision: Decision) -> list[tuple[str, ...]]:

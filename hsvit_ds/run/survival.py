@@ -109,7 +109,7 @@ class Watch:
         stacks = self.folder / ERRORS / f"rank-{self.grid.rank:04d}.stacks.txt"
         try:
             stacks.parent.mkdir(exist_ok=True)
-            with stacks.open("w") as file:
+            with stacks.open("w", encoding="utf-8") as file:
                 faulthandler.dump_traceback(file, all_threads=True)
         except OSError as error:
             _print(f"hsvit: error: {stacks}: {error}")
@@ -132,7 +132,7 @@ class Watch:
         path = self.folder / ERRORS / f"rank-{self.grid.rank:04d}.json"
         try:
             path.parent.mkdir(exist_ok=True)
-            path.write_text(json.dumps(word) + "\n")
+            path.write_text(json.dumps(word) + "\n", "utf-8")
         except OSError as error:
             why += f" (not written to {path}: {error})"
         _print(f"hsvit: error: rank {self.grid.rank} on {word['host']}: {why}")

@@ -87,7 +87,7 @@ class Tracker:
     def run_id(self) -> str | None:
         """The MLflow run's id, None until the server has given one."""
         path = self.folder / _RUN_ID
-        return path.read_text().strip() if path.exists() else None
+        return path.read_text("utf-8").strip() if path.exists() else None
 
     def go_back(self, step: int) -> None:
         """Forget lines of steps after `step`, which will be logged again."""
@@ -116,7 +116,7 @@ class Tracker:
             client, run, lost = mlflow_run.open_run(
                 config.uri, config.experiment, self.folder, recipe, self.run_id(), name
             )
-            (self.folder / _RUN_ID).write_text(run)
+            (self.folder / _RUN_ID).write_text(run, "utf-8")
             if lost:
                 _warn(
                     f"MLflow at {where} has no run {lost}, as where the folder was moved or the run deleted: "
@@ -158,20 +158,20 @@ class Untracked:
 
 def read_metrics(folder: Path) -> list[dict[str, float]]:
     """Every line of a run's metrics, in the order of logging."""
-    return [json.loads(line) for line in (folder / METRICS).read_text().splitlines()]
+    return [json.loads(line) for line in (folder / METRICS).read_text("utf-8").splitlines()]
 
 
 def _forget_after(path: Path, step: int) -> None:
     """Drop lines of steps after `step`, and a last line that a killed run had not finished."""
     kept = []
-    for line in path.read_text().splitlines() if path.exists() else []:
+    for line in path.read_text("utf-8").splitlines() if path.exists() else []:
         try:
             if json.loads(line)["step"] <= step:
                 kept.append(line + "\n")
         except ValueError:
             continue
     temporary = path.with_suffix(".partial")
-    temporary.write_text("".join(kept))
+    temporary.write_text("".join(kept), "utf-8")
     temporary.rename(path)
 
 

@@ -31,7 +31,7 @@ class Rows:
         folder = root / hashlib.sha256(text.encode()).hexdigest()[:16]
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / "about.json").write_text(text)
+            (folder / "about.json").write_text(text, "utf-8")
             self.file = os.open(folder / "rows.bin", os.O_RDWR | os.O_CREAT, 0o644)
         except OSError as error:
             raise RefusedError(f"{key} = {root}: {error.strerror}") from error

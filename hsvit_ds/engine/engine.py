@@ -20,7 +20,7 @@ from ..errors import RefusedError, first_line
 from ..grid.grid import Grid
 from ..models import timm_models
 from ..models.batchnorm import Statistics, move_running_statistics, set_statistics
-from . import captured
+from . import captured, expert
 from . import optimizer as optimizers
 from .outcomes import Outcomes, Passes, StepResult
 from .update import Update
@@ -105,7 +105,9 @@ LARGEST_BUCKET = 500_000_000
 
 
 def deepspeed_config(config: Config, clip: float, bf16: bool, micro_batch: int, trained: int) -> dict[str, Any]:
-    """What DeepSpeed is told; the expert keys are merged in, and refused where they contradict. trained: numbers."""
+    """What DeepSpeed is told; the expert keys are merged in, and refused where they contradict or are unknown to it.
+    trained: numbers."""
+    expert.check(config.deepspeed)
     zero: dict[str, Any] = {"stage": config.zero_stage}
     if "reduce_bucket_size" not in config.deepspeed.get("zero_optimization", {}):
         # DeepSpeed reserves the whole bucket, 2 GB, for however small a model.

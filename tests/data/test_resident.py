@@ -126,6 +126,7 @@ def test_a_split_is_read_when_it_is_first_asked_for_and_once(folder: Path) -> No
 )
 def test_what_workers_have_to_compute_cannot_live_there(keys: list[str], why: str, folder: Path) -> None:
     fixed = ["data.name=tiny", "data.classes=10", "data.image_size=32", f"data.root={folder}", "data.on_device=always"]
+    fixed += ["data.val=val", "data.test=val"]
     recipe = recipes.read(Path("recipes/cifar10/c2a2.toml"), [*fixed, "augment.preset=none", *keys])
     with pytest.raises(RefusedError) as refusal:
         recipes.resolve(recipe, 1)

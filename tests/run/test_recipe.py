@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 
 from hsvit_ds.cli import app
 from hsvit_ds.data import splits
+from hsvit_ds.engine import engine as config
 from hsvit_ds.errors import RefusedError
 from hsvit_ds.grid.grid import Grid
 from hsvit_ds.run import recipe as recipes
@@ -103,6 +104,11 @@ def test_accumulation_is_derived() -> None:
         ("grid.submodule_ranks=4", "more submodule ranks than submodules"),
         ("augment.mixup=1.0 augment.mix_block=5", "augment.mix_block = 5 does not divide the micro batch of 16"),
         ("engine.deepspeed.gradient_clipping=5.0", "engine.deepspeed.gradient_clipping = 5.0 contradicts 1.0"),
+        ("engine.deepspeed.gradient_compression=true", "engine.deepspeed.gradient_compression: unknown to DeepSpeed"),
+        (
+            "engine.deepspeed.zero_optimization.overlap_com=true",
+            'engine.deepspeed.zero_optimization.overlap_com: unknown to DeepSpeed; did you mean "overlap_comm"?',
+        ),
         ("engine.deepspeed.zero_optimization.stage=3", "engine.deepspeed.zero_optimization.stage = 3 contradicts 1"),
         ("tracking.uri=http://me:secret@host/", "[tracking] uri holds a user name or password"),
         ("model.kind=vitt", 'model.kind = "vitt": must be one of hsvit, vit, timm'),
@@ -218,3 +224,36 @@ def test_expert_keys_reach_deepspeed() -> None:
     recipe = recipes.read(DIGITS, ["engine.deepspeed.zero_optimization.reduce_bucket_size=1000"])
     config = deepspeed_config(recipe.engine, 1.0, bf16=False, micro_batch=8, trained=100)
     assert config["zero_optimization"] == {"stage": 1, "reduce_bucket_size": 1000}
+
+
+def test_the_expert_keys_of_deepspeeds_own_documents_are_known() -> None:
+    """As its pages on configuration name them; those that contradict a recipe aside."""
+    config.deepspeed_config(
+        config.Config(
+            deepspeed={
+                "wall_clock_breakdown": True,
+                "memory_breakdown": False,
+                "dump_state": False,
+                "communication_data_type": "fp32",
+                "prescale_gradients": False,
+                "gradient_predivide_factor": 1.0,
+                "comms_logger": {"enabled": True, "verbose": False, "prof_all": True, "debug": False},
+                "flops_profiler": {"enabled": True, "profile_step": 1, "module_depth": -1, "top_modules": 1},
+                "tensorboard": {"enabled": True, "output_path": "x", "job_name": "y"},
+                "csv_monitor": {"enabled": True, "output_path": "x", "job_name": "y"},
+                "zero_optimization": {
+                    "overlap_comm": True,
+                    "contiguous_gradients": True,
+                    "allgather_bucket_size": 1,
+                    "reduce_scatter": True,
+                    "stage3_max_live_parameters": 1,
+                    "stage3_param_persistence_threshold": 1,
+                    "offload_optimizer": {"device": "cpu", "pin_memory": True},
+                },
+            }
+        ),
+        1.0,
+        bf16=False,
+        micro_batch=1,
+        trained=1,
+    )

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError, features
+from PIL import ExifTags, Image, UnidentifiedImageError, features
 
 from ..errors import RefusedError, first_line
 
@@ -16,6 +16,16 @@ FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 """What Pillow may take a file for, whatever it is called: it would hand PostScript to Ghostscript, which runs it."""
 MOST_PIXELS = 2**28 // 3
 """Of an image, 256 MiB as RGB: a file of a few bytes can claim any size, and would be given the memory."""
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What undoes each orientation. Pillow's own `exif_transpose` also writes the EXIF anew, and fails where it is odd."""
 
 
 class BadImageError(Exception):
@@ -72,7 +82,7 @@ class Picture:
     def __init__(self, data: bytes, decoder: str) -> None:
         self._data = data
         self._pillow: Image.Image | None = None
-        if decoder.startswith("simplejpeg") and data[:3] == b"\xff\xd8\xff" and data.find(b"Exif\0\0", 0, 1 << 16) < 0:
+        if decoder.startswith("simplejpeg") and data[:3] == b"\xff\xd8\xff" and not _may_be_turned(data):
             import simplejpeg
 
             try:
@@ -123,10 +133,10 @@ def check_size(height: int, width: int) -> None:
 
 
 def open_upright(data: bytes) -> Image.Image:
-    """Pillow's image, turned as its EXIF says; its pixels are decoded when they are needed.
+    """Pillow's image, decoded, and turned as its EXIF or XMP says, where they can be read.
 
     Raises:
-        BadImageError: Pillow knows no such file, or it is too large.
+        BadImageError: Pillow knows no such file, cannot decode it to its end, or it is too large.
     """
     if not data:
         raise BadImageError("0 bytes")
@@ -135,15 +145,35 @@ def open_upright(data: bytes) -> Image.Image:
             warnings.simplefilter("ignore")  # of odd metadata, once for each such image
             image: Image.Image = Image.open(io.BytesIO(data), formats=FORMATS)  # of an animation the first frame
             check_size(image.height, image.width)
-            if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
-                image = ImageOps.exif_transpose(image)
+            image.load()  # before its EXIF, which of a PNG would load it too, and fail for another reason
+            turn = _TURNS.get(_orientation(image))
+            if turn is not None:
+                image = image.transpose(turn)
     except BadImageError:
         raise
     except UnidentifiedImageError:
         raise BadImageError("not an image") from None
-    except Exception as error:  # Pillow's plugins raise whatever a damaged header makes of them
+    except Exception as error:  # damaged files raise nearly anything, SyntaxError and struct.error among it
         raise BadImageError(first_line(error)) from None
     return image
+
+
+def _orientation(image: Image.Image) -> int:
+    """1 to 8; 1, upright, where it cannot be read: whole pixels are not lost to damaged metadata."""
+    try:
+        found = image.getexif().get(ExifTags.Base.Orientation)
+    except Exception:  # as above
+        return 1
+    return found if isinstance(found, int) else 1
+
+
+def _may_be_turned(jpeg: bytes) -> bool:
+    """Whether what stands before a JPEG's first scan may tell an orientation, which turbo-JPEG does not read."""
+    at = 2
+    while jpeg[at : at + 1] == b"\xff" and jpeg[at + 1 : at + 2] not in (b"\xda", b""):
+        at += 2 + int.from_bytes(jpeg[at + 2 : at + 4], "big")
+    header = jpeg[:at] if jpeg[at : at + 2] == b"\xff\xda" else jpeg
+    return b"Exif\0\0" in header or b"tiff:Orientation" in header
 
 
 def _reduction(box: Box, size: int) -> int:

@@ -16,8 +16,7 @@ import pytest
 from PIL import EpsImagePlugin
 
 from hsvit_ds.data import augment, index, stream
-from hsvit_ds.data.decode import BadImageError, installed
-from hsvit_ds.data.shards.sources import decoded
+from hsvit_ds.data.decode import BadImageError, installed, open_upright
 from hsvit_ds.data.stream import Streamed
 from hsvit_ds.data.transform import Transform
 from hsvit_ds.errors import RefusedError
@@ -170,7 +169,7 @@ def test_an_image_that_claims_too_many_pixels_is_bad(
 ) -> None:
     monkeypatch.setattr("simplejpeg.decode_jpeg", lambda *_, **__: pytest.fail("it was given the memory"))
     transform = Transform(augment.Config(), 224, decoder, seed=0)
-    for read in (transform.held_out, lambda d: transform.training(d, 0, 0, 0), decoded):
+    for read in (transform.held_out, lambda d: transform.training(d, 0, 0, 0), open_upright):
         with pytest.raises(BadImageError, match="pixels"):
             read(data)
 
@@ -187,7 +186,7 @@ def test_postscript_is_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *words: run.append(words))
     data = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n"
     with pytest.raises(BadImageError, match="not an image"):
-        decoded(data)
+        open_upright(data)
     assert not run
 
 

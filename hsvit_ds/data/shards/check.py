@@ -13,10 +13,9 @@ from typing import NamedTuple
 
 from ...errors import RefusedError
 from .. import index
-from ..decode import BadImageError
+from ..decode import BadImageError, open_upright
 from ..members import MOST_BYTES, Member, Sample, grouped, walk
 from .make import INFO, Done, disagreement, read_info
-from .sources import decoded
 
 WARNINGS = ("duplicate image", "image in two splits", "index")
 
@@ -169,7 +168,7 @@ def _check_image(file: int, sample: Sample, wanted: str, label: int | None, chec
         checked.find("broken image", image.name, f"cut off after {len(data)} of {image.size} bytes")
         return
     try:
-        pixels = decoded(data)
+        pixels = open_upright(data)
     except BadImageError as error:
         checked.find("broken image", image.name, str(error))
         return

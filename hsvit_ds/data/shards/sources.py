@@ -246,12 +246,12 @@ def sample(item: Item, resize: int | None, quality: int) -> dict[str, bytes]:
     facts: dict[str, Any] = {"label": item.label, "class": item.class_name, "filename": item.name}
     if not data:
         raise BadImageError("0 bytes")
-    image = decoded(data)
+    image = open_upright(data)
     if resize:
         if min(image.size) > resize and not image.mode.startswith(("I", "F")):  # deeper than a JPEG's 8 bits
             image = _shrunk(image, resize)
             file = io.BytesIO()
-            image.save(file, "JPEG", quality=quality)
+            image.save(file, "JPEG", quality=quality)  # without its EXIF: it is upright
             data, extension = file.getvalue(), "jpg"
         facts["width"], facts["height"] = image.size
     return {extension: data, "cls": str(item.label).encode(), "json": json.dumps(facts).encode()}
@@ -264,17 +264,3 @@ def _shrunk(image: Image.Image, shorter: int) -> Image.Image:
     if image.mode not in ("RGB", "L"):
         image = image.convert("RGB")
     return image.resize((width, height), Image.Resampling.BICUBIC)
-
-
-def decoded(data: bytes) -> Image.Image:
-    """The whole image, upright, since a JPEG that is written anew loses its EXIF.
-
-    Raises:
-        BadImageError: Pillow cannot decode it to its end.
-    """
-    image = open_upright(data)
-    try:
-        image.load()
-    except Exception as error:  # damaged files raise nearly anything, SyntaxError and struct.error among it
-        raise BadImageError(first_line(error)) from error
-    return image

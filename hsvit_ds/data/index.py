@@ -9,12 +9,13 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import sys
 import tarfile
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, fields, replace
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -145,7 +146,7 @@ def _compared(index: Index, path: Path) -> Index:
     new = [p.name for p in split_shards(index.folder).get(split, []) if p.name not in known]
     if new:
         raise RefusedError(f"{index.folder / new[0]}: not in {path} ({len(new)} such shards); {remedy}")
-    modified = index.modified.copy()
+    modified, changed = index.modified.copy(), list[int]()
     for i, name in enumerate(index.shards):
         shard = index.folder / name
         try:
@@ -157,10 +158,28 @@ def _compared(index: Index, path: Path) -> Index:
         if found.st_size != index.bytes[i]:
             raise RefusedError(f"{shard}: {found.st_size} bytes, {path} says {index.bytes[i]}; {remedy}")
         if found.st_mtime_ns != modified[i]:  # copied, or rewritten: the headers tell
-            if scan(shard, index.image).checksum != index.checksums[i]:
-                raise RefusedError(f"{shard}: its members are not those of {path}; {remedy}")
+            changed.append(i)
             modified[i] = found.st_mtime_ns
+    if changed:
+        files = tuple((index.shards[i], int(index.bytes[i]), int(modified[i])) for i in changed)
+        for i, checksum in zip(changed, _checksums(path, index.folder, index.image, files), strict=True):
+            if checksum != index.checksums[i]:
+                raise RefusedError(f"{index.folder / index.shards[i]}: its members are not those of {path}; {remedy}")
     return replace(index, modified=modified)
+
+
+@cache
+def _checksums(path: Path, folder: Path, image: str, files: tuple[tuple[str, int, int], ...]) -> list[int]:
+    """Those of shards (name, bytes, time of modification), by a walk over each; a process opens an index several times,
+    and walks once."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        print(
+            f"hsvit: warning: {folder}: {len(files)} shards have other times than {path.name} says, as copies have: "
+            f"each start compares their headers; this ends it: {command(path, folder, image)}",
+            file=sys.stderr,
+            flush=True,
+        )
+    return [scan(folder / name, image).checksum for name, _, _ in files]
 
 
 def split_shards(folder: Path) -> dict[str, list[Path]]:

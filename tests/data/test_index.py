@@ -11,11 +11,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hsvit_ds.data.index import Index, build, open_index, scan, split_shards
+from hsvit_ds.data import augment
+from hsvit_ds.data.index import Index, Scan, build, open_index, scan, split_shards
+from hsvit_ds.data.order import Order, Share
+from hsvit_ds.data.reader import Reader
+from hsvit_ds.data.splits import Config, check_splits, resolved, shard_lengths
 from hsvit_ds.errors import RefusedError
+from hsvit_ds.grid.grid import Config as GridConfig
+from hsvit_ds.grid.grid import Grid
 
 from ..ranks import environment
 from ..tars import data_set, encoded, picture, sample, write_tar
+from .shards.commands import shards
 
 
 def train(folder: Path) -> Index:
@@ -49,6 +56,42 @@ def test_a_copy_of_the_shards_keeps_its_index(folder: Path, tmp_path: Path) -> N
     copy = tmp_path / "copy"
     shutil.copytree(folder, copy, copy_function=shutil.copyfile)  # other times of modification
     assert train(copy).fingerprint == train(folder).fingerprint
+
+
+def test_shards_of_other_times_are_walked_once_in_a_process_which_is_said(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """All that a start asks of the data."""
+    copy, walked = tmp_path / "copy", list[str]()
+    shutil.copytree(folder, copy, copy_function=shutil.copyfile)
+
+    def noted(path: Path, image: str = "") -> Scan:
+        walked.append(path.name)
+        return scan(path, image)
+
+    monkeypatch.setattr("hsvit_ds.data.index.scan", noted)
+
+    def start() -> None:
+        config = Config(name="tiny", classes=10, image_size=32, root=str(copy), workers=0, test="val")
+        check_splits(config)
+        config = resolved(config)
+        order = Order(shard_lengths(config), config.window, 12, 0)
+        reader = Reader(config, augment.Config(), order, Share(12, 1, 1, 0), Grid(GridConfig(), 1))
+        next(reader.train(0, 0))
+        list(reader.evaluation("val"))
+        reader.close()
+
+    start()
+    assert sorted(walked) == sorted(path.name for path in copy.glob("*.tar"))
+    told = capsys.readouterr().err
+    for split in ("train", "val"):
+        assert told.count(f"{copy}: 3 shards have other times than {split}.index.npz says") == 1
+    assert told.count(f"this ends it: hsvit shards index {copy}\n") == 2
+    shards("index", copy, "--processes", 1)
+    walked.clear()
+    start()
+    assert not walked
+    assert capsys.readouterr().err == ""
 
 
 def remove(folder: Path) -> None:

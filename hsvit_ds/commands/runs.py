@@ -32,7 +32,7 @@ def evaluate_run(
     with shown(2, debug):
         check_kernels()
         from ..results import saved
-        from ..run import report
+        from ..run import pictures, report
 
         if present and (widths or untrained):
             raise RefusedError(f"--present {present} is of the largest width; leave --widths and --untrained out")
@@ -42,17 +42,22 @@ def evaluate_run(
             _evaluate_present(opened, present, split)
         else:
             chosen = opened.widths(widths or "all", untrained)
-            found = opened.evaluate(split, chosen)
+            found, matrix = opened.evaluate(split, chosen)
             if opened.grid.is_main:
                 rows = report.width_rows(opened.model, chosen, found)
                 report.print_widths(rows, f"{run}, {split}, {opened.read}")
                 name = _picture(opened, f"widths-{split}", widths)
-                typer.echo(report.draw_widths(name, rows, f"{run.name}, {split}, {opened.read}"))
+                title, accuracy = f"{run.name}, {split}, {opened.read}", opened.accuracy_of(split)
+                typer.echo(pictures.draw_widths(name, rows, title, accuracy))
+                title += f", width {chosen[-1]}" if len(chosen) > 1 else ""
+                name = _picture(opened, f"classes-{split}", widths)
+                for file in pictures.write_classes(name, matrix.cpu(), opened.class_names, title):
+                    typer.echo(file)
         opened.grid.close()
 
 
 def _evaluate_present(run: SavedRun, present: str, split: str) -> None:
-    from ..run import report
+    from ..run import pictures, report
 
     subsets = run.subsets(present)
     scores = run.evaluate_subsets(split, subsets)
@@ -62,13 +67,14 @@ def _evaluate_present(run: SavedRun, present: str, split: str) -> None:
         rows = report.present_rows(subsets, [score.top1 for score in scores])
         report.print_present(rows, f"{run.folder}, {split}, {run.read}")
         name = _picture(run, f"present-{split}")
-        typer.echo(report.draw_present(name, rows, f"{run.folder.name}, {split}, {run.read}"))
+        title, accuracy = f"{run.folder.name}, {split}, {run.read}", run.accuracy_of(split)
+        typer.echo(pictures.draw_present(name, rows, title, accuracy))
     else:
         (subset,), (score,) = subsets, scores
         names = ", ".join(str(number) for number in subset)
         typer.echo(
             f"{run.folder}, {split}, {run.read}, submodules {names} of {run.recipe.model.submodules}: "
-            f"top-1 {score.top1:.2f} %, top-5 {score.top5:.2f} %, loss {score.loss:.4f}"
+            f"top-1 {score.top1:.2f} %, loss {score.loss:.4f}"
         )
 
 

@@ -55,6 +55,12 @@ def chosen(run: Path, which: str) -> Path:
     raise RefusedError(f"{run}: no checkpoint {which} of a run there; {why}")
 
 
+def best_step(folder: Path) -> int | None:
+    """The step of the best checkpoint, None where there is none."""
+    best = pointed(folder, "best")
+    return None if best is None else _step(best)
+
+
 def _step(checkpoint: Path) -> int:
     return int(checkpoint.name.split("-")[1])
 

@@ -28,6 +28,7 @@ from ..models.hsvit import HSViT
 from ..models.slimmable import Width
 from ..run import recipe as recipes
 from ..run.evaluation import Score, evaluate, evaluate_subsets, needs_calibration, recalibrate_widths
+from ..run.pictures import accuracy_of
 from ..run.recipe import Recipe
 from ..run.tracking import CLASSES, read_metrics
 from ..tasks import scala
@@ -104,15 +105,22 @@ class SavedRun:
             raise RefusedError(f"--split {role}: must be one of {', '.join(ROLES)}")
         return role if role == "train" else str(getattr(self.reader.config, role))
 
-    def evaluate(self, split: str, widths: tuple[Width, ...]) -> dict[str, float]:
-        """See `evaluation.evaluate`; without the submodules that were absent at the end. Collective."""
+    def accuracy_of(self, split: str) -> str:
+        return accuracy_of(split, self.reader.count(split))
+
+    def evaluate(self, split: str, widths: tuple[Width, ...]) -> tuple[dict[str, float], Tensor]:
+        """See `evaluation.evaluate`, with its matrix; without the submodules that were absent at the end.
+        Collective."""
         model = self.model.to(self.grid.device)
         forward: Callable[..., Tensor] = model
         if self.recipe.grid.absent:
             present = torch.tensor([m in self.submodules for m in range(self.recipe.model.submodules)])
             forward = partial(model, present=present)
         try:
-            return evaluate(forward, model, self.reader, split, widths, self._runs_differ)
+            classes = self.facts.classes
+            matrix = torch.zeros(classes, classes, dtype=torch.int64, device=self.grid.device)
+            found = evaluate(forward, model, self.reader, split, widths, self._runs_differ, matrix=matrix)
+            return found, matrix
         finally:
             self.reader.close()
 

@@ -16,6 +16,8 @@ from ..models.batchnorm import BatchNorm, recalibrate
 from ..models.hsvit import HSViT
 from ..models.slimmable import FULL, Width
 
+BEST = 5
+"""Answers of which one has to be right, for top5."""
 CALIBRATION_STEPS = 16
 """Global batches of the training split that BatchNorm's statistics of a width are taken from."""
 
@@ -40,6 +42,7 @@ def evaluate(
     widths: Sequence[Width] = (FULL,),
     runs_differ: Channel | None = None,
     next_batch: Callable[[], None] = lambda: None,
+    matrix: Tensor | None = None,
 ) -> dict[str, float]:
     """Score a model as it is now. Collective.
 
@@ -47,11 +50,13 @@ def evaluate(
         forward: computes `module`, an engine or the module itself.
         widths: each image is read and moved once for all of them.
         runs_differ: the ranks that see different batches, for BatchNorm's statistics of smaller widths.
-        next_batch: called before each batch.
+        next_batch: called before each batch. matrix: int64 [classes, classes] on the device, to which the answers of
+            the largest width are counted, by label and answer.
 
     Returns:
-        Of the largest width top1 and top5 (% of the images that can be read) and loss (mean cross-entropy, nats); where
-        there are more, top1_w0.50 and so on for each of them; bad_samples, if some cannot be read.
+        Of the largest width top1 and, of more than five classes, top5 (% of the images that can be read) and loss (mean
+        cross-entropy, nats); where there are more, top1_w0.50 and so on for each of them; bad_samples, if some cannot
+        be read.
     """
 
     def answers(images: Tensor) -> Iterator[Tensor]:
@@ -62,9 +67,12 @@ def evaluate(
     with torch.compiler.set_stance("force_eager"):
         recalibrate_widths(forward, module, reader, widths, runs_differ)
         module.eval()
-        scores = _scores(answers, len(widths), reader, split)
-    largest = scores[max(range(len(scores)), key=lambda i: float(widths[i]))]
-    found = {"top1": largest.top1, "top5": largest.top5, "loss": largest.loss}
+        place = max(range(len(widths)), key=lambda i: float(widths[i]))
+        scores = _scores(answers, len(widths), reader, split, place, matrix)
+    largest = scores[place]
+    found = {"top1": largest.top1, "loss": largest.loss}
+    if reader.facts.classes > BEST:
+        found["top5"] = largest.top5
     if largest.unreadable:
         found["bad_samples"] = largest.unreadable
     if len(scores) > 1:
@@ -97,15 +105,28 @@ def evaluate_subsets(
     return _scores(answers, len(subsets), reader, split)
 
 
-def _scores(answers: Callable[[Tensor], Iterable[Tensor]], count: int, reader: Reader, split: str) -> list[Score]:
-    """Score the `count` logits that `answers` gives, one after the other, for the images of a batch."""
+def _scores(
+    answers: Callable[[Tensor], Iterable[Tensor]],
+    count: int,
+    reader: Reader,
+    split: str,
+    place: int = 0,
+    matrix: Tensor | None = None,
+) -> list[Score]:
+    """Score the `count` logits that `answers` gives, one after the other, for the images of a batch. matrix: see
+    `evaluate`, of the logits at `place`."""
     grid, facts = reader.grid, reader.facts
     # samples, top1, top5, loss, unreadable
     sums = torch.zeros(count, 5, dtype=torch.float64, device=grid.device)
     for images, labels, valid in reader.evaluation(split):
         images = augment.normalise(images, facts.mean, facts.std)
-        for row, logits in zip(sums, answers(images), strict=True):
+        for i, (row, logits) in enumerate(zip(sums, answers(images), strict=True)):
             row += _score(logits.float(), labels, valid)
+            if matrix is not None and i == place:
+                flat = labels.clamp(min=0) * len(matrix) + logits.argmax(1)
+                matrix.view(-1).index_add_(0, flat, (valid & (labels >= 0)).long())
+    if matrix is not None:
+        grid.sum_over_replicas(matrix)
     rows = grid.sum_over_replicas(sums).tolist()
     expected = reader.count(split)
     if any(row[0] + row[4] != expected for row in rows):
@@ -121,7 +142,7 @@ def _scores(answers: Callable[[Tensor], Iterable[Tensor]], count: int, reader: R
 def _score(logits: Tensor, labels: Tensor, valid: Tensor) -> Tensor:
     """fp64 [5]: samples, right at the first guess, within five, the sum of losses, and images without one."""
     unreadable, labels = labels < 0, labels.clamp(min=0)
-    best = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
+    best = logits.topk(min(BEST, logits.shape[1])).indices == labels[:, None]
     loss = nn.functional.cross_entropy(logits, labels, reduction="none")
     row = torch.stack((torch.ones_like(loss), best[:, 0].float(), best.any(1).float(), loss, torch.zeros_like(loss)))
     row = torch.where(unreadable, torch.tensor([0.0, 0, 0, 0, 1], device=row.device)[:, None], row)

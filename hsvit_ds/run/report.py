@@ -7,7 +7,6 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import mean
 
 from rich.console import Console
@@ -16,9 +15,8 @@ from rich.table import Table
 
 from .. import models
 from ..models.slimmable import Width
-from .tracking import read_metrics
 
-CURVES = "curves.png"
+SIDE = "side: the end of each layer's channels that a width takes; GMACs: billions of multiply-adds of an image"
 
 
 class Kernels(logging.Handler):
@@ -139,7 +137,7 @@ def width_rows(model: models.Model, widths: Sequence[Width], found: Mapping[str,
 
 def print_widths(rows: Sequence[WidthRow], title: str) -> None:
     """A table of every subnet's size and accuracy; a GMAC is a billion multiply-adds, the Scala paper's GFLOP."""
-    table = Table("width", "side", "parameters", "GMACs", "top-1, %", title=title)
+    table = Table("width", "side", "parameters", "GMACs", "top-1, %", title=title, caption=SIDE)
     for row in rows:
         side = "all" if row.width.is_full else row.width.side
         table.add_row(str(row.width), side, f"{row.parameters:,}", f"{row.macs / 1e9:.4f}", f"{row.top1:.2f}")
@@ -177,66 +175,3 @@ def print_memory(memory: Mapping[str, int], title: str) -> None:
     for name, size in memory.items():
         table.add_row(name.replace("_", " "), f"{size / 2**20:,.1f}")
     Voice().print(table)
-
-
-def draw_widths(path: Path, rows: Sequence[WidthRow], title: str) -> Path:
-    """A PNG of accuracy against GMACs, one point a width."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    axes = figure.subplots()
-    axes.plot([row.macs / 1e9 for row in rows], [row.top1 for row in rows], marker="o")
-    for row in rows:
-        axes.annotate(str(row.width), (row.macs / 1e9, row.top1), textcoords="offset points", xytext=(6, -12))
-    axes.set(xlabel="GMACs an image (billions of multiply-adds)", ylabel="top-1 accuracy, %")
-    axes.set_title(title, parse_math=False)
-    axes.margins(0.1)
-    axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=120)
-    return path
-
-
-def draw_present(path: Path, rows: Sequence[PresentRow], title: str) -> Path:
-    """A PNG of accuracy against how many submodules answered: every subset's, their mean and their range."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    axes = figure.subplots()
-    sizes = [row.present for row in rows]
-    axes.fill_between(sizes, [min(row.top1) for row in rows], [max(row.top1) for row in rows], alpha=0.2)
-    points = [(row.present, score) for row in rows for score in row.top1]
-    axes.plot(*zip(*points, strict=True), ".", color="gray", alpha=0.6, label="a subset")
-    axes.plot(sizes, [mean(row.top1) for row in rows], marker="o", label="mean")
-    axes.set(xlabel="submodules present", ylabel="top-1 accuracy, %", xticks=sizes)
-    axes.set_title(title, parse_math=False)
-    axes.grid(alpha=0.3)
-    axes.legend(loc="lower right")
-    figure.savefig(path, dpi=120)
-    return path
-
-
-def draw_curves(folder: Path, title: str) -> Path:
-    """A PNG of loss, learning rate, gradient norm and accuracy over the steps of a run, from its JSONL file."""
-    from matplotlib.figure import Figure
-
-    lines = read_metrics(folder)
-    panels = [
-        ("loss", ["train/loss", "val/loss"], "log"),
-        ("top-1 accuracy, %", ["val/top1", "ema/val_top1"], "linear"),
-        ("gradient norm before clipping", ["train/grad_norm"], "log"),
-        ("learning rate", ["train/lr"], "linear"),
-    ]
-    figure = Figure(figsize=(10, 6.5), layout="constrained")
-    figure.suptitle(title, parse_math=False)
-    for axes, (label, names, scale) in zip(figure.subplots(2, 2).flat, panels, strict=True):
-        for name in names:
-            points = [(line["step"], line[name]) for line in lines if name in line]
-            if points:
-                marker = "o" if len(points) < 30 else None
-                axes.plot(*zip(*points, strict=True), label=name, marker=marker, markersize=3)
-        axes.set(xlabel="step", ylabel=label, yscale=scale)
-        axes.grid(alpha=0.3)
-        if len(axes.lines) > 1:
-            axes.legend()
-    figure.savefig(folder / CURVES, dpi=120)
-    return folder / CURVES

@@ -18,6 +18,7 @@ from ..data.splits import class_names
 from ..data.splits import facts as facts_of
 from ..engine.captured import compiled
 from ..engine.checkpoint import Checkpoints, Position
+from ..engine.checkpoint_files import best_step
 from ..engine.ema import EMA
 from ..engine.engine import BatchStatistics, Engine
 from ..engine.optimizer import Schedule
@@ -34,8 +35,9 @@ from . import recipe as recipes
 from .evaluation import evaluate
 from .interval import Interval
 from .memory import needed
+from .pictures import accuracy_of, draw_curves, draw_widths, write_classes
 from .recipe import Plan, Recipe
-from .report import Reporter, draw_curves, draw_widths, duration, print_widths, width_rows
+from .report import Reporter, duration, print_widths, width_rows
 from .survival import StoppedError, StopRequests, Watch, is_out_of_memory, told
 from .tracking import CLASSES, Tracker, Untracked
 
@@ -292,7 +294,9 @@ class Trainer:
             self.watch.doing(f"evaluating {split} after step {step}")
 
         score = partial(evaluate, engine, engine.module, self.reader, split, widths, engine.runs_differ, next_batch)
-        found = {f"{split}/{k}": v for k, v in score().items()}
+        classes = self.reader.facts.classes
+        self._matrix = torch.zeros(classes, classes, dtype=torch.int64, device=self.grid.device)
+        found = {f"{split}/{k}": v for k, v in score(matrix=self._matrix).items()}
         if self.ema is not None:
             with self.ema.in_place():
                 averaged = score()
@@ -372,13 +376,20 @@ class Trainer:
         self.report.summary(rows)
 
     def _draw(self, final: dict[str, float]) -> None:
-        self.tracker.artifact(draw_curves(self.folder, self.folder.name))
+        name, val, test = self.folder.name, self.recipe.data.val, self.recipe.data.test
+        images, best = self.reader.count(val), best_step(self.folder / "checkpoints")
+        pictures = [draw_curves(self.folder, name, val, images, self.plan.steps_per_epoch, best)]
+        pictures += write_classes(
+            self.folder / f"classes-{test}.png", self._matrix.cpu(), class_names(self.recipe.data), f"{name}, {test}"
+        )
+        for file in pictures:
+            self.tracker.artifact(file)
         widths = self.task.trained(self.plan.steps)
         if len(widths) > 1:
-            test = self.recipe.data.test
             found = {name.removeprefix(f"{test}/"): value for name, value in final.items()}
             model: Model = self.engine.module  # type: ignore[assignment]
             rows = width_rows(model, widths, found)
-            self.tracker.artifact(draw_widths(self.folder / f"widths-{test}.png", rows, f"{self.folder.name}, {test}"))
+            accuracy = accuracy_of(test, self.reader.count(test))
+            self.tracker.artifact(draw_widths(self.folder / f"widths-{test}.png", rows, f"{name}, {test}", accuracy))
             self.report.close()
             print_widths(rows, test)

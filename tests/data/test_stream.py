@@ -313,7 +313,7 @@ def test_what_a_stream_cannot_promise_is_refused(url: str) -> None:
 
     base = {
         "model": {"kind": "hsvit", "variant": "C2A2", "submodules": 2},
-        "data": {"name": "tiny", "classes": 10, "image_size": 32, "root": url},
+        "data": {"name": "tiny", "classes": 10, "image_size": 32, "root": url, "test": "val"},
         "run": {"global_batch": 10},
     }
     vit = {"kind": "vit", "variant": "DeiT-Ti", "widths": {"smallest": 0.5, "granularity": 0.5}}

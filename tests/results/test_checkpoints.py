@@ -91,7 +91,7 @@ def test_nothing_that_another_command_made_is_written_over(run: Path) -> None:
         code, output = command("evaluate", run, *more)
         assert code == 0, output
         made = set(run.glob("*.png")) - before.keys()
-        assert len(made) == 1  # not that of another evaluation either
+        assert len(made) == 2  # widths and classes, and not those of another evaluation either
         before |= {file: file.read_bytes() for file in made}
         assert all(file.read_bytes() == content for file, content in before.items())
 

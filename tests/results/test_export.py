@@ -152,13 +152,13 @@ def test_evaluation_scores_all_widths_in_one_pass_over_the_data(run: SavedRun, m
     read = run.reader.evaluation
     splits = []
     monkeypatch.setattr(run.reader, "evaluation", lambda split: splits.append(split) or read(split))
-    found = run.evaluate("val", run.trained)
+    found, _ = run.evaluate("val", run.trained)
     assert splits == ["val"]
     assert found["top1"] == found["top1_w1.00"]
     images, labels = digits.split("val")
     images = augment.normalise(images, run.reader.facts.mean, run.reader.facts.std)
     for width in run.trained:
-        one = run.evaluate("val", (width,))
+        one, _ = run.evaluate("val", (width,))
         assert found[f"top1_w{width}"] == one["top1"]
         with torch.no_grad():
             logits = run.at(width).subnet(width)(images)

@@ -250,7 +250,7 @@ def test_a_degraded_run_is_scored_as_it_was_trained(lost_at_once: Path) -> None:
     lines = [json.loads(line) for line in (lost_at_once / "metrics.jsonl").read_text().splitlines()]
     (scored,) = [line["test/loss"] for line in lines if "test/loss" in line]
     run = open_run(lost_at_once)
-    assert run.evaluate("test", run.trained)["loss"] == pytest.approx(scored, rel=1e-6)
+    assert run.evaluate("test", run.trained)[0]["loss"] == pytest.approx(scored, rel=1e-6)
     (score,) = run.evaluate_subsets("test", run.subsets("0,1,2"))
     assert score.loss == pytest.approx(scored, rel=1e-6)
     assert max(len(subset) for subset in run.subsets("sweep")) == 3

@@ -1,0 +1,173 @@
+"""The pictures of a run, and the tables beside them that a program reads."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import mean
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from .report import PresentRow, WidthRow
+from .tracking import read_metrics
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+CURVES = "curves.png"
+MANY = 30
+"""Classes from which on a picture names only some of them."""
+
+
+def accuracy_of(split: str, images: int) -> str:
+    """The name of an axis."""
+    return f"top-1 on {split} ({images:,} images), %"
+
+
+def draw_widths(path: Path, rows: Sequence[WidthRow], title: str, accuracy: str) -> Path:
+    """A PNG of accuracy against GMACs, one point a width. accuracy: see `accuracy_of`."""
+    figure, axes = _figure(7, 4.5)
+    points = [(row.macs / 1e9, row.top1) for row in rows]
+    axes.plot(*zip(*points, strict=True), marker="o")
+    for row, point, after in zip(rows, points, [*points[1:], points[-1]], strict=True):
+        # The line goes on to the right, up or down: the name stands on its other side.
+        rises = after[1] >= point[1]
+        offset = (5, -5) if rises else (5, 5)
+        axes.annotate(str(row.width), point, textcoords="offset points", xytext=offset, va="top" if rises else "bottom")
+    axes.set(xlabel="GMACs of an image (billions of multiply-adds)", ylabel=accuracy)
+    axes.set_title(title, parse_math=False)
+    axes.margins(0.12)
+    axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)
+    return path
+
+
+def draw_present(path: Path, rows: Sequence[PresentRow], title: str, accuracy: str) -> Path:
+    """A PNG of accuracy against how many submodules answered: every subset's, their mean and their range."""
+    figure, axes = _figure(7, 4.5)
+    sizes = [row.present for row in rows]
+    axes.fill_between(sizes, [min(row.top1) for row in rows], [max(row.top1) for row in rows], alpha=0.2)
+    points = [(row.present, score) for row in rows for score in row.top1]
+    axes.plot(*zip(*points, strict=True), ".", color="gray", alpha=0.6, label="a subset")
+    axes.plot(sizes, [mean(row.top1) for row in rows], marker="o", label="mean")
+    axes.set(xlabel="submodules that answer", ylabel=accuracy, xticks=sizes)
+    axes.set_title(title, parse_math=False)
+    axes.grid(alpha=0.3)
+    axes.legend(loc="lower right")
+    figure.savefig(path, dpi=120)
+    return path
+
+
+def draw_curves(folder: Path, title: str, val: str, images: int, steps_per_epoch: int, best: int | None = None) -> Path:
+    """A PNG of loss, learning rate, gradient norm and accuracy over the steps and epochs of a run, from its JSONL file.
+
+    val, images: the split that is evaluated, and its size. best: the step of the best checkpoint.
+    """
+    figure, _ = _figure(11, 7, empty=True)
+    figure.suptitle(title, parse_math=False)
+    lines = read_metrics(folder)
+    panels: list[tuple[str, Mapping[str, str], str]] = [
+        ("cross-entropy, nats", {"train/loss": "training", f"{val}/loss": val}, "log"),
+        (accuracy_of(val, images), _accuracies(lines, val), "linear"),
+        ("gradient norm before clipping", {"train/grad_norm": ""}, "log"),
+        ("learning rate", {"train/lr": ""}, "linear"),
+    ]
+    for axes, (label, names, scale) in zip(figure.subplots(2, 2).flat, panels, strict=True):
+        shades = _shades(len(names)) if len(names) > 3 else [None] * len(names)
+        for (name, called), shade in zip(names.items(), shades, strict=True):
+            points = [(line["step"], line[name]) for line in lines if line.get(name) is not None]
+            if points:
+                marker = "o" if len(points) < 30 else None
+                axes.plot(*zip(*points, strict=True), label=called, marker=marker, markersize=3, color=shade)
+        if label == accuracy_of(val, images) and best is not None:
+            axes.axvline(best, color="0.4", linestyle=":", label=f"best checkpoint, step {best:,}")
+        _readable(axes, label, scale, steps_per_epoch)
+        axes.set_xlim(0, 1.02 * max((line["step"] for line in lines), default=1))
+        if len(axes.lines) > 4:
+            axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
+        elif len(axes.lines) > 1:
+            axes.legend(fontsize="small")
+    figure.savefig(folder / CURVES, dpi=120)
+    return folder / CURVES
+
+
+def _accuracies(lines: Sequence[Mapping[str, float]], val: str) -> dict[str, str]:
+    """{metric: its name in a legend}: of every width, or of the one there is, and of the average."""
+    widths = sorted({key for line in lines for key in line if key.startswith(f"{val}/top1_w")})
+    named = {key: f"width {key.rpartition('_w')[2]}" for key in widths} or {f"{val}/top1": "weights"}
+    return named | {f"ema/{val}_top1": "averaged weights"}
+
+
+def _readable(axes: Axes, label: str, scale: Any, steps_per_epoch: int) -> None:
+    """Ticks as a person writes numbers, and epochs along the top."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+
+    axes.set(xlabel="step", ylabel=label, yscale=scale)
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
+    if scale == "log":
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_minor_formatter(NullFormatter())
+    there: Any = lambda x: x / steps_per_epoch  # noqa: E731
+    back: Any = lambda x: x * steps_per_epoch  # noqa: E731
+    epochs = axes.secondary_xaxis("top", functions=(there, back))
+    epochs.set_xlabel("epoch")
+    epochs.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.grid(alpha=0.3)
+
+
+def _shades(count: int) -> list[Any]:
+    """From light to dark, the smallest width first."""
+    import matplotlib
+
+    colours: Any = matplotlib.colormaps["viridis_r"]
+    return [colours(0.15 + 0.85 * i / max(count - 1, 1)) for i in range(count)]
+
+
+def write_classes(path: Path, matrix: Tensor, names: Sequence[str], title: str) -> list[Path]:
+    """A PNG of the accuracy of each class beside the confusion matrix, and both as CSV.
+
+    path: of the PNG. matrix: int64 [C, C], images by label and by answer. names: of the classes, or none.
+    """
+    named = list(names) or [str(label) for label in range(len(matrix))]
+    counts, right = matrix.sum(1), matrix.diagonal()
+    scores = (100 * right / counts.clamp(min=1)).tolist()
+    tables = path.with_suffix(".csv"), path.with_name(f"{path.stem}-confusion.csv")
+    with tables[0].open("w", encoding="utf-8", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(["class", "images", "right", "top-1, %"])
+        rows.writerows(zip(named, counts.tolist(), right.tolist(), (f"{score:.2f}" for score in scores), strict=True))
+    with tables[1].open("w", encoding="utf-8", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(["label, answer", *named])
+        rows.writerows([name, *row] for name, row in zip(named, matrix.tolist(), strict=True))
+    shown = sorted(range(len(named)), key=scores.__getitem__)[:MANY]
+    figure, _ = _figure(11, max(5, 1.5 + 0.25 * len(shown)), empty=True)
+    figure.suptitle(title, parse_math=False)
+    bars, heat = figure.subplots(1, 2, width_ratios=(1, 1.3))
+    bars.barh([named[i] for i in shown], [scores[i] for i in shown])
+    bars.set(xlabel="top-1, %", ylabel="class", xlim=(0, 100))
+    bars.set_title("lowest of the classes" if len(shown) < len(named) else "classes", fontsize="medium")
+    bars.margins(y=0.01)
+    bars.invert_yaxis()
+    shares = 100 * matrix / counts.clamp(min=1)[:, None]
+    image = heat.imshow(shares.tolist(), cmap="Blues", vmin=0, vmax=100)
+    heat.set(xlabel="answer", ylabel="label")
+    heat.set_title("answers to the images of a class, %", fontsize="medium")
+    if len(named) <= MANY:
+        heat.set_xticks(range(len(named)), named, rotation=90 if max(map(len, named)) > 2 else 0)
+        heat.set_yticks(range(len(named)), named)
+    figure.colorbar(image, ax=heat, shrink=0.8)
+    figure.savefig(path, dpi=120)
+    return [path, *tables]
+
+
+def _figure(width: float, height: float, empty: bool = False) -> tuple[Figure, Axes]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    axes: Any = None if empty else figure.subplots()
+    return figure, axes

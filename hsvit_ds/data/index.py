@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..errors import RefusedError, first_line
+from ..errors import RefusedError, counted, first_line
 from .members import BLOCK, MOST_BYTES, Sample, grouped, printable, safe, walk
 
 FORMAT = 2
@@ -174,8 +174,8 @@ def _checksums(path: Path, folder: Path, image: str, files: tuple[tuple[str, int
     and walks once."""
     if os.environ.get("LOCAL_RANK", "0") == "0":
         print(
-            f"hsvit: warning: {folder}: {len(files)} shards have other times than {path.name} says, as copies have: "
-            f"each start compares their headers; this ends it: {command(path, folder, image)}",
+            f"hsvit: warning: {folder}: the times of {counted(len(files), 'shard')} are not those in {path.name}, "
+            f"as of copies: each start compares headers; this ends it: {command(path, folder, image)}",
             file=sys.stderr,
             flush=True,
         )

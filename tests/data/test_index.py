@@ -85,7 +85,7 @@ def test_shards_of_other_times_are_walked_once_in_a_process_which_is_said(
     assert sorted(walked) == sorted(path.name for path in copy.glob("*.tar"))
     told = capsys.readouterr().err
     for split in ("train", "val"):
-        assert told.count(f"{copy}: 3 shards have other times than {split}.index.npz says") == 1
+        assert told.count(f"{copy}: the times of 3 shards are not those in {split}.index.npz") == 1
     assert told.count(f"this ends it: hsvit shards index {copy}\n") == 2
     shards("index", copy, "--processes", 1)
     walked.clear()

@@ -22,7 +22,7 @@ class Exit(IntEnum):
     REFUSED = 2
     """Bad input, before the first step."""
     STOPPED = 75
-    """SIGTERM or SIGUSR1: saved; `--resume` continues."""
+    """SIGTERM, SIGUSR1 or Ctrl-C: saved; `--resume` continues."""
     LOST = 76
     """Another rank, or the link to it, is gone."""
     STUCK = 77

@@ -61,6 +61,9 @@ class Loader:
 
     def _pump(self) -> None:
         """In the thread."""
+        # Ctrl-C goes to all processes of a terminal's group; those that are started here inherit this, and leave it to
+        # the rank.
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         done = deaths = 0
         try:
             while not self._stopped.is_set():

@@ -8,25 +8,24 @@ from pathlib import Path
 
 from ..errors import RefusedError
 from .recipe import Run
+from .survival import ERRORS
 from .tracking import METRICS
 
 
 def newest(run: Run) -> Path | None:
     """The folder of the highest number, to resume; None where the name has none."""
-    folders = {number: path for number, path in _numbered(run).items() if path.is_dir()}
+    folders = {number: path for number, path in _numbered(_base(run)).items() if path.is_dir()}
     return folders[max(folders)] if folders else None
 
 
 def claim(run: Run) -> Path:
     """Make the folder of the next number. Of several starts at one moment one alone can make it; the others go on to
     the next number."""
-    base, number = _base(run), max(_numbered(run), default=0) + 1
-    folder = base.with_name(f"{base.name}-{number:03d}")
+    folder = _next(_base(run))
     try:
-        base.parent.mkdir(parents=True, exist_ok=True)
+        folder.parent.mkdir(parents=True, exist_ok=True)
         while not _makes(folder):
-            number += 1
-            folder = base.with_name(f"{base.name}-{number:03d}")
+            folder = _next(_base(run))
     except OSError as error:
         raise RefusedError(f"run folder {folder}: {error.strerror}; set run.root") from error
     return folder
@@ -42,13 +41,16 @@ def _makes(folder: Path) -> bool:
 
 def open_folder(run: Run, asked: Path | None, resume: bool, recipe_text: str) -> Path:
     """The folder that is asked for by its path, made where it is missing, or the newest one to resume, or a new one;
-    with the recipe that it was started with. Refused where not writable."""
+    with the recipe that it was started with; the last words of earlier attempts are moved aside, to errors-NNN. Refused
+    where not writable."""
     folder = asked or (newest(run) if resume else None) or claim(run)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if not (folder / "recipe.toml").exists():
             (folder / "recipe.toml").write_text(recipe_text, "utf-8")
         (folder / METRICS).open("a").close()
+        if (errors := folder / ERRORS).exists():
+            errors.rename(_next(errors))
     except OSError as error:
         raise RefusedError(f"run folder {folder}: {error.strerror}; set run.root") from error
     return folder
@@ -67,9 +69,12 @@ def _base(run: Run) -> Path:
     return Path(run.root) / run.name
 
 
-def _numbered(run: Run) -> dict[int, Path]:
-    """{NNN: path} of all that has the run's name and a number; after 999 comes 1000."""
-    base = _base(run)
+def _next(base: Path) -> Path:
+    return base.with_name(f"{base.name}-{max(_numbered(base), default=0) + 1:03d}")
+
+
+def _numbered(base: Path) -> dict[int, Path]:
+    """{NNN: path} of all that is called `base`-NNN; after 999 comes 1000."""
     numbered = re.compile(re.escape(base.name) + r"-(\d{3}|[1-9]\d{3,})")
     try:
         found = [(numbered.fullmatch(path.name), path) for path in base.parent.iterdir()]

@@ -26,7 +26,8 @@ from ..grid.grid import Grid
 
 ERRORS = "errors"
 """Folder of a run with the last word of every rank that failed."""
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # what launchers send at their end, and Slurm some time before it
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+"""What launchers send at their end, Slurm some time before it, and a terminal at Ctrl-C."""
 
 
 class StoppedError(Exception):
@@ -34,7 +35,7 @@ class StoppedError(Exception):
 
 
 class StopRequests:
-    """SIGTERM and SIGUSR1 to any rank, on which all agree.
+    """SIGTERM, SIGUSR1 and SIGINT to any rank, on which all agree; a second SIGINT kills.
 
     The question is sent at one step and answered at the next, beside whatever else travels: it costs no waiting.
     """
@@ -46,7 +47,11 @@ class StopRequests:
     @contextmanager
     def heard(self) -> Iterator[None]:
         """Within the block the signals are requests; in the main thread only."""
-        before = {number: signal.signal(number, self._hear) for number in SIGNALS}
+        before = {number: signal.getsignal(number) for number in SIGNALS}
+        # SIGINT that is ignored stays so: a script's background job does not hear the terminal.
+        before = {number: handler for number, handler in before.items() if handler is not signal.SIG_IGN}
+        for number in before:
+            signal.signal(number, self._hear)
         try:
             yield
         finally:
@@ -55,6 +60,12 @@ class StopRequests:
 
     def _hear(self, number: int, _frame: FrameType | None) -> None:
         self.asked = True
+        if number == signal.SIGINT:
+            # Of SIGINT alone: DeepSpeed's launcher answers one Ctrl-C, which reaches the ranks too, with a SIGTERM.
+            signal.signal(number, signal.SIG_DFL)
+            if self.grid.is_main:
+                with suppress(OSError):  # not by print, which may be what was interrupted
+                    os.write(2, b"hsvit: saves and stops after this step; Ctrl-C again kills\n")
 
     def check(self) -> None:
         """Between two steps, or two batches of an evaluation. Collective.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import queue
 import sys
 import threading
@@ -68,7 +69,7 @@ class Tracker:
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         now = time.time()
         try:
-            self._write(json.dumps({"step": step, "time": now, **metrics}) + "\n")
+            self._write(json.dumps({"step": step, "time": now, **_valid(metrics)}, allow_nan=False) + "\n")
         except OSError as error:  # a full disk
             _warn(f"{self.path}: {error.strerror}; metrics are kept in memory until there is room")
         if self._thread is not None:
@@ -156,9 +157,18 @@ class Untracked:
     def close(self, status: str, seconds: float = 60) -> None: ...
 
 
-def read_metrics(folder: Path) -> list[dict[str, float]]:
-    """Every line of a run's metrics, in the order of logging."""
-    return [json.loads(line) for line in (folder / METRICS).read_text("utf-8").splitlines()]
+def _valid(metrics: Mapping[str, float]) -> dict[str, Any]:
+    """With null where JSON has no number, and what it was: {…, "not_finite": {"train/loss": "nan"}}."""
+    odd = {name: str(value) for name, value in metrics.items() if not math.isfinite(value)}
+    return {name: None if name in odd else value for name, value in metrics.items()} | (
+        {"not_finite": odd} if odd else {}
+    )
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """Every line of a run's metrics, in the order of logging; numbers that are not finite are there again."""
+    lines = [json.loads(line) for line in (folder / METRICS).read_text("utf-8").splitlines()]
+    return [line | {n: float(text) for n, text in line.pop("not_finite", {}).items()} for line in lines]
 
 
 def _forget_after(path: Path, step: int) -> None:

@@ -5,6 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import signal
+import subprocess
+import sys
 import time
 from collections import Counter
 from pathlib import Path
@@ -19,7 +22,7 @@ from hsvit_ds.data.transform import Transform
 from hsvit_ds.grid.grid import Grid
 from hsvit_ds.train import main
 
-from ..ranks import finish, fork, start
+from ..ranks import ROOT, environment, finish, fork, start
 from ..tars import data_set, encoded, make_index, picture, sample, write_split, write_tar
 from ..workers.common import SMALL
 
@@ -81,6 +84,33 @@ def marked(mark: str) -> list[int]:
         except OSError:
             continue
     return found
+
+
+@pytest.mark.parametrize("line", ["", "epoch 1 ", "step 65/"])
+def test_ctrl_c_stops_a_run_and_its_workers_without_a_trace(line: str, data: Path, tmp_path: Path) -> None:
+    """As a terminal sends it: to the rank, the server of its workers, and them."""
+    keys = ["data.workers=2", "grid.submodule_ranks=1", "run.epochs=1000", "data.eval_batch=12"]
+    run = subprocess.Popen(
+        [sys.executable, "-m", "hsvit_ds.train", *arguments(tmp_path, data, *keys)],
+        cwd=ROOT,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    assert run.stdout is not None
+    output = ""
+    while line and line not in output:
+        output += run.stdout.readline()
+        assert run.poll() is None, output
+    time.sleep(0 if line else 1)  # while it imports
+    os.killpg(run.pid, signal.SIGINT)
+    output += run.communicate(timeout=120)[0]
+    assert "Traceback" not in output
+    assert "KeyboardInterrupt" not in output
+    assert run.returncode == (75 if line else -signal.SIGINT), output
+    assert ("; --resume continues" in output) == bool(line)
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ def last_word(root: Path, rank: int) -> dict[str, Any]:
     [
         (1, "step 25:", "SIGTERM", 26),  # agreed one step later
         (0, "evaluating val", "SIGUSR1", 71),
+        (1, "step 30:", "SIGINT+SIGTERM", 31),  # Ctrl-C under DeepSpeed's launcher
     ],
 )
 def test_a_signal_to_one_rank_saves_and_stops_all_and_the_resumed_run_is_bit_equal(
@@ -54,6 +56,14 @@ def test_a_signal_to_one_rank_saves_and_stops_all_and_the_resumed_run_is_bit_equ
     assert whole is not None
     assert parts is not None
     assert_equal(parts, whole)
+
+
+def test_a_second_ctrl_c_kills(tmp_path: Path) -> None:
+    keys = ["grid.submodule_ranks=1"]
+    codes, outputs = interrupted(tmp_path, 0, "step 25:", "SIGINT+SIGINT", *keys, world=1)
+    assert codes == [-signal.SIGINT], outputs
+    assert "hsvit: saves and stops after this step; Ctrl-C again kills" in outputs[0]
+    assert "Traceback" not in outputs[0]
 
 
 def test_a_rank_that_hangs_ends_with_its_stacks_and_the_last_collective(tmp_path: Path) -> None:
@@ -91,6 +101,18 @@ def test_out_of_memory_names_the_phase_the_plan_and_a_smaller_micro_batch(tmp_pa
     assert word["error"].startswith("step 3: forward and backward passes, reduction, update: out of memory (")
     assert "planned for each rank, MiB: parameters 0.0, gradients 0.0, " in word["error"]
     assert word["error"].endswith("try run.micro_batch=8 (now 16)")
+
+
+def test_the_last_words_of_an_attempt_are_moved_aside_when_it_is_resumed(tmp_path: Path) -> None:
+    keys, folder = ["grid.submodule_ranks=1"], tmp_path / "digits-hsvit-001"
+    for step in (3, 13):
+        codes, outputs = interrupted(tmp_path, 0, f"step {step}: forward", "full", *keys, "--resume", world=1)
+        assert codes == [1], outputs
+    finish(fork("hsvit_ds.train", train_arguments(tmp_path, *keys, "--resume"), 1))
+    assert not (folder / "errors").exists()
+    for number, step in ((1, 3), (2, 13)):
+        word = json.loads((folder / f"errors-{number:03d}/rank-0000.json").read_text())
+        assert word["error"].startswith(f"step {step}: ")
 
 
 @pytest.mark.parametrize("interval", [1, 10])

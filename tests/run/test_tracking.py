@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import sqlite3
 import subprocess
@@ -15,7 +16,7 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 
 from hsvit_ds.run import mlflow_run
-from hsvit_ds.run.tracking import Config, Tracker
+from hsvit_ds.run.tracking import Config, Tracker, read_metrics
 
 from ..ranks import environment
 
@@ -172,3 +173,20 @@ def test_a_deleted_experiment_is_named(tmp_path: Path, capsys: pytest.CaptureFix
     there.delete_experiment(experiment.experiment_id)
     track(tmp_path / "run-002", 1)
     assert 'experiment "hsvit-ds" was deleted there: restore it, or set tracking.experiment' in capsys.readouterr().err
+
+
+def test_numbers_that_are_not_finite_are_valid_json_with_a_flag_and_are_read_back(tmp_path: Path) -> None:
+    tracker = Tracker(Config(mlflow=False), tmp_path, "a", {}, None)
+    tracker.log({"train/loss": float("nan"), "train/grad_norm": float("inf"), "train/lr": 0.5}, 3)
+    tracker.close("FINISHED")
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is no JSON")
+
+    line = json.loads((tmp_path / "metrics.jsonl").read_text(), parse_constant=refuse)
+    assert (line["train/loss"], line["train/grad_norm"], line["train/lr"]) == (None, None, 0.5)
+    assert line["not_finite"] == {"train/loss": "nan", "train/grad_norm": "inf"}
+    (read,) = read_metrics(tmp_path)
+    assert math.isnan(read["train/loss"])
+    assert read["train/grad_norm"] == math.inf
+    assert "not_finite" not in read

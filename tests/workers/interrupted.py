@@ -1,7 +1,8 @@
 """`python -m tests.workers.interrupted RANK PHASE ACTION ARGUMENTS…`: a training run to which something happens once.
 
-When rank RANK begins a phase whose name starts with PHASE (see `Watch.doing`), it is sent the signal ACTION, or
-ACTION is "hang" (it sleeps), "full" (it asks for too much memory), or "nan" (its weights become non-finite).
+When rank RANK begins a phase whose name starts with PHASE (see `Watch.doing`), it is sent the signal ACTION, two in
+"SIGINT+SIGINT", or ACTION is "hang" (it sleeps), "full" (it asks for too much memory), or "nan" (its weights become
+non-finite).
 """
 
 from __future__ import annotations
@@ -42,7 +43,8 @@ def happen() -> None:
                 master.fill_(float("nan"))
             trainers[0].engine.shards.publish()
     else:
-        os.kill(os.getpid(), getattr(signal, action))
+        for name in action.split("+"):
+            os.kill(os.getpid(), getattr(signal, name))
 
 
 def keep(self: Trainer, *args: Any) -> None:

@@ -14,7 +14,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from multiprocessing import connection
+from multiprocessing import connection, resource_tracker
 from typing import Any
 
 import torch
@@ -62,7 +62,8 @@ class Loader:
     def _pump(self) -> None:
         """In the thread."""
         # Ctrl-C goes to all processes of a terminal's group; those that are started here inherit this, and leave it to
-        # the rank.
+        # the rank. Starting the tracker, which they need, would unblock it again.
+        resource_tracker.ensure_running()
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         done = deaths = 0
         try:

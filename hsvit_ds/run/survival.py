@@ -28,6 +28,7 @@ ERRORS = "errors"
 """Folder of a run with the last word of every rank that failed."""
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 """What launchers send at their end, Slurm some time before it, and a terminal at Ctrl-C."""
+_HEARD = "hsvit: saves and stops after this step; Ctrl-C again kills\n"
 
 
 class StoppedError(Exception):
@@ -65,7 +66,7 @@ class StopRequests:
             signal.signal(number, signal.SIG_DFL)
             if self.grid.is_main:
                 with suppress(OSError):  # not by print, which may be what was interrupted
-                    os.write(2, b"hsvit: saves and stops after this step; Ctrl-C again kills\n")
+                    os.write(2, _HEARD.encode())
 
     def check(self) -> None:
         """Between two steps, or two batches of an evaluation. Collective.

@@ -109,6 +109,7 @@ def test_ctrl_c_stops_a_run_and_its_workers_without_a_trace(line: str, data: Pat
     output += run.communicate(timeout=120)[0]
     assert "Traceback" not in output
     assert "KeyboardInterrupt" not in output
+    assert "a data worker died" not in output
     assert run.returncode == (75 if line else -signal.SIGINT), output
     assert ("; --resume continues" in output) == bool(line)
 

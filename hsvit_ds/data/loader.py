@@ -18,12 +18,18 @@ from multiprocessing import connection, resource_tracker
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from ..errors import RefusedError, first_line
 from .batch import Images
 
 Answer = Callable[[Any], Images]
+SHARED = "/dev/shm"
+_MORE = (
+    "give the container more (docker run --shm-size=8g), or set data.workers, run.micro_batch or data.eval_batch lower"
+)
+READY = 2
+"""Answers that a worker holds ready: PyTorch's prefetch_factor."""
 RESTARTS = 3
 """Times that workers may die in a row without an answer in between."""
 
@@ -41,6 +47,8 @@ class Loader:
         self._stopped = threading.Event()
         self._answers: queue.Queue[Images | BaseException | None] = queue.Queue(maxsize=1)
         self._thread: threading.Thread | None = None
+        self.idle: Callable[[], None] = lambda: None
+        """Called again and again while an answer does not come; may raise."""
 
     def __iter__(self) -> Iterator[Images]:
         if not self._workers:
@@ -48,16 +56,27 @@ class Loader:
             return
         self._thread = threading.Thread(target=self._pump, daemon=True)
         self._thread.start()
-        while (answer := self._answers.get()) is not None:
+        while (answer := self._wait()) is not None:
             if isinstance(answer, BaseException):
                 raise answer
             yield _checked(answer)
 
+    def _wait(self) -> Images | BaseException | None:
+        while True:
+            try:
+                return self._answers.get(timeout=0.5)
+            except queue.Empty:
+                self.idle()
+
     def close(self) -> None:
-        """End the workers; one that waits for a server is left behind, and ends with this process."""
+        """End the workers."""
         self._stopped.set()
-        if self._thread is not None:
-            self._thread.join(timeout=10)
+        if self._thread is None:
+            return
+        self._thread.join(timeout=10)
+        if self._thread.is_alive():  # it waits for a worker that waits for a disk or a server; Python would, at its end
+            for worker in multiprocessing.active_children():
+                worker.kill()
 
     def _pump(self) -> None:
         """In the thread."""
@@ -157,7 +176,7 @@ def data_loader(dataset: Dataset[Images], workers: int, pin: bool, **more: Any) 
     if workers:
         context = multiprocessing.get_context("forkserver")
         processes = {"num_workers": workers, "multiprocessing_context": context, "worker_init_fn": _watch_the_rank}
-    return DataLoader(dataset, batch_size=None, collate_fn=_as_it_is, pin_memory=pin, **processes, **more)
+    return DataLoader(dataset, batch_size=None, collate_fn=_shared, pin_memory=pin, **processes, **more)
 
 
 class _Answers(Dataset[Images]):
@@ -180,8 +199,31 @@ class _From:
         return self.jobs(self.first)
 
 
-def _as_it_is(answer: Any) -> Any:
+def _shared(answer: Any) -> Any:
+    """In a worker: `Images` in shared memory, from where the rank takes them. PyTorch would do it in a thread of its
+    own, which fails without a word to the rank where the memory is full, and the rank would wait for ever."""
+    if get_worker_info() is None:
+        return answer
+    try:
+        for part in answer[:3]:
+            part.share_memory_()
+    except RuntimeError as error:
+        nothing = torch.empty(0)
+        return Images(nothing, nothing, nothing, [], refused=f"a data worker: {first_line(error)}; {_MORE}")
     return answer
+
+
+def check_shared_memory(needed: int) -> None:
+    """Refuse to start where the answers that workers hold ready do not fit. needed: bytes, of all ranks of the host."""
+    try:
+        found = os.statvfs(SHARED)
+    except OSError:  # not Linux
+        return
+    if needed > (free := found.f_bavail * found.f_frsize):
+        raise RefusedError(
+            f"{SHARED} has {free / 2**20:,.0f} MiB free, but the batches that the data workers hold ready take "
+            f"{needed / 2**20:,.0f} MiB; {_MORE}"
+        )
 
 
 def _checked(answer: Images) -> Images:

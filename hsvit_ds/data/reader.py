@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable, Iterator
 from functools import cached_property
 from itertools import islice
@@ -50,6 +51,9 @@ class Reader:
         """Whether the training split lives on the device, and where its images come from, in words."""
         self._residents: dict[str, Split] = {}
         self._gathers = self._gathers and not self._on_device
+        self._check_memory()
+        self.idle: Callable[[], None] = lambda: None
+        """Called again and again while training waits for images; may raise."""
         self._passes: dict[str, Again] = {}
         self._stream: Loader | None = None
         self._answers: Iterator[Images] = iter(())
@@ -60,6 +64,13 @@ class Reader:
             if not config.any_decoder:
                 self._check_ranks("the decoder", self._transform.decoder)
             self._check_ranks("data of fingerprint", there.fingerprint)
+
+    def _check_memory(self) -> None:
+        """Of shared memory: a worker of training holds micro batches ready, and one of an evaluation its batches."""
+        pixels = self.facts.channels * max(self.facts.image_size, self.augmentation.canvas) ** 2
+        images = min(self.config.eval_batch, self.order.samples) + (0 if self._on_device else self.share.micro_batch)
+        ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        loader.check_shared_memory(ranks * self._workers * loader.READY * images * pixels)
 
     def _check_ranks(self, what: str, mine: str) -> None:
         for rank, other in enumerate(self.grid.gather(mine)):
@@ -147,6 +158,7 @@ class Reader:
         if self._position != (epoch, first_step):
             self._close_stream()
             self._stream = self._started(epoch, first_step)
+            self._stream.idle = lambda: self.idle()
             self._answers = iter(self._stream)
         steps = self.order.steps_per_epoch
         for step in range(first_step, steps):

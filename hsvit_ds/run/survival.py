@@ -89,13 +89,13 @@ class Watch:
 
     def __init__(self, folder: Path, grid: Grid, limit: float) -> None:
         self.folder, self.grid, self.limit = folder, grid, limit
-        self.step, self.now, self._since = 0, "starting", time.monotonic()
+        self.step, self.now, self.since = 0, "starting", time.monotonic()
         self._ended = threading.Event()
 
     def doing(self, what: str, step: int | None = None) -> None:
         """step: steps that are done."""
         self.step = self.step if step is None else step
-        self.now, self._since = what, time.monotonic()
+        self.now, self.since = what, time.monotonic()
 
     @contextmanager
     def kept(self) -> Iterator[None]:
@@ -111,7 +111,7 @@ class Watch:
 
     def _look(self) -> None:
         while not self._ended.wait(min(1.0, self.limit / 4)):
-            if time.monotonic() - self._since > self.limit:
+            if time.monotonic() - self.since > self.limit:
                 self._stuck()
 
     def _stuck(self) -> NoReturn:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from contextlib import suppress
 from dataclasses import asdict, replace
@@ -18,7 +19,6 @@ from ..data.splits import class_names
 from ..data.splits import facts as facts_of
 from ..engine.captured import compiled
 from ..engine.checkpoint import Checkpoints, Position
-from ..engine.checkpoint_files import best_step
 from ..engine.ema import EMA
 from ..engine.engine import BatchStatistics, Engine
 from ..engine.optimizer import Schedule
@@ -30,19 +30,21 @@ from ..tasks import Task, scala
 from ..tasks.features import Features
 from ..tasks.supervised import Supervised
 from ..tasks.teacher import Teacher
-from . import kernels, opening
+from . import closing, kernels, opening
 from . import recipe as recipes
 from .evaluation import evaluate
 from .interval import Interval
 from .memory import needed
-from .pictures import accuracy_of, draw_curves, draw_widths, write_classes
+from .pictures import CURVES
 from .recipe import Plan, Recipe
-from .report import Reporter, duration, print_widths, width_rows
+from .report import Reporter, duration, print_widths
 from .survival import StoppedError, StopRequests, Watch, is_out_of_memory, told
 from .tracking import CLASSES, Tracker, Untracked
 
 SHOWN_BAD = 10
 """Unreadable images that are printed at a time."""
+PATIENCE = 30
+"""Seconds that a rank of several, asked to stop, still waits for images."""
 STEPS_BACK = 3
 """Times that a run may go back to one checkpoint (run.step_back)."""
 
@@ -103,6 +105,7 @@ class Trainer:
             self.tracker = Tracker(recipe.tracking, folder, folder.name, recipes.flat(recipe), last_step)
         self.report = Reporter(grid.is_main, plan.steps, self.start.total)
         self.interval = Interval(grid.device)
+        self.reader.idle = self._waits
         self._steps_back = 0
         self._evaluated: tuple[str, int, dict[str, float]] = ("", 0, {})
 
@@ -205,6 +208,18 @@ class Trainer:
             self.stops.check()
             self.watch.doing(f"step {total + 1}: waiting for images", total)
             self.interval.waits()
+
+    def _waits(self) -> None:
+        """While images do not come: a request to stop is heard all the same."""
+        if not self.stops.asked:
+            return
+        if self.plan.ranks == 1:
+            raise StoppedError
+        if time.monotonic() - self.watch.since > PATIENCE:  # the others may be in a step, so none can save
+            self.report.say("stopped as asked while waiting for images; --resume goes on from the last checkpoint")
+            self.report.close()
+            self.tracker.close("KILLED")
+            os._exit(Exit.STOPPED)
 
     def _settle(self) -> None:
         """Wait for the steps so far, and learn which of them were skipped. Only here does the host wait for the device.
@@ -364,32 +379,19 @@ class Trainer:
 
     def _finish(self, final: dict[str, float], seconds: float) -> None:
         if self.grid.is_main:
-            self._draw(final)
-            self.tracker.artifact(self.folder / "recipe.toml")
+            model: Model = self.engine.module  # type: ignore[assignment]
+            widths, seen = self.task.trained(self.plan.steps), (final, self._matrix)
+            files, widths_rows = closing.draw(self.folder, self.recipe, self.plan, self.reader, model, widths, *seen)
+            for file in [*files, self.folder / "recipe.toml"]:
+                self.tracker.artifact(file)
+            if widths_rows:
+                self.report.close()
+                print_widths(widths_rows, self.recipe.data.test)
         self.tracker.close("FINISHED")
         rows = {name: f"{value:.4g}" for name, value in final.items() if "_w" not in name}
         rows |= {"time": duration(seconds), "run": str(self.folder)}
         rows |= {
-            "curves": str(self.folder / "curves.png"),
+            "curves": str(self.folder / CURVES),
             "MLflow run": self.tracker.run_id() or "-",
         }
         self.report.summary(rows)
-
-    def _draw(self, final: dict[str, float]) -> None:
-        name, val, test = self.folder.name, self.recipe.data.val, self.recipe.data.test
-        images, best = self.reader.count(val), best_step(self.folder / "checkpoints")
-        pictures = [draw_curves(self.folder, name, val, images, self.plan.steps_per_epoch, best)]
-        pictures += write_classes(
-            self.folder / f"classes-{test}.png", self._matrix.cpu(), class_names(self.recipe.data), f"{name}, {test}"
-        )
-        for file in pictures:
-            self.tracker.artifact(file)
-        widths = self.task.trained(self.plan.steps)
-        if len(widths) > 1:
-            found = {name.removeprefix(f"{test}/"): value for name, value in final.items()}
-            model: Model = self.engine.module  # type: ignore[assignment]
-            rows = width_rows(model, widths, found)
-            accuracy = accuracy_of(test, self.reader.count(test))
-            self.tracker.artifact(draw_widths(self.folder / f"widths-{test}.png", rows, f"{name}, {test}", accuracy))
-            self.report.close()
-            print_widths(rows, test)

@@ -114,6 +114,20 @@ def test_ctrl_c_stops_a_run_and_its_workers_without_a_trace(line: str, data: Pat
     assert ("; --resume continues" in output) == bool(line)
 
 
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_request_to_stop_is_heard_while_images_do_not_come(ranks: int, data: Path, tmp_path: Path) -> None:
+    """One rank saves where it stands; of several each leaves."""
+    keys = ["data.workers=1", f"grid.submodule_ranks={ranks}", "checkpoint.every_steps=0"]
+    arguments_ = [str(tmp_path), *arguments(tmp_path, data, *keys)]
+    processes = start("tests.workers.starved", arguments_, ranks)
+    codes = [process.wait(timeout=200) for process in processes]
+    outputs = [process.communicate()[0] for process in processes]
+    assert codes == [75] * ranks, outputs
+    assert ("stopped as asked after step 3;" in outputs[0]) == (ranks == 1)
+    assert ("stopped as asked while waiting for images" in outputs[0]) == (ranks == 2)
+    assert (latest(tmp_path) is not None) == (ranks == 1)
+
+
 @pytest.mark.slow
 def test_a_run_killed_in_mid_epoch_and_resumed_elsewhere_reads_every_sample_once(data: Path, tmp_path: Path) -> None:
     """Two submodule ranks that gather, with a worker each, killed with -9; then one rank with three workers."""

@@ -8,12 +8,13 @@ from pathlib import Path
 from threading import Barrier
 
 import pytest
+import torch
 
 from hsvit_ds.errors import RefusedError
 from hsvit_ds.hosts import schedulers
 from hsvit_ds.hosts.cluster import Host
 from hsvit_ds.models.slimmable import Width
-from hsvit_ds.run import folders, report
+from hsvit_ds.run import folders, pictures, report
 from hsvit_ds.run import recipe as recipes
 from hsvit_ds.run.recipe import Run
 from hsvit_ds.run.tracking import Config, Tracker
@@ -96,9 +97,10 @@ def test_names_are_printed_and_drawn_as_they_are(
     for start in ("say", "row", "sum", "title"):
         assert f"{start} {name}" in out
     rows = [report.WidthRow(Width(4, 4), 1, 1, 50.0)]
-    report.draw_widths(tmp_path / "widths.png", rows, name)
-    report.draw_present(tmp_path / "present.png", [report.PresentRow(1, (50.0,))], name)
+    pictures.draw_widths(tmp_path / "widths.png", rows, name, "top-1")
+    pictures.draw_present(tmp_path / "present.png", [report.PresentRow(1, (50.0,))], name, "top-1")
+    pictures.write_classes(tmp_path / "classes.png", torch.eye(2, dtype=torch.int64), [name, "b"], name)
     tracker = Tracker(Config(mlflow=False), tmp_path, name, {}, None)
     tracker.log({"train/loss": 1.0}, 1)
     tracker.close("FINISHED")
-    report.draw_curves(tmp_path, name)
+    pictures.draw_curves(tmp_path, name, "val", 1, 1)

@@ -25,7 +25,7 @@ from .batch import Images
 
 Answer = Callable[[Any], Images]
 SHARED = "/dev/shm"
-_MORE = (
+MORE = (
     "give the container more (docker run --shm-size=8g), or set data.workers, run.micro_batch or data.eval_batch lower"
 )
 READY = 2
@@ -209,7 +209,7 @@ def _shared(answer: Any) -> Any:
             part.share_memory_()
     except RuntimeError as error:
         nothing = torch.empty(0)
-        return Images(nothing, nothing, nothing, [], refused=f"a data worker: {first_line(error)}; {_MORE}")
+        return Images(nothing, nothing, nothing, [], refused=f"a data worker: {first_line(error)}; {MORE}")
     return answer
 
 
@@ -222,7 +222,7 @@ def check_shared_memory(needed: int) -> None:
     if needed > (free := found.f_bavail * found.f_frsize):
         raise RefusedError(
             f"{SHARED} has {free / 2**20:,.0f} MiB free, but the batches that the data workers hold ready take "
-            f"{needed / 2**20:,.0f} MiB; {_MORE}"
+            f"{needed / 2**20:,.0f} MiB; {MORE}"
         )
 
 

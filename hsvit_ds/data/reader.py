@@ -19,6 +19,7 @@ from .index import Index
 from .loader import Again, Loader
 from .order import Order, Share
 from .resident import Split, Views
+from .sets import Facts
 from .sources import InMemory, Shards, Source, digits_split
 from .splits import Config, facts, not_on_device, open_split, shares_images
 from .stream import Streamed
@@ -26,6 +27,11 @@ from .transform import Transform
 
 SHARE = 10
 """One in so many bytes of a device's memory may hold a split's images."""
+
+
+def ready_bytes(facts: Facts, augmentation: augment.Config, workers: int, images: int) -> int:
+    """Of what the workers of a rank hold ready, in batches of `images`."""
+    return workers * loader.READY * images * facts.channels * max(facts.image_size, augmentation.canvas) ** 2
 
 
 class Reader:
@@ -67,10 +73,10 @@ class Reader:
 
     def _check_memory(self) -> None:
         """Of shared memory: a worker of training holds micro batches ready, and one of an evaluation its batches."""
-        pixels = self.facts.channels * max(self.facts.image_size, self.augmentation.canvas) ** 2
         images = min(self.config.eval_batch, self.order.samples) + (0 if self._on_device else self.share.micro_batch)
         ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        loader.check_shared_memory(ranks * self._workers * loader.READY * images * pixels)
+        each = ready_bytes(self.facts, self.augmentation, self._workers, images)
+        loader.check_shared_memory(ranks * each)
 
     def _check_ranks(self, what: str, mine: str) -> None:
         for rank, other in enumerate(self.grid.gather(mine)):

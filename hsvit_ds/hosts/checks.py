@@ -17,6 +17,8 @@ import torch
 
 from .. import models
 from ..data import splits
+from ..data.loader import MORE
+from ..data.reader import ready_bytes
 from ..data.stream import is_url
 from ..errors import RefusedError, counted
 from ..models import hsvit, timm_models
@@ -148,6 +150,22 @@ def training(recipe: Recipe, ranks: int) -> Cell:
     except RefusedError as error:
         return Cell(HERE, "training", str(error), "it would be refused so")
     return Cell(HERE, "training", f"{counted(plan.replicas, 'replica')}, {counted(plan.steps, 'step')}")
+
+
+def shared_memory(recipe: Recipe, hosts: list[Host], ranks: int, found: Found) -> list[Cell]:
+    """Room in each host's /dev/shm for the batches that the data workers of its ranks hold ready."""
+    data, run = recipe.data, recipe.run
+    if data.name == "digits" or not data.workers:
+        return []
+    micro = run.micro_batch or run.global_batch * recipe.grid.submodule_ranks // ranks
+    each = ready_bytes(splits.facts(data), recipe.augment, data.workers, data.eval_batch + micro)
+    cells = []
+    for host in (host for host in hosts if host.name in found):
+        free, needed = found[host.name]["shared_memory"], host.slots * each
+        short = free < needed
+        value = f"{_gib(free)} free" + (f", {_gib(needed)} needed" if short else "")
+        cells.append(Cell(host.name, "shared memory", value, MORE if short else ""))
+    return cells
 
 
 def launcher() -> Cell:

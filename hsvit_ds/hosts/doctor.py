@@ -84,6 +84,7 @@ def examine(
         result.cells += checks.same_software(found) + checks.gpus(hosts, found) + checks.clocks(ahead)
         result.cells += checks.disk(recipe, found)
         if recipe_path and recipe:
+            result.cells += checks.shared_memory(recipe, hosts, ranks or sum(h.slots for h in hosts), found)
             result.cells += checks.files(recipe_path, recipe, found)
             result.cells += checks.meetings(recipe.run.root, folder, found)
             if uri := checks.server(recipe):

@@ -51,6 +51,7 @@ def facts(request: dict[str, Any]) -> dict[str, Any]:
         "gpus": gpus,
         "gpu_error": gpu_error,
         "free": _free(Path(request["root"])),
+        "shared_memory": _free(Path("/dev/shm")),
         "files": {pattern: identities(pattern) for pattern in request["files"]},
         "met": _meet(Path(request["shared"])) if request["shared"] else {},
         "mlflow_error": _mlflow_error(request["mlflow"]) if request["mlflow"] else "",

@@ -24,7 +24,8 @@ def look(cluster: Cluster, folder: Path, *arguments: str) -> subprocess.Popen[st
 
 def test_hosts_that_are_right_sum_over_all_ranks(cluster: Cluster, tmp_path: Path) -> None:
     (tmp_path / "hostfile").write_text("node-1 slots=1\nnode-2 slots=2\n")
-    done = look(cluster, tmp_path, DIGITS, f"run.root={tmp_path / 'runs'}")
+    keys = ["grid.submodule_ranks=1", "run.global_batch=36", f"run.root={tmp_path / 'runs'}"]
+    done = look(cluster, tmp_path, DIGITS, *keys)
     printed = output(done)
     assert done.returncode == 0, printed
     assert "2 hosts, 3 ranks, rank 0 at 10.77.0.1" in printed
@@ -43,7 +44,8 @@ def test_a_host_that_is_off_and_a_run_root_that_is_not_shared_are_told(cluster: 
     mount = cluster.hosts["node-3"].command(["mount", "-t", "tmpfs", "tmpfs", str(tmp_path / "runs")])
     subprocess.run(mount, check=True)
     try:
-        done = look(cluster, tmp_path, DIGITS, f"run.root={tmp_path / 'runs'}")
+        keys = ["grid.submodule_ranks=1", "run.global_batch=36", f"run.root={tmp_path / 'runs'}"]
+    done = look(cluster, tmp_path, DIGITS, *keys)
     finally:
         subprocess.run(cluster.hosts["node-3"].command(["umount", str(tmp_path / "runs")]), check=True)
     printed = output(done)

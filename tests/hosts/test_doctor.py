@@ -29,6 +29,7 @@ from hsvit_ds.hosts.doctor import Examination
 from hsvit_ds.run import recipe
 
 from ..ranks import ROOT, environment, finish, fork
+from ..tars import data_set
 
 DIGITS = ROOT / "recipes/digits/hsvit.toml"
 SSH = """#!{python}
@@ -388,3 +389,15 @@ def test_what_the_doctor_wrote_is_said(hosts: Hosts) -> None:
     assert "OMP_NUM_THREADS=" in found.wrote
     for line in Path(doctor.ENVIRONMENT).read_text().splitlines():
         assert line in found.wrote
+
+
+def test_shared_memory_must_take_what_the_data_workers_hold_ready(hosts: Hosts, tmp_path: Path) -> None:
+    data = data_set(tmp_path / "set", train=64, val=8)
+    overrides = ("data.name=tiny", "data.classes=10", "data.image_size=128", f"data.root={data}", "data.test=val")
+    overrides += ("data.workers=2", "data.eval_batch=36", "run.global_batch=64", "grid.submodule_ranks=1")
+    needed = 2 * 2 * (36 + 32) * 3 * 128 * 128  # workers, batches of each, images, bytes of one
+    hosts.answer("a", shared_memory=needed)
+    hosts.answer("b", shared_memory=needed - 1)
+    found = wrong(look("a", "b", path=DIGITS, overrides=overrides, slots=1))
+    assert ("a", "shared memory") not in found
+    assert ("b", "shared memory") in found

@@ -43,9 +43,9 @@ def test_a_host_that_is_off_and_a_run_root_that_is_not_shared_are_told(cluster: 
     cluster.hosts["node-2"].switch_off()
     mount = cluster.hosts["node-3"].command(["mount", "-t", "tmpfs", "tmpfs", str(tmp_path / "runs")])
     subprocess.run(mount, check=True)
+    keys = ["grid.submodule_ranks=1", "run.global_batch=36", f"run.root={tmp_path / 'runs'}"]
     try:
-        keys = ["grid.submodule_ranks=1", "run.global_batch=36", f"run.root={tmp_path / 'runs'}"]
-    done = look(cluster, tmp_path, DIGITS, *keys)
+        done = look(cluster, tmp_path, DIGITS, *keys)
     finally:
         subprocess.run(cluster.hosts["node-3"].command(["umount", str(tmp_path / "runs")]), check=True)
     printed = output(done)

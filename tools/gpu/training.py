@@ -39,7 +39,7 @@ def _shards(here: Here) -> Path:
         if here.data is None:
             from tests.tars import data_set
 
-            data_set(unpacking / "cifar10", train=48, val=16)
+            data_set(unpacking / "cifar10", train=48, val=16, held_out="test")
         else:
             with tarfile.open(here.data) as archive:
                 archive.extractall(unpacking, filter="data")

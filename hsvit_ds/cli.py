@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import typer
 
-from .commands import clusters, recipes, runs, shards, weights
+from .commands import clusters, predict, recipes, runs, shards, weights
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 app.command("recipe")(recipes.show_recipe)
 app.command("evaluate")(runs.evaluate_run)
 app.command("export")(runs.export_run)
+app.command("predict")(predict.predict_images)
 app.command("import")(weights.import_weights)
 app.command("doctor")(clusters.examine_hosts)
 app.command("launch")(clusters.launch_run)

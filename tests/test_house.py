@@ -70,6 +70,8 @@ def room(module: str) -> str:
 def faults(texts: dict[str, str]) -> list[str]:
     found, graph = [], {}
     for name, text in texts.items():
+        if name == "hsvit_ds":  # hands on the names that users import
+            continue
         graph[name] = imports(name, text) - {"hsvit_ds"}  # whose __init__ is the version
         for other in sorted(graph[name]):
             above, below = room(name), room(other)
@@ -105,7 +107,7 @@ def test_every_room_and_file_is_in_the_table() -> None:
         ("hsvit_ds.models.vit", "from ..run import recipe", "imports hsvit_ds.run.recipe"),
         ("hsvit_ds.models.vit", "def late():\n    from ..engine.ema import EMA", "imports hsvit_ds.engine.ema"),
         ("hsvit_ds.data.order", "if TYPE_CHECKING:\n    import hsvit_ds.models.vit", "imports hsvit_ds.models.vit"),
-        ("hsvit_ds.grid.grid", "import hsvit_ds.interop as i", "imports hsvit_ds.interop"),
+        ("hsvit_ds.grid.grid", "import hsvit_ds.registry as r", "imports hsvit_ds.registry"),
         ("hsvit_ds.grid.grid", "from hsvit_ds.cli import *", "imports hsvit_ds.cli"),
         ("hsvit_ds.hosts.cluster", "from hsvit_ds.results import saved", "imports hsvit_ds.results.saved"),
         ("hsvit_ds.models.slimmable", "from . import batchnorm", "circle: "),

@@ -203,7 +203,7 @@ def of_data(root: str) -> dict[str, Any]:
 
 
 def test_a_checkpoint_does_not_bring_a_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = LoadedRun(nn.Identity(), of_data(f"pipe:touch {tmp_path}/made; cat"), Position(0, 0, 0))  # type: ignore[arg-type]
+    run = LoadedRun(nn.Identity(), of_data(f"pipe:touch {tmp_path}/made; cat"), Position(0, 0, 0), ())  # type: ignore[arg-type]
     monkeypatch.setattr(saved, "load_run", lambda folder, ema, checkpoint: run)
     result = CliRunner().invoke(app, ["evaluate", str(tmp_path)])
     assert result.exit_code == 2

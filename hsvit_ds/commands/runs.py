@@ -46,12 +46,12 @@ def evaluate_run(
             if opened.grid.is_main:
                 rows = report.width_rows(opened.model, chosen, found)
                 report.print_widths(rows, f"{run}, {split}, {opened.read}")
-                name = _picture(opened, f"widths-{split}", widths)
+                name = _picture(opened, "widths", split, widths)
                 title, accuracy = f"{run.name}, {split}, {opened.read}", opened.accuracy_of(split)
                 typer.echo(pictures.draw_widths(name, rows, title, accuracy))
                 title += f", width {chosen[-1]}" if len(chosen) > 1 else ""
-                name = _picture(opened, f"classes-{split}", widths)
-                for file in pictures.write_classes(name, matrix.cpu(), opened.class_names, title):
+                name = _picture(opened, "classes", split, widths)
+                for file in pictures.write_classes(name, matrix.cpu(), opened.classes, title):
                     typer.echo(file)
         opened.grid.close()
 
@@ -66,7 +66,7 @@ def _evaluate_present(run: SavedRun, present: str, split: str) -> None:
     if present == "sweep":
         rows = report.present_rows(subsets, [score.top1 for score in scores])
         report.print_present(rows, f"{run.folder}, {split}, {run.read}")
-        name = _picture(run, f"present-{split}")
+        name = _picture(run, "present", split)
         title, accuracy = f"{run.folder.name}, {split}, {run.read}", run.accuracy_of(split)
         typer.echo(pictures.draw_present(name, rows, title, accuracy))
     else:
@@ -78,16 +78,18 @@ def _evaluate_present(run: SavedRun, present: str, split: str) -> None:
         )
 
 
-def _picture(run: SavedRun, what: str, widths: str = "") -> Path:
-    """A file of this command's own: the run drew others."""
-    parts = ["evaluate", what, f"step-{run.steps}", *(["ema"] if run.ema else []), *widths.split(",")]
-    return run.folder / f"{'-'.join(filter(None, parts))}.png"
+def _picture(run: SavedRun, what: str, split: str, widths: str = "") -> Path:
+    from ..results.saved import drawn_name
+
+    return run.folder / f"{drawn_name(run, what, split, widths)}.png"
 
 
 def export_run(
     run: Run,
-    width: Annotated[str, typer.Option(help="Which subnet, as 0.5.")] = "",
-    budget: Annotated[str, typer.Option(help="The widest subnet for 1.3G (multiply-adds), 6Mparams or 8ms.")] = "",
+    width: Annotated[str, typer.Option(help="Which subnet, as 0.5; by default the largest.")] = "",
+    budget: Annotated[
+        str, typer.Option(help="The best measured subnet within 1.3G (multiply-adds), 6Mparams or 8ms.")
+    ] = "",
     out: Annotated[Path | None, typer.Option("-o", "--out", help="Folder; RUN/export-WIDTH by default.")] = None,
     untrained: Annotated[bool, typer.Option("--untrained", help="Also a width that was never trained.")] = False,
     force: Force = False,
@@ -103,11 +105,11 @@ def export_run(
 
         opened = saved.open_run(run, ema, root, checkpoint)
         chosen = opened.choose(width, budget, untrained)
-        folder = out or run / f"export-{chosen}"
+        folder = out or run / f"export-{chosen.width}"
         refuse_to_overwrite(folder, force)
-        about = opened.about(chosen)
-        model, names = opened.at(chosen), opened.class_names
-        files = export.export(model, chosen, folder, opened.facts, opened.recipe.augment, names, about)
+        typer.echo(chosen.words)
+        model, card = opened.at(chosen.width), opened.card(chosen.width)
+        files = export.export(model, chosen.width, folder, card)
         opened.grid.close()
         for path in files:
             typer.echo(f"{path}: {path.stat().st_size:,} bytes")

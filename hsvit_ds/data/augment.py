@@ -189,14 +189,14 @@ def _cut_out(canvas: Tensor, views: Tensor, size: int, mean: Tensor, std: Tensor
     x = F.grid_sample(canvas.float(), grid, mode="bilinear", padding_mode="border", align_corners=False)
     brightness, contrast, saturation = views[:, 5:].view(-1, 3, 1, 1, 1).unbind(1)
     x = (x * brightness).clamp(0, 255)
-    grey = _grey(x).mean((2, 3), keepdim=True)
-    x = (grey + (x - grey) * contrast).clamp(0, 255)
-    grey = _grey(x)
-    x = (grey + (x - grey) * saturation).clamp(0, 255)
+    mean_grey = grey(x).mean((2, 3), keepdim=True)
+    x = (mean_grey + (x - mean_grey) * contrast).clamp(0, 255)
+    greys = grey(x)
+    x = (greys + (x - greys) * saturation).clamp(0, 255)
     return (x - mean) / std
 
 
-def _grey(x: Tensor) -> Tensor:
+def grey(x: Tensor) -> Tensor:
     """[B, 3, H, W] to [B, 1, H, W], by the weights of ITU-R 601-2."""
     red, green, blue = x.split(1, 1)
     return red * 0.299 + green * 0.587 + blue * 0.114

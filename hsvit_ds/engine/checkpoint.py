@@ -13,7 +13,7 @@ import os
 import platform
 import shutil
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from itertools import chain
@@ -80,7 +80,7 @@ class Checkpoints:
     Args:
         folder: of the run's checkpoints, on a file system that all ranks share.
         recipe: nested table of the resolved recipe, kept in the manifest.
-        mlflow_run: gives the id of the MLflow run, once it is known.
+        mlflow_run: gives the id of the MLflow run, once it is known. classes: what the labels mean, or none.
     """
 
     def __init__(
@@ -91,9 +91,11 @@ class Checkpoints:
         ema: EMA | None,
         recipe: Mapping[str, Any],
         mlflow_run: Callable[[], str | None] = lambda: None,
+        classes: Sequence[str] = (),
     ) -> None:
         self.config, self.folder, self.engine, self.ema = config, folder, engine, ema
         self.recipe, self.mlflow_run, self.grid = recipe, mlflow_run, engine.grid
+        self.classes = tuple(classes)
         self._thread: threading.Thread | None = None
         self._failure: str | None = None
         self.grid.agree(self._clean)
@@ -123,6 +125,7 @@ class Checkpoints:
             "position": vars(position),
             "top1": top1,
             "recipe": self.recipe,
+            "classes": self.classes,
             "mlflow_run": self.mlflow_run(),
             "versions": {
                 "python": platform.python_version(),

@@ -20,6 +20,8 @@ from ..errors import RefusedError, first_line
 from ..grid.grid import Grid
 from ..models import timm_models
 from ..models.batchnorm import Statistics, move_running_statistics, set_statistics
+from ..models.network import Network
+from ..models.vit import ViT
 from . import captured, expert
 from . import optimizer as optimizers
 from .outcomes import Outcomes, Passes, StepResult
@@ -80,7 +82,12 @@ def _whole_numel(parameter: Any) -> int:
 
 
 def prepare(model: nn.Module, checkpoint_activations: bool, bf16: bool) -> None:
-    """Switch activation checkpointing on, and store frozen matrices as autocast would read them."""
+    """Have a model ask for draws and answer with all its heads, switch activation checkpointing on, and store frozen
+    matrices as autocast would read them."""
+    if isinstance(model, Network):
+        model.keyed = True
+    if isinstance(model, ViT):
+        model.set_distilled_training()
     nets = timm_models.nets(model)
     if checkpoint_activations:
         if not nets:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from math import isqrt
 from pathlib import Path
@@ -11,19 +11,24 @@ from typing import Any
 
 import torch
 from pydantic import TypeAdapter
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from .. import models
 from ..data import splits
-from ..errors import RefusedError
-from ..models import slimmable, vit
+from ..data.preprocessing import Preprocessing
+from ..errors import RefusedError, first_line
+from ..models import slimmable, timm_models, vit
+from ..models.batchnorm import BatchNorm
 from ..models.hsvit import Config as HSViTConfig
 from ..models.hsvit import HSViT
 from ..models.weights import load_exactly, resembling, unwrapped
 from .checkpoint import Position
 from .checkpoint_files import chosen, read_manifest, read_weights
+
+MODEL = "model.safetensors"
+"""The model file in the folder of an export."""
 
 
 def import_weights(
@@ -223,28 +228,86 @@ def _key_map(config: HSViTConfig) -> dict[str, list[str]]:
     return names
 
 
-def save_model(model: models.Model, path: Path) -> None:
-    """Write one whole model to a safetensors file that `load_model` rebuilds."""
+@dataclass(frozen=True)
+class ModelFile:
+    """What a file of `save_model` holds: a model in eval mode, what an image goes through before it, and what its
+    answers mean, () where that is not known."""
+
+    model: models.Model
+    preprocessing: Preprocessing | None
+    classes: tuple[str, ...]
+    width: str
+    """Of the slimmable network that it was taken from; empty where it was not."""
+
+
+def save_model(
+    model: models.Model,
+    path: Path,
+    preprocessing: Preprocessing | None = None,
+    classes: Sequence[str] = (),
+    width: str = "",
+) -> None:
+    """Write one whole model to a safetensors file that `load_model` rebuilds, and timm where it has the model.
+    preprocessing, classes, width: see `ModelFile`."""
     about = {
         "config": asdict(model.config),
         "image_size": model.image_size,
         "channels": model.channels,
         "classes": model.classes,
+        "preprocessing": None if preprocessing is None else asdict(preprocessing),
+        "names": list(classes),
+        "width": width,
     }
-    tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    net = _net(model)
+    tensors = {name: tensor.contiguous() for name, tensor in net.state_dict().items()}
+    if net is not model:
+        for name, module in net.named_modules():
+            if isinstance(module, BatchNorm):  # timm's counts the steps too, and loads nothing without the count
+                tensors[f"{name}.{_COUNT}"] = torch.tensor(0)
     save_file(tensors, path, metadata={"hsvit": json.dumps(about)})
 
 
-def load_model(path: Path) -> models.Model:
-    """The model in a file of `save_model`, in eval mode."""
-    with safe_open(path, framework="pt") as file:
-        metadata = file.metadata() or {}
-    if "hsvit" not in metadata:
-        raise RefusedError(f'{path}: not a model file of hsvit-ds (no "hsvit" in its metadata)')
-    about = json.loads(metadata["hsvit"])
-    model = models.without_weights(_config(about.pop("config"))).build(**about)
-    model.load_state_dict(load_file(path))
-    return model.eval()
+_COUNT = "num_batches_tracked"
+
+
+def _net(model: models.Model) -> nn.Module:
+    """What has timm's names of the weights, where timm has the model."""
+    return model.net if isinstance(model, timm_models.Classifier) else model
+
+
+def load_model(path: str | Path) -> models.Model:
+    """The model in a file of `save_model`, or in the folder of an export, in eval mode.
+
+    Raises:
+        RefusedError: no such file, or none of this project's.
+    """
+    return read_model(path).model
+
+
+def read_model(path: str | Path) -> ModelFile:
+    """A file of `save_model`, or that in the folder of an export. Errors: see `load_model`."""
+    file = Path(path) / MODEL if Path(path).is_dir() else Path(path)
+    try:
+        with safe_open(file, framework="pt") as opened:
+            metadata = opened.metadata() or {}
+        if "hsvit" not in metadata:
+            raise RefusedError(f'{file}: not a model file of hsvit-ds (no "hsvit" in its metadata)')
+        about = json.loads(metadata["hsvit"])
+        seen, names, width = (about.pop(key) for key in ("preprocessing", "names", "width"))
+        model = models.without_weights(_config(about.pop("config"))).build(**about)
+        tensors = {name: tensor for name, tensor in load_file(file).items() if not name.endswith(_COUNT)}
+    except FileNotFoundError as error:
+        what = "no folder of an export" if Path(path).is_dir() else "no such file"
+        raise RefusedError(f"{path}: {what}" + (f" ({MODEL} is missing)" if Path(path).is_dir() else "")) from error
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+        raise RefusedError(f"{file}: not a model file of hsvit-ds ({first_line(error)})") from error
+    load_exactly(_net(model), tensors, f"{file} does not fit the model in its metadata")
+    return ModelFile(model.eval(), None if seen is None else _preprocessing(seen), tuple(names), width)
+
+
+def _preprocessing(table: Mapping[str, Any]) -> Preprocessing:
+    found: Preprocessing = TypeAdapter(Preprocessing).validate_json(json.dumps(table))
+    return found
 
 
 @dataclass(frozen=True)
@@ -254,16 +317,18 @@ class LoadedRun:
     model: models.Model
     recipe: dict[str, Any]
     position: Position
+    classes: tuple[str, ...]
+    """What its answers mean, () where the data did not say."""
 
 
-def load_run(folder: Path, ema: bool = False, checkpoint: str = "latest") -> LoadedRun:
+def load_run(folder: str | Path, ema: bool = False, checkpoint: str = "latest") -> LoadedRun:
     """A checkpoint of a run: its "latest", its "best", or that of a step. ema: the averaged weights. On the meta device
     the weights are not read.
 
     Raises:
         RefusedError: no such checkpoint, none with an average, or a damaged one.
     """
-    place = chosen(folder, checkpoint)
+    place = chosen(Path(folder), checkpoint)
     manifest = read_manifest(place)
     recipe = manifest["recipe"]
     facts = splits.facts(splits.Config(**recipe["data"]))
@@ -271,7 +336,7 @@ def load_run(folder: Path, ema: bool = False, checkpoint: str = "latest") -> Loa
     model = config.build(image_size=facts.image_size, channels=facts.channels, classes=facts.classes)
     if not next(model.parameters()).is_meta:
         model.load_state_dict(read_weights(place, manifest, ema))
-    return LoadedRun(model.eval(), recipe, Position(**manifest["position"]))
+    return LoadedRun(model.eval(), recipe, Position(**manifest["position"]), tuple(manifest.get("classes", ())))
 
 
 def _config(table: Mapping[str, Any]) -> models.Config:

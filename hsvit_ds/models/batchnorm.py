@@ -1,8 +1,9 @@
 """BatchNorm whose statistics depend on the global batch only, never on ranks, replicas or accumulation.
 
 `nn.SyncBatchNorm` refuses CPU tensors and cannot take statistics over fixed runs of samples; DeepSpeed synchronises
-nothing. Running statistics move once a step (`move_running_statistics`), with the mean over the step's runs. They are
-those of full width; a subnet's are taken anew for evaluation (`recalibrate`), since no width is trained at every step.
+nothing. Running statistics move once a step (`move_running_statistics`), with the mean over the step's runs; in a
+plain loop, which ends no steps, in every forward, as PyTorch's do. They are those of full width; a subnet's are taken
+anew for evaluation (`recalibrate`), since no width is trained at every step.
 """
 
 from __future__ import annotations
@@ -47,7 +48,8 @@ class BatchNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(channels))
         self.register_buffer("running_mean", torch.zeros(channels))
         self.register_buffer("running_var", torch.ones(channels))
-        self.statistics = Statistics()
+        self.statistics: Statistics | None = None
+        """As an engine sets them (`set_statistics`); None: a plain loop's, of every forward by itself."""
         # [3, C]: means and unbiased variances of this step's runs, added up, and their number. Tensors that stay: of
         # a list, compiled forwards would be made anew for every length.
         self.noted: dict[Width, Tensor] = {}
@@ -74,13 +76,23 @@ class BatchNorm(nn.Module):
         if not self.training:
             s = self.slices(width)
             return F.batch_norm(x, s["running_mean"], s["running_var"], s["weight"], s["bias"], eps=self.eps)
+        if self.statistics is None:
+            return self._normalise_and_move(x, width)
         if self.statistics.channel is not None:
             return self._normalise_together(x, width)
         runs = [self._normalise(run, width) for run in x.chunk(self.statistics.runs)]
         return runs[0] if len(runs) == 1 else torch.cat(runs)
 
+    def _normalise_and_move(self, x: Tensor, width: Width) -> Tensor:
+        """As PyTorch's BatchNorm. Other widths move nothing, nor does a forward that is computed again."""
+        self.recalibrated.clear()  # of weights that will change
+        mean, var = (self.running_mean, self.running_var) if width.is_full else (None, None)
+        affine, momentum = self._affine(width), self.momentum if _is_first() else 0.0
+        return F.batch_norm(x, mean, var, affine["weight"], affine["bias"], True, momentum, self.eps)
+
     @eager  # as Grid.exchange
     def _normalise_together(self, x: Tensor, width: Width) -> Tensor:
+        assert self.statistics is not None
         affine = self._affine(width)
         y, mean, var = _SyncedNorm.apply(x, affine["weight"], affine["bias"], self.eps, self.statistics.channel)
         self._note(width, torch.stack((mean, var)))
@@ -95,13 +107,17 @@ class BatchNorm(nn.Module):
         return y
 
     def _note(self, width: Width, moments: Tensor) -> None:
-        # Inside a backward pass activation checkpointing repeats a forward that has been noted already. A compiled
-        # forward is never repeated, and cannot ask.
-        if torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1:
+        if _is_first():
             noted = self.noted.get(width)
             if noted is None or (noted.dtype, noted.device) != (moments.dtype, moments.device):
                 noted = self.noted[width] = moments.new_zeros(3, moments.shape[1])
             noted += torch.cat((moments, torch.ones_like(moments[:1])))
+
+
+def _is_first() -> bool:
+    """False where activation checkpointing repeats a forward, inside a backward pass. A compiled forward is never
+    repeated, and cannot ask."""
+    return torch.compiler.is_compiling() or bool(torch._C._current_graph_task_id() == -1)
 
 
 class _SyncedNorm(torch.autograd.Function):
@@ -184,22 +200,25 @@ def unnoted(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def recalibrate(model: nn.Module, widths: Sequence[Width], channel: Channel | None = None) -> Iterator[None]:
-    """Take the statistics of every width anew from the forwards, at each of `widths`, of the model inside the block,
-    as for US-Net (arXiv 1903.05134); everything else is in eval mode. channel: as above."""
+def recalibrate(model: Any, widths: Sequence[Width | float], channel: Channel | None = None) -> Iterator[None]:
+    """Take the statistics of every width of a `Network` anew from the forwards, at each of `widths`, of the model in
+    the block, as for US-Net (arXiv 1903.05134); everything else is in eval mode. channel: as above."""
     model.eval()
     layers = _layers(model)
+    before = [layer.statistics for layer in layers]
     for layer in layers:
         layer.train()
+        layer.statistics = layer.statistics or Statistics()
     with torch.no_grad():
         forget(model)
         yield
-        for width in widths:
+        for width in map(model.width, widths):
             for layer, moments in _means(model, width, channel).items():
                 layer.recalibrated[width] = moments[:2]
         forget(model)
-    for layer in layers:
+    for layer, statistics in zip(layers, before, strict=True):
         layer.eval()
+        layer.statistics = statistics
 
 
 def _means(model: nn.Module, width: Width, channel: Channel | None) -> dict[BatchNorm, Tensor]:

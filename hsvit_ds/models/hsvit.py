@@ -20,7 +20,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from hsvit_kernels.random import Draw, Site
 
@@ -28,6 +28,7 @@ from ..grid.grid import Grid
 from .backbone import Backbone
 from .hsvit_config import VARIANTS as VARIANTS
 from .hsvit_config import Architecture
+from .network import Network, any_seed
 from .slimmable import FULL, Width
 from .submodules import Head, Submodules
 
@@ -50,7 +51,7 @@ class Config(Architecture):
         return HSViT(self, image_size=image_size, channels=channels, classes=classes, seed=seed, here=here, grid=grid)
 
 
-class HSViT(nn.Module):
+class HSViT(Network):
     """The submodules of this rank, the exchange with the replica's other ranks, the head, and the backbone if any.
 
     Args:
@@ -72,9 +73,7 @@ class HSViT(nn.Module):
         grid: Grid | None = None,
         seed: int = 0,
     ) -> None:
-        super().__init__()
-        self.config = config.resolved(image_size)
-        self.image_size, self.channels, self.classes = image_size, channels, classes
+        super().__init__(config.resolved(image_size), image_size, channels, classes)
         self.grid = grid
         self.absent = () if grid is None else grid.absent
         here = range(config.submodules) if here is None else here
@@ -95,41 +94,62 @@ class HSViT(nn.Module):
         images: Tensor,
         draw: Draw | None = None,
         present: Tensor | None = None,
-        width: Width = FULL,
+        width: Width | float = FULL,
         maps: Tensor | None = None,
     ) -> Tensor:
         """Classify images.
 
         Args:
             images: [B, C, H, W], normalised.
-            draw: the pass's randomness; needed in training where dropout or submodule_drop is on.
+            draw: the randomness of a training forward; on one rank by default keyed on PyTorch's generator.
             present: bool [M] or [B, M], which of the grid's submodules (global index) answered; all by default.
-            width: which subnet.
+            width: which subnet, as 0.5.
             maps: [B / S, K, f], what the backbone gives for this rank's own images, where that is known.
 
         Returns:
             Logits [B, Q].
 
         Raises:
-            ValueError: a width that the model cannot be cut to, or training without a draw.
+            ValueError: images that do not fit, a width that the model cannot be cut to, or training on several ranks
+                without a draw.
         """
-        c = self.config
-        c.check_width(width)
-        if self.training and draw is None and (c.dropout or c.submodule_drop):
-            raise ValueError("training with dropout or submodule_drop needs draw=Draw.of(seed, step, …)")
+        c, width = self.config, self.width(width)
+        self._check(images)
+        if self.training and (c.dropout or c.submodule_drop or c.backbone.drop_path):
+            draw = self._draw(images, draw, self.grid)
         if present is None and self.training and c.submodule_drop and draw is not None:
             present = self._drop_submodules(draw)
         return self.answer(self.sums(images, draw, width, maps), present, width)
 
-    def sums(self, images: Tensor, draw: Draw | None = None, width: Width = FULL, maps: Tensor | None = None) -> Tensor:
+    def forward_features(self, images: Tensor, draw: Draw | None = None, width: Width | float = FULL) -> Tensor:
+        """[B, C, H, W] to what the head takes the mean of, for the submodules here: the CLS token of each group
+        [B, G, D], or without attention the channel tokens [B, K, D]."""
+        self._check(images)
+        width = self.width(width)
+        if self.training and (self.config.dropout or self.config.backbone.drop_path):
+            draw = self._draw(images, draw, self.grid)
+        if self.backbone is not None:
+            images = self._features(self.backbone, images, draw, None)
+        return self.submodules.vectors(images, draw, width)
+
+    def reset_classifier(self, num_classes: int) -> None:
+        """Give the model a new head for so many classes, with random weights."""
+        self.classes = num_classes
+        self.head = Head(self.config.embedding, num_classes).to(self.head.linear.weight)
+        self.head.initialise(any_seed())
+
+    def sums(
+        self, images: Tensor, draw: Draw | None = None, width: Width | float = FULL, maps: Tensor | None = None
+    ) -> Tensor:
         """[B, M here, D]: for each submodule the sum over its groups' CLS tokens. Arguments as of `forward`."""
+        width = self.width(width)
         if self.backbone is not None:
             images = self._features(self.backbone, images, draw, maps)
         return self.submodules(images, draw, width)
 
-    def answer(self, sums: Tensor, present: Tensor | None = None, width: Width = FULL) -> Tensor:
+    def answer(self, sums: Tensor, present: Tensor | None = None, width: Width | float = FULL) -> Tensor:
         """Logits [B, Q] from the `sums` of this rank and the replica's others. Arguments as of `forward`."""
-        c, here = self.config, self.submodules.here
+        c, here, width = self.config, self.submodules.here, self.width(width)
         each = width.of(c.groups if c.depth else c.kernels[-1]) // c.submodules
         if present is None:
             return self.head(self._exchange(sums.sum(1)) / (each * (c.submodules - len(self.absent))))
@@ -171,9 +191,9 @@ class HSViT(nn.Module):
         return (luck >= self.config.submodule_drop) | (luck == luck.amax(1, keepdim=True))
 
     @torch.no_grad()
-    def subnet(self, width: Width) -> HSViT:
+    def subnet(self, width: Width | float) -> HSViT:
         """The standalone network at a width, with copies of its weights; BatchNorm's statistics are those in force."""
-        self.config.check_width(width)
+        width = self.width(width)
         small = self.config.at(width).build(
             image_size=self.image_size, channels=self.channels, classes=self.classes, here=self.submodules.here,
             grid=self.grid,

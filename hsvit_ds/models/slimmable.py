@@ -122,7 +122,8 @@ class Config:
             if Fraction(width.numerator, width.denominator) == ratio:
                 return width
         if not _exact(self.smallest) <= ratio <= 1:
-            raise ValueError(f"width {value}: must be from {self.smallest:g} to 1")
+            among = f"from {self.smallest:g} to 1" if self.smallest < 1 else "1, this model's only one"
+            raise ValueError(f"width {value}: must be {among}")
         if untrained:
             return self._width(ratio.numerator, ratio.denominator)
         raise ValueError(

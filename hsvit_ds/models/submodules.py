@@ -125,12 +125,16 @@ class Submodules(nn.Module):
     def forward(self, images: Tensor, draw: Draw | None, width: Width = FULL) -> Tensor:
         """images [B, C, H, W], or a backbone's maps [B, K, f], to [B, M, D]: for each submodule the sum over its
         groups' CLS tokens."""
+        return self._sum(self.vectors(images, draw, width))
+
+    def vectors(self, images: Tensor, draw: Draw | None, width: Width = FULL) -> Tensor:
+        """The same to every group's CLS token [B, G, D], or without attention to the channel tokens [B, K, D]."""
         c = self.config
         tokens = self._tokens(images, draw, width)
         if not c.depth:
-            return self._sum(tokens)
+            return tokens
         own: dict[str, Any] = self.slices(width)
-        cls = grouped_attention(
+        return grouped_attention(
             tokens,
             **{name: p for name, p in own.items() if not name.startswith("projection")},
             heads=c.heads,
@@ -138,7 +142,6 @@ class Submodules(nn.Module):
             draw=draw,
             first_group=width.of(c.groups // c.submodules) * self.here.start,
         )
-        return self._sum(cls)
 
     def _sum(self, vectors: Tensor) -> Tensor:
         """[B, M x n, D] to [B, M, D], in fp32 at least: this is what travels."""
@@ -195,4 +198,7 @@ class Head(nn.Module):
             parameter.uniform_(-bound, bound, generator=source)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.linear(self.norm(x))
+        if not torch.is_autocast_enabled(x.device.type):
+            x = x.to(self.norm.weight.dtype)  # what travelled is fp32, also of a model in bf16
+        y: Tensor = self.linear(self.norm(x))
+        return y

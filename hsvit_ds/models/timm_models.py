@@ -22,8 +22,9 @@ from hsvit_kernels.random import Draw, Site, generator
 from ..errors import RefusedError, first_line
 from . import slimmable
 from .batchnorm import BatchNorm
+from .network import Network
 from .slimmable import FULL, Width
-from .weights import load_exactly, read_foreign, unwrapped
+from .weights import load_exactly, read_foreign, unwrapped, with_own_classifier
 
 FILES = (".safetensors", ".pth", ".pt", ".bin")
 DEFAULT = "default"
@@ -86,12 +87,11 @@ class Config:
         return Classifier(self, image_size=image_size, channels=channels, classes=classes, seed=seed)
 
 
-class Classifier(nn.Module):
+class Classifier(Network):
     """A timm classifier. Args: as of the other models."""
 
     def __init__(self, config: Config, *, image_size: int, channels: int, classes: int, seed: int = 0) -> None:
-        super().__init__()
-        self.config, self.image_size, self.channels, self.classes = config, image_size, channels, classes
+        super().__init__(config, image_size, channels, classes)
         self.randomness = Randomness()
         options: dict[str, Any] = {"drop_path_rate": config.drop_path} if config.drop_path else {}
         self.net = create(
@@ -106,16 +106,32 @@ class Classifier(nn.Module):
             **options,
         )
 
-    def forward(self, images: Tensor, draw: Draw | None = None, width: Width = FULL) -> Tensor:
-        """images [B, C, H, W], normalised, to logits [B, Q]. draw: needed in training where drop_path is on."""
-        self.config.check_width(width)
-        self.randomness.draw = draw
-        logits: Tensor = self.net(images.contiguous(memory_format=torch.channels_last))
+    def forward(self, images: Tensor, draw: Draw | None = None, width: Width | float = FULL) -> Tensor:
+        """images [B, C, H, W], normalised, to logits [B, Q]. draw: of a training forward; on one rank by default keyed
+        on PyTorch's generator."""
+        logits: Tensor = self.net(self._prepared(images, draw, width))
         return logits
 
-    def subnet(self, width: Width) -> Classifier:
+    def forward_features(self, images: Tensor, draw: Draw | None = None, width: Width | float = FULL) -> Tensor:
+        """[B, C, H, W] to what timm's model calls its features: a map, or all tokens."""
+        features: Tensor = self.net.forward_features(self._prepared(images, draw, width))  # type: ignore[operator]
+        return features
+
+    def reset_classifier(self, num_classes: int) -> None:
+        """Give the model a new classifier for so many classes, with random weights."""
+        self.classes = num_classes
+        self.net.reset_classifier(num_classes)  # type: ignore[operator]
+
+    def _prepared(self, images: Tensor, draw: Draw | None, width: Width | float) -> Tensor:
+        self.width(width)
+        self._check(images)
+        needs = self.training and self.config.drop_path
+        self.randomness.draw = self._draw(images, draw) if needs else None
+        return images.contiguous(memory_format=torch.channels_last)
+
+    def subnet(self, width: Width | float) -> Classifier:
         """A copy: there is one width."""
-        self.config.check_width(width)
+        self.width(width)
         return copy.deepcopy(self)
 
 
@@ -142,8 +158,7 @@ class DropPath(nn.Module):
         if not self.training or not self.rate:
             return x
         draw = self.randomness.draw
-        if draw is None:
-            raise ValueError("training with drop_path needs draw=Draw.of(seed, step, …)")
+        assert draw is not None
         pieces = len(x) // len(draw.image)
         element = self.number * 65536 + torch.arange(pieces, dtype=torch.int32, device=x.device)
         kept = (draw.uniform(Site.DROP_PATH, element) >= self.rate).to(x.dtype)
@@ -271,15 +286,12 @@ def _load(model: Any, path: Path, classes: int, same_classes: bool, message: str
     found = unwrapped(read_foreign(path))
     # Of counts of batches nothing here makes use.
     found = {name: tensor for name, tensor in found.items() if not name.endswith(".num_batches_tracked")}
-    classifiers = model.pretrained_cfg["classifier"]
-    own = model.state_dict()
-    for classifier in [classifiers] if isinstance(classifiers, str) else classifiers:
-        for name in [f"{classifier}.weight", f"{classifier}.bias"]:
-            is_other = name in found and name in own and len(found[name]) != classes and not same_classes
-            if is_other:
-                found[name] = own[name]
-            elif not classes:
-                found.pop(name, None)
+    layers = model.pretrained_cfg["classifier"]
+    layers = [layers] if isinstance(layers, str) else layers
+    if not classes:
+        found = {key: tensor for key, tensor in found.items() if key.rpartition(".")[0] not in layers}
+    elif not same_classes:
+        found = with_own_classifier(found, model.state_dict(), layers)
     load_exactly(model, found, message)
 
 

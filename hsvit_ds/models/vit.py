@@ -21,6 +21,7 @@ from hsvit_kernels.random import Draw, Site, generator
 from hsvit_kernels.reference import attend
 
 from . import slimmable
+from .network import Network, any_seed
 from .slimmable import FULL, Width
 
 
@@ -268,7 +269,7 @@ class PatchEmbed(nn.Module):
         return self.proj(images, width).flatten(2).transpose(1, 2)
 
 
-class ViT(nn.Module):
+class ViT(Network):
     """A slimmable ViT.
 
     Args:
@@ -277,9 +278,9 @@ class ViT(nn.Module):
     """
 
     def __init__(self, config: Config, *, image_size: int, channels: int, classes: int, seed: int = 0) -> None:
-        super().__init__()
-        self.config = c = config.resolved(image_size)
-        self.image_size, self.channels, self.classes = image_size, channels, classes
+        c = config.resolved(image_size)
+        super().__init__(c, image_size, channels, classes)
+        self.distilled_training = False
         self.step_state = StepState()
         d, every = c.embedding, c.sliced == "all"
         patches = (image_size // c.patch_size) ** 2
@@ -289,17 +290,23 @@ class ViT(nn.Module):
         self.pos_embed = nn.Parameter(torch.empty(1, patches + c.special_tokens, d))
         self.blocks = nn.ModuleList(Block(c, self.step_state) for _ in range(c.depth))
         self.norm = slimmable.LayerNorm(d, c.norm_eps, every)
-        # Not gathered in place: a loss without the class head is possible in a step's last pass.
-        head: dict[str, Any] = {"slice_in": every, "slice_out": False}
-        self.head = slimmable.Linear(d, classes, **head)
-        self.head_dist = slimmable.Linear(d, classes, **head) if c.distilled else None
+        self.head, self.head_dist = self._heads(classes)
         if not self.cls_token.is_meta:
             self._initialise(seed)
 
+    def _heads(self, classes: int) -> tuple[slimmable.Linear, slimmable.Linear | None]:
+        # Not gathered in place: a loss without the class head is possible in a step's last pass.
+        ends = {"slice_in": self.config.sliced == "all", "slice_out": False}
+        heads = [slimmable.Linear(self.config.embedding, classes, **ends) for _ in range(self.config.special_tokens)]
+        return heads[0], heads[1] if self.config.distilled else None
+
     @torch.no_grad()
-    def _initialise(self, seed: int) -> None:
-        """DeiT's: truncated normals of 0.02, CLS of 1e-6, zero biases; the patch convolution keeps PyTorch's."""
+    def _initialise(self, seed: int, only: str = "") -> None:
+        """DeiT's: truncated normals of 0.02, CLS of 1e-6, zero biases; the patch convolution keeps PyTorch's. only:
+        parameters whose names begin so."""
         for name, parameter in self.named_parameters():
+            if not name.startswith(only):
+                continue
             source = generator(seed, Site.INIT, -1, *name.encode())
             if name.startswith("patch_embed"):
                 bound = self.patch_embed.proj.weight[0].numel() ** -0.5
@@ -311,57 +318,77 @@ class ViT(nn.Module):
             elif name.endswith("bias"):
                 parameter.zero_()
 
-    def forward(self, images: Tensor, draw: Draw | None = None, width: Width = FULL) -> Tensor | tuple[Tensor, Tensor]:
+    def set_distilled_training(self, enable: bool = True) -> None:
+        """Whether a distilled model in training answers with both heads' logits, as timm's do."""
+        self.distilled_training = enable
+
+    def reset_classifier(self, num_classes: int) -> None:
+        """Give the model new heads for so many classes, with random weights."""
+        self.classes, before = num_classes, self.head.weight
+        self.head, self.head_dist = self._heads(num_classes)
+        self._initialise(any_seed(), only="head")
+        self.to(before.device, before.dtype)
+
+    def forward(
+        self, images: Tensor, draw: Draw | None = None, width: Width | float = FULL
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """Classify images.
 
         Args:
             images: [B, C, H, W], normalised.
-            draw: the pass's randomness; needed in training where drop_path is on.
-            width: which subnet.
+            draw: the randomness of a training forward; on one rank by default keyed on PyTorch's generator.
+            width: which subnet, as 0.5.
 
         Returns:
-            Logits [B, Q]; in training a distilled model's class and distillation logits.
+            Logits [B, Q], a distilled model's the mean of both heads'; in training, after `set_distilled_training`, its
+            class and distillation logits.
 
         Raises:
-            ValueError: images of another size, or a width that the model cannot be cut to.
+            ValueError: images that do not fit, a width that the model cannot be cut to, or training under an engine
+                without a draw.
         """
-        if images.shape[1:] != (self.channels, self.image_size, self.image_size):
-            expected = (self.channels, self.image_size, self.image_size)
-            raise ValueError(f"images have shape {tuple(images.shape)}: must be [B, {', '.join(map(str, expected))}]")
-        self.config.check_width(width)
+        width = self.width(width)
+        x = self._tokens(images, draw, width, rows=self.config.special_tokens)
+        logits: Tensor = self.head(x[:, 0], width)
+        if self.head_dist is None:
+            return logits
+        distilled: Tensor = self.head_dist(x[:, 1], width)
+        return (logits, distilled) if self.training and self.distilled_training else (logits + distilled) / 2
+
+    def forward_features(self, images: Tensor, draw: Draw | None = None, width: Width | float = FULL) -> Tensor:
+        """[B, C, H, W] to all tokens after the last norm, [B, T, d at the width], the special ones first."""
+        return self._tokens(images, draw, self.width(width), rows=self.pos_embed.shape[1])
+
+    def _tokens(self, images: Tensor, draw: Draw | None, width: Width, rows: int) -> Tensor:
+        """The first `rows` tokens after the last norm: of the last block only they are computed."""
+        self._check(images)
         outer = width if self.config.sliced == "all" else FULL
         patches = self.patch_embed(images, width)
         special = [t for t in (self.cls_token, self.dist_token) if t is not None]
         first = [outer.take(t, 2).to(patches.dtype).expand(images.shape[0], -1, -1) for t in special]
         x = torch.cat((*first, patches), dim=1) + outer.take(self.pos_embed, 2)
-        kept = self._drop_path(draw)
+        kept = self._drop_path(images, draw)
         for index, block in enumerate(self.blocks):
-            # Only the special tokens leave the last block, so only they are computed there.
-            rows = len(special) if index == self.config.depth - 1 else x.shape[1]
-            x = block(x, width, None if kept is None else kept[2 * index : 2 * index + 2], rows)
-        x = self.norm(x, width)
-        logits: Tensor = self.head(x[:, 0], width)
-        if self.head_dist is None:
-            return logits
-        distilled: Tensor = self.head_dist(x[:, 1], width)
-        return (logits, distilled) if self.training else (logits + distilled) / 2
+            last = index == self.config.depth - 1
+            x = block(x, width, None if kept is None else kept[2 * index : 2 * index + 2], rows if last else x.shape[1])
+        normed: Tensor = self.norm(x, width)
+        return normed
 
-    def _drop_path(self, draw: Draw | None) -> Tensor | None:
+    def _drop_path(self, images: Tensor, draw: Draw | None) -> Tensor | None:
         """[2 depth, B, 1, 1]: 0, or 1 over the keep rate, for every branch and image; None where nothing is dropped."""
         depth, most = self.config.depth, self.config.drop_path
         if not self.training or not most:
             return None
-        if draw is None:
-            raise ValueError("training with drop_path needs draw=Draw.of(seed, step, …)")
+        draw = self._draw(images, draw)
         element = torch.arange(2 * depth, dtype=torch.int32, device=draw.key.device)
         rates = torch.linspace(0, most, depth, device=draw.key.device).repeat_interleave(2)
         kept = (draw.uniform(Site.DROP_PATH, element) >= rates) / (1 - rates)  # [B, 2 depth]
         return kept.t()[:, :, None, None]
 
     @torch.no_grad()
-    def subnet(self, width: Width) -> ViT:
+    def subnet(self, width: Width | float) -> ViT:
         """The standalone network at a width, with copies of its weights."""
-        self.config.check_width(width)
+        width = self.width(width)
         small = ViT(
             self.config.at(width), image_size=self.image_size, channels=self.channels, classes=self.classes
         ).train(self.training)

@@ -21,7 +21,7 @@ from ..errors import RefusedError, first_line
 _NESTS = ("model", "state_dict", "model_state_dict", "model_state", "module", "net", "weights")
 """Where training programs keep a model's tensors, the first one that is there."""
 _MARKS = {
-    "a model file of this project (hsvit_ds.interop.load_model)": ("submodules.",),
+    "a model file of this project (hsvit_ds.load_model)": ("submodules.",),
     "a DeiT or ViT": ("patch_embed.proj.", "blocks.0."),
     "the published HSViT's": ("model.conv2d_layers.",),
     "a ResNet": ("conv1.", "layer1.0.", "fc."),
@@ -93,6 +93,15 @@ def load_exactly(model: nn.Module, weights: Mapping[str, Tensor], message: str) 
     if wrong:
         raise RefusedError(f"{message}: {'; '.join(wrong)}")
     model.load_state_dict(weights)
+
+
+def with_own_classifier(
+    found: Mapping[str, Tensor], own: Mapping[str, Tensor], layers: Collection[str]
+) -> dict[str, Tensor]:
+    """Weights whose classifiers are a model's own where they are for another number of classes."""
+    keys = [f"{layer}.{leaf}" for layer in layers for leaf in ("weight", "bias")]
+    others = [key for key in keys if key in found and key in own and len(found[key]) != len(own[key])]
+    return {**found, **{key: own[key] for key in others}}
 
 
 def unwrapped(state_dict: Mapping[str, Any]) -> dict[str, Tensor]:

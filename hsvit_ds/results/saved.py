@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -14,7 +15,9 @@ from torch import Tensor
 
 from hsvit_kernels.random import Site, sequence
 
+from .. import models
 from ..data.order import Share
+from ..data.preprocessing import Preprocessing
 from ..data.reader import Reader
 from ..data.sets import Facts
 from ..data.splits import facts, named_as_before
@@ -30,9 +33,10 @@ from ..run import recipe as recipes
 from ..run.evaluation import Score, evaluate, evaluate_subsets, needs_calibration, recalibrate_widths
 from ..run.pictures import accuracy_of
 from ..run.recipe import Recipe
-from ..run.tracking import CLASSES, read_metrics
+from ..run.tracking import read_metrics
 from ..tasks import scala
-from .export import Budget
+from .budget import Budget, Chosen, cost_of
+from .card import Card, Row
 
 ROLES = ("train", "val", "test")
 SUBSETS = 20
@@ -49,6 +53,8 @@ class SavedRun:
     trained: tuple[Width, ...]
     """The widths that its steps so far have trained, the smallest first."""
     steps: int
+    classes: tuple[str, ...] = ()
+    """What the labels mean; () where its data did not say."""
     names_splits: bool = True
     """Whether its recipe says which splits are `data.val` and `data.test`; once none did."""
     ema: bool = False
@@ -72,10 +78,8 @@ class SavedRun:
         return Reader(data, self.recipe.augment, recipes.order(self.recipe), share, self.grid)
 
     @property
-    def class_names(self) -> list[str]:
-        """What the labels mean, as the run noted it; [] where its data did not say."""
-        file = self.folder / CLASSES
-        return file.read_text("utf-8").splitlines() if file.exists() else []
+    def preprocessing(self) -> Preprocessing:
+        return Preprocessing.of(self.facts, self.recipe.augment)
 
     @property
     def facts(self) -> Facts:
@@ -166,18 +170,27 @@ class SavedRun:
             found.add(tuple(sorted(submodule for _, submodule in chosen)))
         return sorted(found)
 
-    def choose(self, width: str, budget: str, untrained: bool) -> Width:
-        """The width of `width`, or the widest trained one within `budget`; without both the only trained one."""
-        if not width and not budget and len(self.trained) == 1:
-            return self.trained[0]
-        if bool(width) == bool(budget):
+    def choose(self, width: str, budget: str, untrained: bool = False) -> Chosen:
+        """The width of `width`, or the best measured one within `budget`; without both the largest trained."""
+        if width and budget:
             raise RefusedError("give one of --width and --budget")
         if budget:
-            return Budget.of(budget).widest(self.at(*self.trained), self.trained)
-        found = self.widths(width, untrained)
+            split = self.recipe.data.val
+            return Budget.of(budget).choose(self.at(*self.trained), self.trained, self.measured(split), split)
+        found = self.widths(width, untrained) if width else self.trained[-1:]
         if len(found) != 1:
             raise RefusedError(f"--width {width}: must be one width")
-        return found[0]
+        return Chosen(found[0], cost_of(self.model, found[0]))
+
+    def measured(self, split: str) -> dict[Width, float]:
+        """Top-1, %, of these very weights on a split, of each width where it was measured in training."""
+        found: dict[Width, float] = {}
+        for line in read_metrics(self.folder):
+            for width in self.trained if line["step"] == self.steps else ():
+                score = "top1" if len(self.trained) == 1 else f"top1_w{width}"
+                key = f"ema/{split}_{score}" if self.ema else f"{split}/{score}"
+                found |= {width: line[key]} if key in line else {}
+        return found
 
     def at(self, *widths: Width) -> Model:
         """The model, with BatchNorm's statistics of the widths taken.
@@ -196,25 +209,41 @@ class SavedRun:
             self.reader.close()
         return model.eval()
 
-    def about(self, width: Width) -> dict[str, str]:
-        """What a model card says of the run: its name, data, and the accuracy of these weights at a width, where it was
-        measured."""
-        facts = self.facts
-        lines = {"run": self.folder.name, "data": self.recipe.data.name, "checkpoint": self.read}
-        lines |= {"mean": str(list(facts.mean)), "standard deviation": str(list(facts.std))}
-        side, share = facts.image_size, self.recipe.augment.eval_crop
-        how = f"shorter side resized to {round(side / share)}, centre cut out" if share else "aspect ratio not kept"
-        lines["image"] = f"{side} x {side} px, {how}, {self.recipe.augment.filter}"
-        score = "top1" if len(self.trained) == 1 else f"top1_w{width}"
-        for split in dict.fromkeys((self.recipe.data.val, self.recipe.data.test)):
-            key = f"ema/{split}_{score}" if self.ema else f"{split}/{score}"
-            found = [line[key] for line in read_metrics(self.folder) if key in line and line["step"] == self.steps]
-            lines |= {f"{split} top-1, %": f"{found[-1]:.2f}"} if found else {}
-        return lines
+    def card(self, width: Width) -> Card:
+        """What a model card says of the network at a width."""
+        data = self.recipe.data
+        splits = dict.fromkeys((data.val, data.test))
+        scores = {split: self.measured(split) for split in splits}
+        rows = tuple(
+            Row(w, models.parameters(self.model, w), models.macs(self.model, w), {s: scores[s].get(w) for s in splits})
+            for w in dict.fromkeys((*self.trained, width))
+        )
+        sizes = {split: self.reader.count(split) for split in splits if scores[split]}
+        return Card(
+            self.folder.name, data.name, self.read, self.classes, self.preprocessing, rows, sizes, self._by_class(width)
+        )
+
+    def _by_class(self, width: Width) -> tuple[str, list[tuple[str, str, str]]] | None:
+        """(split, [class, images, top-1 in %]) of these weights at a width, as the run or `hsvit evaluate` wrote it."""
+        test = self.recipe.data.test
+        files = [self.folder / f"{drawn_name(self, 'classes', test, str(width))}.csv"]
+        last = max((line["step"] for line in read_metrics(self.folder)), default=-1)
+        if width == self.trained[-1] and not self.ema and self.steps == last and self.measured(test):
+            files.append(self.folder / f"classes-{test}.csv")
+        for file in filter(Path.exists, files):
+            with file.open(encoding="utf-8", newline="") as opened:
+                return test, [(row[0], row[1], row[3]) for row in list(csv.reader(opened))[1:]]
+        return None
 
     @property
     def _runs_differ(self) -> Channel | None:
         return self.grid.norms if self.grid.replicas > 1 else None
+
+
+def drawn_name(run: SavedRun, what: str, split: str, widths: str = "") -> str:
+    """What `hsvit evaluate` calls a file of its own: the run drew others."""
+    parts = ["evaluate", what, split, f"step-{run.steps}", *(["ema"] if run.ema else []), *widths.split(",")]
+    return "-".join(filter(None, parts))
 
 
 def open_run(folder: Path, ema: bool = False, root: str = "", checkpoint: str = "latest") -> SavedRun:
@@ -247,6 +276,7 @@ def open_run(folder: Path, ema: bool = False, root: str = "", checkpoint: str = 
         recipe,
         trained,
         loaded.position.total,
+        loaded.classes,
         names_splits="test" in loaded.recipe["data"],
         ema=ema,
         best=checkpoint == "best",

@@ -92,6 +92,7 @@ class Trainer:
             self.ema,
             recipes.to_table(recipe),
             lambda: self.tracker.run_id(),
+            names := class_names(recipe.data),
         )
         restored = self.checkpoints.load() if resume else None
         self.at = self.start = restored or Position(0, 0, 0)
@@ -99,7 +100,7 @@ class Trainer:
         self.saved = restored
         self.stops, self.watch = StopRequests(grid), Watch(folder, grid, recipe.run.watchdog)
         if grid.is_main:
-            if names := class_names(recipe.data):
+            if names:
                 (folder / CLASSES).write_text("\n".join(names) + "\n", "utf-8")
             last_step = self.start.total if resume else None
             self.tracker = Tracker(recipe.tracking, folder, folder.name, recipes.flat(recipe), last_step)

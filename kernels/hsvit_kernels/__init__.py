@@ -9,6 +9,7 @@ from .dispatch import CHOICES, force
 from .findings import Findings, Verdict
 from .first_use import prepare
 from .grouped_attention import grouped_attention
+from .random import Draw
 from .sliced_linear import sliced_linear
 from .step_state import StepState
 
@@ -16,6 +17,7 @@ __version__ = "0.1.0"
 __all__ = [
     "CHOICES",
     "Case",
+    "Draw",
     "Findings",
     "StepState",
     "Verdict",

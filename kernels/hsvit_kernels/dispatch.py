@@ -80,7 +80,7 @@ def use_triton(case: Case, device: torch.device, why_not: str) -> bool:
     Raises:
         ValueError: Triton is forced where it cannot run.
     """
-    choice = forced()
+    choice = "reference" if torch.compiler.is_exporting() else forced()
     _check(choice, device)
     if why_not:
         decision = False

@@ -101,6 +101,15 @@ class Draw:
             image=image.to(device=device, dtype=torch.int32, non_blocking=True),
         )
 
+    @classmethod
+    def anew(cls, images: int, device: torch.device | str = "cpu") -> Draw:
+        """Key a draw of so many images on PyTorch's generator of the device, for a training loop without ranks.
+
+        `torch.manual_seed` repeats it, and a forward that activation checkpointing computes again draws the same.
+        """
+        words = torch.randint(-(1 << 31), 1 << 31, (2,), dtype=torch.int32, device=device)
+        return cls(key=words, image=torch.arange(images, dtype=torch.int32, device=device))
+
     def slice(self, start: int, stop: int) -> Draw:
         """The draw of images `start` to `stop` of this micro batch."""
         return replace(self, image=self.image[start:stop])

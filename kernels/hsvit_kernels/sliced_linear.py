@@ -74,7 +74,9 @@ def sliced_linear(
         low = weight.to(x.dtype)
         b = None if bias is None else cut.vector(bias).to(x.dtype)
         save = torch.is_grad_enabled() and (flat.requires_grad or low.requires_grad)
-        y, _ = _linear(flat, cut.matrix(low), b, added, gelu, save)
+        # An exported graph runs where this package is not installed, as of PyTorch's own operations alone.
+        layer = reference.sliced_linear if torch.compiler.is_exporting() else _linear
+        y, _ = layer(flat, cut.matrix(low), b, added, gelu, save)
     return y.view(*x.shape[:-1], out_features)
 
 

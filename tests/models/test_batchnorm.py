@@ -18,6 +18,7 @@ def pair(channels: int = 3) -> tuple[BatchNorm, nn.BatchNorm2d]:
 
 def test_equals_pytorchs_in_training_and_evaluation() -> None:
     ours, theirs = pair()
+    ours.statistics = Statistics()
     for _ in range(3):
         x = torch.randn(8, 3, 5, 5)
         torch.testing.assert_close(ours(x), theirs(x))
@@ -31,7 +32,7 @@ def test_statistics_over_fixed_runs_do_not_depend_on_accumulation() -> None:
     (whole, _), (parts, _) = pair(), pair()
     parts.load_state_dict(whole.state_dict())
     x = torch.randn(12, 3, 4, 4)
-    whole.statistics = Statistics(runs=3)
+    whole.statistics, parts.statistics = Statistics(runs=3), Statistics()
     outputs = whole(x)
     torch.testing.assert_close(torch.cat([parts(run) for run in x.chunk(3)]), outputs)
     for layer in (whole, parts):
@@ -44,6 +45,7 @@ def test_statistics_over_fixed_runs_do_not_depend_on_accumulation() -> None:
 
 def test_a_skipped_step_moves_nothing() -> None:
     layer, _ = pair()
+    layer.statistics = Statistics()
     layer(torch.randn(4, 3, 2, 2))
     move_running_statistics(layer, applied=torch.tensor(False), channel=None)
     assert not layer.running_mean.any()

@@ -256,11 +256,6 @@ def test_submodule_drop_leaves_one_of_those_that_the_grid_has() -> None:
     torch.testing.assert_close(model.train()(images(), few), model(images(), few, present=present[:4]))
 
 
-def test_training_with_dropout_and_without_a_draw_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"needs draw=Draw\.of"):
-        tiny(replace(TINY, dropout=0.2)).train()(images())
-
-
 def test_initial_weights_depend_on_the_global_submodule_only() -> None:
     config = replace(TINY, submodules=4)
     whole, part = tiny(config, seed=3), tiny(config, seed=3, here=range(2, 4))

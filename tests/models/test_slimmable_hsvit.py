@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hsvit_ds.models.batchnorm import move_running_statistics, recalibrate
+from hsvit_ds.models.batchnorm import Statistics, move_running_statistics, recalibrate, set_statistics
 from hsvit_ds.models.hsvit import Config, HSViT
 from hsvit_ds.models.slimmable import Config as Widths
 from hsvit_kernels.random import Draw
@@ -80,6 +80,7 @@ def test_statistics_of_a_width_are_those_of_the_images_shown() -> None:
     torch.testing.assert_close(mean, maps.mean((0, 2, 3)), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(var, maps.var((0, 2, 3)), rtol=1e-4, atol=1e-4)
     before = model.submodules.trunk[0].norm1.running_mean.clone()
+    set_statistics(model, Statistics())
     model.train()(x, draw=Draw.of(0, image=torch.arange(64)), width=half)
     move_running_statistics(model, torch.tensor(True), None)
     assert torch.equal(model.submodules.trunk[0].norm1.running_mean, before), "only full passes move them"

@@ -63,8 +63,11 @@ def test_commands_read_the_checkpoint_that_is_asked_for_and_say_which(
     code, output = command("export", run, "--width", "0.5", *options)
     assert code == 0, output
     card = (run / "export-0.50/README.md").read_text()
-    assert f"| checkpoint | {said} |" in card
-    assert {line.split()[1]: line.split()[5] for line in card.splitlines() if "top-1" in line} == scores
+    assert f", {said}, on digits." in card
+    head, _, *rows = [line.strip("|").split("|") for line in card.splitlines() if line.startswith("| ")][:9]
+    (own,) = [[cell.strip(" *") for cell in row] for row in rows if "**" in row[0]]
+    named = [cell.strip().removesuffix(" top-1, %") for cell in head]
+    assert {split: own[named.index(split)] for split in named[3:]} == scores
     expected = open_run(run, "--ema" in options, checkpoint=str(step)).model.state_dict()
     found = open_run(run, "--ema" in options, checkpoint=options[1] if options else "latest").model.state_dict()
     other = open_run(run, checkpoint=str(step % 3 + 1)).model.state_dict()

@@ -116,7 +116,7 @@ def test_accumulation_is_derived() -> None:
         ("task.kind=scala task.sampling=some", '[task] sampling = "some": must be one of paper'),
         ("task.kind=scala task.teacher.nam=x", 'unknown key "task.teacher.nam"; did you mean "task.teacher.name"?'),
         ("task.kind=scala task.teacher.alpha=2.0", "[task.teacher] alpha = 2.0: must be above 0 and at most 1"),
-        ("task.kind=scala task.sampling=fixed task.width=0.5", "[task] width 0.5: must be from 1 to 1"),
+        ("task.kind=scala task.sampling=fixed task.width=0.5", "[task] width 0.5: must be 1, this model's only one"),
         ("task.kind=scala task.width=0.5", '[task] width = 0.5 is for sampling = "fixed"; this is "paper"'),
         ("model.widths.smallest=0.5", 'model.widths.smallest = 0.5 needs task.kind = "scala"'),
         (

@@ -42,6 +42,7 @@ def _ours(name: str, images: Tensor, labels: Tensor, captured: bool, toy: bool) 
     tiny: dict[str, Any] = {"depth": 1, "embedding": 64, "heads": 4} if toy else {"variant": name}
     config = vit.Config(patch_size=16, distilled=True, widths=widths, **tiny)
     model = config.build(image_size=images.shape[-1], channels=3, classes=1000).to(images.device).train()
+    model.set_distilled_training()
     low = torch.bfloat16 if images.is_cuda else None
     if images.is_cuda:
         with hsvit_kernels.listing() as cases, torch.autocast("cuda", torch.bfloat16):
@@ -49,7 +50,7 @@ def _ours(name: str, images: Tensor, labels: Tensor, captured: bool, toy: bool) 
                 model(images, width=width)
         hsvit_kernels.prepare(cases, images.device)
     if captured:
-        model.forward = Captured(model, model.forward, low)  # type: ignore[method-assign]
+        model.forward = Captured(model, model.forward, low)  # type: ignore[assignment,method-assign]
 
     def forwards() -> Iterator[Any]:
         for width in reversed(widths.family):

@@ -11,10 +11,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
+NAMES = ("text", "quiet", "box", "line", "wide", "slim")
 THEMES = {
-    "light": {"text": "#1f2328", "quiet": "#59636e", "box": "#f6f8fa", "line": "#d1d9e0", "wide": "#0969da", "slim": "#8250df"},
-    "dark": {"text": "#f0f6fc", "quiet": "#9198a1", "box": "#151b23", "line": "#3d444d", "wide": "#4493f8", "slim": "#ab7df8"},
-}  # fmt: skip
+    "light": dict(zip(NAMES, ("#1f2328", "#59636e", "#f6f8fa", "#d1d9e0", "#0969da", "#8250df"), strict=True)),
+    "dark": dict(zip(NAMES, ("#f0f6fc", "#9198a1", "#151b23", "#3d444d", "#4493f8", "#ab7df8"), strict=True)),
+}
+"""GitHub's colours by what is drawn in them; wide: HSViT, slim: Scala."""
 FONT = "-apple-system, BlinkMacSystemFont, 'Segoe UI', 'Noto Sans', Helvetica, Arial, sans-serif"
 MARK = re.compile(r"^<!-- written by .*, from here on -->\n", re.M)
 
@@ -35,6 +37,10 @@ def text(x: float, y: float, said: str, style: str = "text", anchor: str = "midd
     return f'<text x="{x}" y="{y}" class="{style}" text-anchor="{anchor}" font-size="{size}">{said}</text>'
 
 
+def title(x: float, style: str, name: str, said: str) -> str:
+    return text(x, 30, f'<tspan class="{style} bold">{name}</tspan> {said}', anchor="start", size=15)
+
+
 def box(x: float, y: float, width: float, height: float, style: str) -> str:
     return f'<rect x="{x}" y="{y}" width="{width}" height="{height}" rx="5" class="{style}"/>'
 
@@ -45,7 +51,7 @@ def arrow(x: float, y: float, to_x: float, to_y: float, style: str = "quiet") ->
 
 def sideways() -> Iterator[str]:
     """HSViT: one image goes to every rank's submodule; their CLS tokens meet before the head."""
-    yield text(20, 30, '<tspan class="wide" font-weight="600">Sideways: HSViT.</tspan> One more rank is one more submodule.', anchor="start", size=15)  # fmt: skip
+    yield title(20, "wide", "Sideways: HSViT.", "One more rank is one more submodule.")
     yield arrow(20, 52, 520, 52, "wide")
     for rank in range(4):
         x, last = 20 + rank * 128, rank == 3
@@ -66,7 +72,7 @@ def sideways() -> Iterator[str]:
 
 def down() -> Iterator[str]:
     """Scala: the channels that a width takes of every layer; the smallest takes those at the other end."""
-    yield text(580, 30, '<tspan class="slim" font-weight="600">Down: Scala.</tspan> One training, every width.', anchor="start", size=15)  # fmt: skip
+    yield title(580, "slim", "Down: Scala.", "One training, every width.")
     yield arrow(590, 52, 590, 282, "slim")
     for row, (width, first, used) in enumerate((("1.00", 0, 12), ("0.75", 0, 9), ("0.50", 0, 6), ("0.25", 9, 3))):
         y = 58 + row * 58
@@ -82,7 +88,10 @@ def down() -> Iterator[str]:
 def picture(theme: str) -> str:
     """The two directions, as SVG."""
     colours = THEMES[theme]
-    styles = [f".{name} {{ fill: {colour}; }} .{name}.stroke {{ stroke: {colour}; stroke-width: 1.5; }}" for name, colour in colours.items()]  # fmt: skip
+    styles = [
+        f".{name} {{ fill: {colour}; }} .{name}.stroke {{ stroke: {colour}; stroke-width: 1.5; }}"
+        for name, colour in colours.items()
+    ]
     styles += [
         f"text {{ font-family: {FONT}; }} .bold {{ font-weight: 600; }}",
         f".box {{ stroke: {colours['line']}; }} .line {{ fill: none; stroke: {colours['line']}; }}",
@@ -94,11 +103,11 @@ def picture(theme: str) -> str:
         f'<path d="M0 0 8 4 0 8z" class="{name}"/></marker>'
         for name in ("quiet", "wide", "slim")
     ]
-    title = "HSViT adds ranks, and with each a submodule; Scala takes fewer channels of every layer"
+    about = "HSViT adds ranks, and with each a submodule; Scala takes fewer channels of every layer"
     return "\n".join(
         [
             '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 920 340" width="920" height="340" role="img">',
-            f"<title>{title}</title>",
+            f"<title>{about}</title>",
             f"<style>{' '.join(styles)}</style>",
             f"<defs>{''.join(heads)}</defs>",
             *sideways(),

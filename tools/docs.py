@@ -106,7 +106,7 @@ def picture(theme: str) -> str:
     about = "HSViT adds ranks, and with each a submodule; Scala takes fewer channels of every layer"
     return "\n".join(
         [
-            '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 920 340" width="920" height="340" role="img">',
+            '<svg xmlns="http://www.w3.org/2000/svg" viewBox="18 8 890 324" width="890" height="324" role="img">',
             f"<title>{about}</title>",
             f"<style>{' '.join(styles)}</style>",
             f"<defs>{''.join(heads)}</defs>",

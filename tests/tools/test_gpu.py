@@ -145,6 +145,19 @@ def test_results_of_another_device_are_refused(tmp_path: Path) -> None:
         report.write(tmp_path / "nowhere")
 
 
+def test_the_report_is_the_last_part_of_its_page(tmp_path: Path) -> None:
+    machine = dict.fromkeys(("torch", "triton"), "1") | {"device": "interpreter, not timed"}
+    record = {"state": "done", "seconds": 1, "why": "", "figures": {"passed": 3, "failed": 0, "skipped": 1}}
+    (tmp_path / ledger.FILE).write_text(json.dumps({"machine": machine, "parts": {"correctness": {"kernels": record}}}))
+    report.write(tmp_path)
+    committed = (ROOT / "docs/performance.md").read_text()
+    written = (tmp_path / "report/docs/performance.md").read_text()
+    by_hand = committed[: committed.index("<!-- written by python -m tools.gpu report, from here on -->")]
+    assert written.startswith(by_hand)
+    assert "kernels: 3 passed, 0 failed, 1 skipped." in written[len(by_hand) :]
+    assert "Not run" not in written[len(by_hand) :]
+
+
 def test_a_full_disk_loses_no_figure_and_spoils_no_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,4 +1,4 @@
-"""Measures what the README and the notes quote: `python -m tools.benchmark start|step|scala|hybrid|memory|data`.
+"""Measures what the documents quote: `python -m tools.benchmark start|step|scala|hybrid|memory|data`.
 
 Every figure is a median of several runs beside a named alternative in the same run; machines are noisy.
 """

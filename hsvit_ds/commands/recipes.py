@@ -12,11 +12,22 @@ from ..train import check_kernels
 from . import Debug
 
 
+def _print_keys(asked: bool) -> None:
+    if asked:
+        from .keys import markdown
+
+        typer.echo(markdown(), nl=False)
+        raise typer.Exit
+
+
 def show_recipe(
     file: Annotated[Path, typer.Argument(help="A recipe in TOML.")],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[key=value]...")] = None,
     ranks: Annotated[int, typer.Option(help="Ranks to resolve for; the grid's own by default.")] = 0,
     memory: Annotated[bool, typer.Option("--memory", help="What each rank will need, instead of the recipe.")] = False,
+    keys: Annotated[
+        bool, typer.Option("--keys", is_eager=True, callback=_print_keys, help="Every key of a recipe, as markdown.")
+    ] = False,
     debug: Debug = False,
 ) -> None:
     """Print a recipe with everything derived filled in."""

@@ -38,6 +38,7 @@ class Run:
     seed: int = 0
     """Of the initial weights and of everything random."""
     epochs: int = 10
+    """Passes over the training split."""
     global_batch: int = 64
     """Images of one optimizer step, over all replicas and micro batches."""
     micro_batch: int = 0

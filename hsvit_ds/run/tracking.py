@@ -29,6 +29,7 @@ class Config:
     uri: str = ""
     """MLflow's tracking URI; by default sqlite in the folder of all runs. Several hosts: a server's http URI."""
     experiment: str = "hsvit-ds"
+    """MLflow experiment that the run is logged to."""
 
     def __post_init__(self) -> None:
         # In a query databases take them too.

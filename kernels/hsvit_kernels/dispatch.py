@@ -80,7 +80,7 @@ def use_triton(case: Case, device: torch.device, why_not: str) -> bool:
     Raises:
         ValueError: Triton is forced where it cannot run.
     """
-    choice = "reference" if torch.compiler.is_exporting() else forced()
+    choice = "reference" if exporting() else forced()
     _check(choice, device)
     if why_not:
         decision = False
@@ -97,6 +97,12 @@ def use_triton(case: Case, device: torch.device, why_not: str) -> bool:
     if not torch.compiler.is_compiling() and _within is None:
         _tell(case.operation, "triton" if decision else f"reference ({why_not})")
     return decision
+
+
+def exporting() -> bool:
+    """Whether torch.export looks on: an exported graph has PyTorch's own operations, to run where this package is not
+    installed. torch.compile takes `is_exporting` for true as well."""
+    return torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
 
 
 def _tell(operation: str, decision: str) -> None:

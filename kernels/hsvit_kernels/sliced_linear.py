@@ -14,7 +14,7 @@ from . import linear_kernels as kernels
 from . import reference
 from .cases import Case, is_listing, note, stand_in
 from .configurations import Options, Place
-from .dispatch import forced, launch, low_dtype, models, options, use_triton
+from .dispatch import exporting, forced, launch, low_dtype, models, options, use_triton
 from .step_state import StepState
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -74,8 +74,7 @@ def sliced_linear(
         low = weight.to(x.dtype)
         b = None if bias is None else cut.vector(bias).to(x.dtype)
         save = torch.is_grad_enabled() and (flat.requires_grad or low.requires_grad)
-        # An exported graph runs where this package is not installed, as of PyTorch's own operations alone.
-        layer = reference.sliced_linear if torch.compiler.is_exporting() else _linear
+        layer = reference.sliced_linear if exporting() else _linear
         y, _ = layer(flat, cut.matrix(low), b, added, gelu, save)
     return y.view(*x.shape[:-1], out_features)
 

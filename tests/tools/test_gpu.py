@@ -71,8 +71,10 @@ def test_every_part_comes_to_its_end_from_a_bare_machine_and_then_with_what_was_
     page = (out / "report/docs/performance.md").read_text()
     assert "| device | interpreter, not timed |" in page
     assert "| not timed |" in page
+    assert page.startswith("# Performance\n")
+    assert "Not run on a GPU yet" not in page
     for part, found in done.items():
-        assert f"## {part.capitalize()}" in page
+        assert f"### {part.capitalize()}" in page
         assert all(f"| {name} | done |" in page for name in found)
     written = {str(file.relative_to(out / "report")) for file in (out / "report").rglob("*") if file.is_file()}
     results = "kernels/results"
@@ -141,6 +143,19 @@ def test_results_of_another_device_are_refused(tmp_path: Path) -> None:
         ledger.Ledger(tmp_path, TOY | {"device": "NVIDIA H200"})
     with pytest.raises(SystemExit, match=r"no such file; python -m tools\.gpu all"):
         report.write(tmp_path / "nowhere")
+
+
+def test_the_report_is_the_last_part_of_its_page(tmp_path: Path) -> None:
+    machine = dict.fromkeys(("torch", "triton"), "1") | {"device": "interpreter, not timed"}
+    record = {"state": "done", "seconds": 1, "why": "", "figures": {"passed": 3, "failed": 0, "skipped": 1}}
+    (tmp_path / ledger.FILE).write_text(json.dumps({"machine": machine, "parts": {"correctness": {"kernels": record}}}))
+    report.write(tmp_path)
+    committed = (ROOT / "docs/performance.md").read_text()
+    written = (tmp_path / "report/docs/performance.md").read_text()
+    by_hand = committed[: committed.index("<!-- written by python -m tools.gpu report, from here on -->")]
+    assert written.startswith(by_hand)
+    assert "kernels: 3 passed, 0 failed, 1 skipped." in written[len(by_hand) :]
+    assert "Not run" not in written[len(by_hand) :]
 
 
 def test_a_full_disk_loses_no_figure_and_spoils_no_file(

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tools.benchmarks import kernels as benchmarks
+from tools.docs import filled
 
 from .ledger import FILE
 from .steps import PARTS
@@ -40,7 +41,8 @@ def write(out: Path) -> list[str]:
     for path in written:
         path.parent.mkdir(parents=True, exist_ok=True)
     shutil.copy(file, written[0])
-    written[1].write_text("\n".join(page(machine, parts)) + "\n")
+    measured = "\n".join(page(machine, parts)) + "\n"
+    written[1].write_text(filled((ROOT / "docs/performance.md").read_text(), measured))
     if rows := list(kernel_rows(machine, parts.get("benchmarks", {}))):
         written += [results / "kernels.csv", results / "roofline.png"]
         with written[-2].open("w", newline="") as table:
@@ -70,17 +72,15 @@ def kernel_rows(machine: dict[str, Any], steps: Steps) -> Iterator[dict[str, Any
             yield dict.fromkeys(benchmarks.COLUMNS, "") | about | row
 
 
-# The page
+# The page's last part
 
 
 def page(machine: dict[str, Any], parts: dict[str, Steps]) -> Iterator[str]:
-    yield "# Performance"
-    yield ""
-    yield "Measured by `make gpu`, written by `python -m tools.gpu report`, on:"
+    yield "Measured by `make gpu` on:"
     yield ""
     yield from _table(["", ""], ([name, str(value)] for name, value in machine.items()))
     for part, steps in PARTS.items():
-        yield from ("", f"## {part.capitalize()}", "")
+        yield from ("", f"### {part.capitalize()}", "")
         records = parts.get(part, {})
         states = []
         for name in steps:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import typer
 
-from .commands import clusters, predict, recipes, runs, shards, weights
+from .commands import clusters, new, predict, recipes, runs, shards, weights
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+app.command("new")(new.make_recipe)
 app.command("recipe")(recipes.show_recipe)
 app.command("evaluate")(runs.evaluate_run)
 app.command("export")(runs.export_run)

@@ -112,18 +112,22 @@ def make(
         raise RefusedError(f"{out}: is inside SOURCE {source_folder}; give a folder elsewhere")
     source = open_source(source_folder, options.split, read_info(out).get("classes", []))
     if not options.holdout:
-        yield _make_split(source, out, options, processes, done)
+        yield make_split(source, out, options, processes, done)
         return
-    kept, held = _held_out(source, options)
-    yield _make_split(kept, out, options, processes, done)
+    kept, held = hold_out(source, options.holdout, options.seed)
+    yield make_split(kept, out, options, processes, done)
     # Its shards are as large as the others.
     count = options.shards and max(1, round(options.shards * len(held.items) / len(kept.items)))
-    yield _make_split(held, out, replace(options, split=HELD_OUT, shards=count, holdout=0.0), processes, done)
+    yield make_split(held, out, replace(options, split=HELD_OUT, shards=count, holdout=0.0), processes, done)
 
 
-def _held_out(source: Source, options: Options) -> tuple[Source, Source]:
-    """The images of a source in two parts, the second with the same share of each class, drawn by the seed."""
-    luck = sequence(_HOLDOUT_KEY, options.seed, count=len(source.items)).tolist()
+def hold_out(source: Source, share: float, seed: int) -> tuple[Source, Source]:
+    """The images of a source in two parts, the second with the same share of each class, drawn by the seed.
+
+    Raises:
+        RefusedError: a class with one image.
+    """
+    luck = sequence(_HOLDOUT_KEY, seed, count=len(source.items)).tolist()
     of_class: dict[int, list[int]] = {}
     for i in sorted(range(len(source.items)), key=luck.__getitem__):
         of_class.setdefault(source.items[i].label, []).append(i)
@@ -131,17 +135,17 @@ def _held_out(source: Source, options: Options) -> tuple[Source, Source]:
     for label, numbers in sorted(of_class.items()):
         if len(numbers) < 2:
             raise RefusedError(
-                f"--holdout {options.holdout}: class {source.classes[label]} has one image, which cannot be in both "
-                "splits"
+                f"--holdout {share}: class {source.classes[label]} has one image, which cannot be in both splits"
             )
-        held.update(numbers[: min(max(round(options.holdout * len(numbers)), 1), len(numbers) - 1)])
+        held.update(numbers[: min(max(round(share * len(numbers)), 1), len(numbers) - 1)])
     parts: tuple[list[Item], list[Item]] = ([], [])
     for i, item in enumerate(source.items):
         parts[i in held].append(item)
     return replace(source, items=parts[0]), replace(source, items=parts[1])
 
 
-def _make_split(source: Source, out: Path, options: Options, processes: int, done: Done) -> tuple[Index, list[str]]:
+def make_split(source: Source, out: Path, options: Options, processes: int, done: Done) -> tuple[Index, list[str]]:
+    """Write a split's shards; see `make`."""
     count = len(source.items)
     if options.shards > count:
         raise RefusedError(f"--shards {options.shards}: more than the {count} images; at most --shards {count}")

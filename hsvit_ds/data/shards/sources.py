@@ -1,10 +1,11 @@
-"""Where images come from before they are shards: a folder of classes, or ImageNet's own archives.
+"""Where images come from before they are shards: a folder of classes, a table of files, or ImageNet's own archives.
 
 Archives are read in place, as bytes at an offset: nothing is unpacked, so a source costs its list of images.
 """
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import io
 import json
@@ -20,13 +21,14 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from ...errors import RefusedError, first_line
+from ...errors import RefusedError, first_line, read_text
 from ..decode import BadImageError, open_upright
 from ..members import IMAGES, MOST_BYTES, Member, printable, safe, unsafe, walk
 
 TRAIN, VAL, DEVKIT = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar", "ILSVRC2012_devkit_t12.tar.gz"
 META, TRUTH = "data/meta.mat", "data/ILSVRC2012_validation_ground_truth.txt"
-_SPLITS = {"train", "val", "valid", "validation", "test"}
+SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
+"""What folders of a split are called, and the split."""
 
 
 class Item(NamedTuple):
@@ -79,8 +81,10 @@ def open_source(folder: Path, split: str, known: list[str]) -> Source:
     Raises:
         RefusedError: neither layout, no images, or archives that are incomplete or contradict each other.
     """
+    if folder.is_file() and folder.suffix.lower() == ".csv":
+        return _table(folder, known)
     if not folder.is_dir():
-        raise RefusedError(f"{folder}: not a folder")
+        raise RefusedError(f"{folder}: neither a folder nor a CSV of file and label")
     try:
         names = {entry.name for entry in os.scandir(folder)}
         if {TRAIN, VAL} & names:
@@ -100,9 +104,15 @@ def open_source(folder: Path, split: str, known: list[str]) -> Source:
 
 def _image_folder(folder: Path, names: list[str], known: list[str]) -> Source:
     """Sorted names of sub-folders with images are the classes, as in torchvision's ImageFolder."""
-    if _SPLITS.issuperset(names):
+    if SPLITS.keys() >= set(names):
         raise RefusedError(f"{folder}: {', '.join(names)} are splits, not classes; give {folder / names[0]}")
     found = {name: sorted(_images(folder / name)) for name in names}
+    same = {name.casefold(): name for name in names if found[name]}
+    if twins := [name for name in names if found[name] and same[name.casefold()] != name]:
+        raise RefusedError(
+            f"{folder}: {twins[0]} and {same[twins[0].casefold()]} differ in case only, and are one folder on other "
+            "systems; give one another name, or move its images to the other"
+        )
     classes = [name for name in names if found[name]] or names
     if set(classes) <= set(known):
         classes = known
@@ -114,6 +124,36 @@ def _image_folder(folder: Path, names: list[str], known: list[str]) -> Source:
         for path in found.get(name, [])
     ]
     return Source(items, classes, classes)
+
+
+def _table(path: Path, known: list[str]) -> Source:
+    """A CSV of file and label, with a first line that names its columns or without; files are relative to it."""
+    rows = [row for row in csv.reader(io.StringIO(read_text(path))) if any(cell.strip() for cell in row)]
+    columns = (0, 1)
+    if rows and (head := [cell.strip().lower() for cell in rows[0]]) and not _is_image(rows[0][0]):
+        names = (("file", "filename", "path", "image"), ("label", "class", "category"))
+        found = [next((i for i, cell in enumerate(head) if cell in known_as), None) for known_as in names]
+        if None in found:
+            raise RefusedError(f"{path}: its first line has no columns file and label, but {', '.join(rows[0])}")
+        columns, rows = (found[0] or 0, found[1] or 0), rows[1:]
+    items = []
+    for line, row in enumerate(rows, 1):
+        if len(row) <= max(columns):
+            raise RefusedError(f"{path}, row {line}: {len(row)} cells, of which file and label are to be two")
+        items.append((row[columns[0]].strip(), row[columns[1]].strip()))
+    classes = sorted({label for _, label in items})
+    if set(classes) <= set(known):
+        classes = known
+    numbers = {label: number for number, label in enumerate(classes)}
+    try:
+        sized = [(name, os.stat(path.parent / name).st_size, label) for name, label in items]
+    except OSError as error:
+        raise RefusedError(f"{path}: names {error.filename}, {error.strerror}") from error
+    return Source(
+        [Item(str(path.parent / name), 0, size, numbers[label], label, name) for name, size, label in sized],
+        classes,
+        classes,
+    )
 
 
 def _images(folder: Path) -> Iterator[str]:

@@ -165,10 +165,8 @@ def _compared(index: Index, path: Path, patterns: Mapping[str, str]) -> Index:
             changed.append(i)
             modified[i] = found.st_mtime_ns
     if others := known.difference(there):  # whoever wrote the index may have named any file
-        raise RefusedError(
-            f"{path}: names {printable(min(others))}, which is no shard of {split}; name the shards as when it was "
-            f"made (data.shards, --shards), or {remedy}"
-        )
+        told = "tell the shards as when it was made (data.shards, --shards)" + (f", or {remedy}" if there else "")
+        raise RefusedError(f"{path}: names {printable(min(others))}, which is no shard of {split}; {told}")
     if list(index.shards) != there:
         raise RefusedError(f"{path}: has the shards of {split} in another order; {remedy}")
     if changed:

@@ -33,7 +33,7 @@ _LAYOUTS = [
         r"(?P<split>[A-Za-z_]+)/(?:.+-)?\d+\.tar",
     )
 ]
-_OTHER_SET = re.compile(r"[^/]+/.+-([A-Za-z_]+)-\*\.tar")
+_OTHER_SET = re.compile(r"[^/]+/.+-([A-Za-z_]+)-\[0-9\]\*\.tar")
 _PARTS = re.compile(r"(.*)/([^/\s]+\.tar)(?![\w.])(.*)", re.DOTALL)
 _LOGIN = re.compile(r"://[^/\s]*@")
 Shard = TypeVar("Shard", Path, str)
@@ -176,13 +176,13 @@ def split_shards(folder: Path, patterns: Mapping[str, str] = NONE) -> dict[str, 
 
 
 def _kinds(folder: Path) -> dict[str, dict[str, list[Path]]]:
-    """{split: {what their names have in common: shards}} of all that lie in a folder as one of the layouts has it."""
+    """{split: {the glob of their names: shards}} of all that lie in a folder as one of the layouts has it."""
     inner = [path for path in folder.glob("*") if re.fullmatch("[A-Za-z_]+", path.name) and path.is_dir()]
     found: dict[str, dict[str, list[Path]]] = {}
     for path in sorted(chain(folder.glob("*.tar"), *(each.glob("*.tar") for each in inner))):
         name = str(path.relative_to(folder))
         if match := next(filter(None, (layout.fullmatch(name) for layout in _LAYOUTS)), None):
-            kind = re.sub(r"\d+\.tar$", "*.tar", name)
+            kind = re.sub(r"\d+\.tar$", "[0-9]*.tar", name)
             found.setdefault(match["split"], {}).setdefault(kind, []).append(path)
     for kinds in found.values():
         others = {kind: match[1] for kind in kinds if (match := _OTHER_SET.fullmatch(kind))}

@@ -137,6 +137,9 @@ def read(path: Path, overrides: list[str] | None = None) -> Recipe:
         raise RefusedError(f"{path}: not valid TOML: {error}") from error
     for override in overrides or []:
         _override(table, override)
+    keys = [override.partition("=")[0].strip() for override in overrides or []]
+    if twice := [key for key in keys if key.startswith("data.shards.") and keys.count(key) > 1]:
+        raise RefusedError(f"{twice[0]} is given {len(twice)} times; quote its braces, which the shell expands")
     recipe = _build(table, str(path))
     if not recipe.run.name:
         name = f"{path.resolve().parent.name}-{path.stem}"

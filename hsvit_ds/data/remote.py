@@ -11,7 +11,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from http.client import HTTPException
 from itertools import chain
 from pathlib import Path
@@ -41,7 +41,7 @@ class Split:
     lengths: tuple[int, ...]
     named: tuple[str, ...] = ()
 
-    @property
+    @cached_property
     def urls(self) -> tuple[str, ...]:
         return self.named or tuple(f"{self.root}/{shard}" for shard in self.shards)
 
@@ -97,19 +97,20 @@ def _named(root: str, split: str, timeout: float, urls: tuple[str, ...]) -> Spli
     """Shards with the lengths that `_info.json` has for their names, of whatever split."""
     place = _place(root, urls)
     splits = _splits(place, timeout)
-    known: dict[str, int] = {}
+    known: dict[str, Any] = {}
     for about in (*splits.values(), splits.get(split, {})):  # its own last, which count
-        known |= zip(about.get("filenames", []), about.get("shard_lengths", []), strict=False)
+        known |= zip(map(str, about.get("filenames", [])), about.get("shard_lengths", []), strict=False)
     base = f"{root or parts(urls[0])[0]}/"
     names = [_name(url, base) for url in urls]
-    if twice := [i for i, name in enumerate(names) if name in names[:i]]:
+    of: dict[str, str] = {}
+    for name, url in zip(names, urls, strict=True):
+        if (other := of.setdefault(name, url)) != url:
+            raise RefusedError(
+                f"{place}: cannot tell the lengths of {other} and {url} apart; set data.root to the URL that has both"
+            )
+    if unknown := [name for name in names if not isinstance(known.get(name), int)]:
         raise RefusedError(
-            f"{place}: cannot tell the lengths of {urls[names.index(names[twice[0]])]} and {urls[twice[0]]} apart; set "
-            "data.root to the URL that both lie at"
-        )
-    if unknown := [i for i, name in enumerate(names) if not isinstance(known.get(name), int)]:
-        raise RefusedError(
-            f"{place}: has no length of {names[unknown[0]]} ({len(unknown):,} of {len(names):,} shards of {split}); "
+            f"{place}: has no length of {unknown[0]} ({len(unknown):,} of {len(names):,} shards of {split}); "
             f"write it there, into filenames and shard_lengths of {split}"
         )
     return Split(root or base[:-1], tuple(names), tuple(known[name] for name in names), urls)
@@ -129,9 +130,14 @@ def _name(url: str, base: str) -> str:
 
 def _splits(place: str, timeout: float) -> dict[str, Any]:
     splits = _info(place, timeout).get("splits")
-    if not isinstance(splits, dict) or not all(isinstance(about, dict) for about in splits.values()):
-        raise RefusedError(f"{place}: names no splits; `hsvit shards make` writes it")
+    if not isinstance(splits, dict) or not all(map(_is_split, splits.values())):
+        raise RefusedError(f"{place}: names no splits with filenames and shard_lengths; `hsvit shards make` writes it")
     return splits
+
+
+def _is_split(about: Any) -> bool:
+    keys = ("filenames", "shard_lengths")
+    return isinstance(about, dict) and all(isinstance(about.get(key, []), list) for key in keys)
 
 
 @cache
@@ -141,8 +147,8 @@ def _info(place: str, timeout: float) -> dict[str, Any]:
 
         open_http_ourselves(timeout)
         with gopen(place) as stream:
-            found: dict[str, Any] = json.loads(stream.read())
-            return found
+            found = json.loads(stream.read())
+            return found if isinstance(found, dict) else {}
 
     try:
         if not is_url(place) and not Path(place).exists():

@@ -26,7 +26,7 @@ from hsvit_ds.errors import RefusedError
 from hsvit_ds.grid.grid import Config as GridConfig
 from hsvit_ds.grid.grid import Grid
 
-from ..tars import data_set, sample, write_tar
+from ..tars import encoded, make_index, picture, sample, write_split, write_tar
 from .shards.commands import refused, shards
 
 Name = Callable[[str, int], str]
@@ -73,7 +73,14 @@ FILES = FOUND | NAMED | GLOBS
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Called as ever: 50 samples for training, 21 for validation, in three shards each."""
-    return data_set(tmp_path_factory.mktemp("source") / "set", train=50, val=21)
+    folder = tmp_path_factory.mktemp("source") / "set"
+    write_split(folder, "train", 50)
+    for shard in range(3):  # other pictures than those of training
+        numbers = range(100 + 7 * shard, 107 + 7 * shard)
+        members = [m for i in numbers for m in sample(i, encoded(picture(i)), i % 10)]
+        write_tar(folder / f"tiny-val-{shard:04d}.tar", members)
+    make_index(folder)
+    return folder
 
 
 def laid(source: Path, folder: Path, name: Name) -> Path:

@@ -342,6 +342,10 @@ def test_other_data_behind_the_url_is_refused(folder: Path, url: str) -> None:
         ({"splits": {"train": {"filenames": ["a.tar"]}}}, "split train has no 'shard_lengths'"),
         ({"splits": {"train": {"filenames": [], "shard_lengths": []}}}, "train has 0 files and 0 lengths"),
         ({"splits": {"all": {}}}, r"no split train \(all\)"),
+        ({"splits": {"train": {"filenames": 3}}}, "names no splits with filenames and shard_lengths"),
+        ({"splits": {"train": ["a.tar"]}}, "names no splits with filenames and shard_lengths"),
+        ({}, "names no splits with filenames and shard_lengths"),
+        ([], "names no splits with filenames and shard_lengths"),
     ],
 )
 def test_an_info_that_says_too_little_is_refused(folder: Path, url: str, info: Any, message: str) -> None:

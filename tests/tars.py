@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from hsvit_ds.data.index import build, split_shards
+from hsvit_ds.data.index import build
+from hsvit_ds.data.layouts import split_shards
 
 
 def picture(number: int, side: int | tuple[int, int] = 32) -> Image.Image:

@@ -197,19 +197,45 @@ def test_a_file_without_weights_is_one_line_that_does_not_recommend_to_unpickle(
     assert not recwarn
 
 
-def of_data(root: str) -> dict[str, Any]:
-    data = {"name": "tiny", "classes": 10, "image_size": 32, "root": root}
+def of_data(root: str, **shards: str) -> dict[str, Any]:
+    data = {"name": "tiny", "classes": 10, "image_size": 32, "root": root, "shards": shards}
     return {"model": {"kind": "hsvit", "variant": "C2A2"}, "data": data}
 
 
-def test_a_checkpoint_does_not_bring_a_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = LoadedRun(nn.Identity(), of_data(f"pipe:touch {tmp_path}/made; cat"), Position(0, 0, 0), ())  # type: ignore[arg-type]
+@pytest.mark.parametrize(
+    ("root", "shards"),
+    [
+        ("pipe:touch MADE; cat", {}),
+        ("", {"val": "pipe:touch MADE; cat /x/{0..3}.tar"}),
+        ("/x", {"train": "a.tar", "val": "https://host/a.tar::pipe:touch MADE; cat /x/a.tar"}),
+        ("https://host", {"val": "{https://host/x/a.tar,pipe:touch MADE; cat /x/a.tar}"}),
+        ("pipe:touch MADE; cat", {"val": "a.tar"}),
+    ],
+)
+def test_a_checkpoint_does_not_bring_a_command(
+    root: str, shards: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root, *patterns = (text.replace("MADE", f"{tmp_path}/made") for text in (root, *shards.values()))
+    table = of_data(root, **dict(zip(shards, patterns, strict=True)))
+    run = LoadedRun(nn.Identity(), table, Position(0, 0, 0), ())  # type: ignore[arg-type]
     monkeypatch.setattr(saved, "load_run", lambda folder, ema, checkpoint: run)
     result = CliRunner().invoke(app, ["evaluate", str(tmp_path)])
     assert result.exit_code == 2
     assert "which is not run because a checkpoint says so: 'pipe:touch" in result.stderr
+    moved = saved.open_run(tmp_path, root="pipe:cat https://here/x").recipe.data
+    assert moved.root == "pipe:cat https://here/x"
+    assert all(url.startswith("pipe:cat https://here/x/a.tar") for urls in moved.urls.values() for url in urls)
+    assert saved.open_run(tmp_path, root="/x").recipe.data.commands == []
     assert not (tmp_path / "made").exists()
-    assert saved.open_run(tmp_path, root="pipe:cat https://here/x").recipe.data.root == "pipe:cat https://here/x"
+
+
+def test_a_checkpoint_brings_no_part_of_a_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The root is a person's, the names of the shards are not."""
+    run = LoadedRun(nn.Identity(), of_data("/x", val=f"a.tar; touch {tmp_path.name}"), Position(0, 0, 0), ())  # type: ignore[arg-type]
+    monkeypatch.setattr(saved, "load_run", lambda folder, ema, checkpoint: run)
+    result = CliRunner().invoke(app, ["evaluate", str(tmp_path), "--root", "pipe:cat /x"])
+    assert result.exit_code == 2
+    assert "is not the plain name of a tar" in result.stderr
 
 
 @pytest.mark.parametrize(
@@ -219,6 +245,11 @@ def test_a_checkpoint_does_not_bring_a_command(tmp_path: Path, monkeypatch: pyte
         of_data("https://s3cret@host/set"),
         of_data("pipe:curl https://me:s3cret@host/set"),
         of_data("https://host/set?X-Amz-Signature=s3cret"),
+        of_data("", train="https://me:s3cret@host/{0..3}.tar"),
+        of_data("", train="https://host/a.tar::https://s3cret@host/b.tar"),
+        of_data("", train="{https://host/a.tar,pipe:curl https://me:s3cret@host/b.tar}"),
+        of_data("", train="pipe:cat /x/a.tar::https://host/b.tar?X-Amz-Signature=s3cret"),
+        of_data("/set", train="a{.tar::https://host/b.tar?X-Amz-Signature=s3cret"),
         of_data("/set") | {"tracking": {"uri": "https://me:s3cret@host"}},
         of_data("/set") | {"tracking": {"uri": "postgresql://host/db?user=me&password=s3cret"}},
     ],

@@ -16,7 +16,15 @@ from ..errors import RefusedError, counted, shown
 from . import Debug
 
 app = typer.Typer(no_args_is_help=True)
-Folder = Annotated[Path, typer.Argument(help="Folder of NAME-SPLIT-0000.tar, …")]
+Folder = Annotated[Path, typer.Argument(help="Folder of NAME-SPLIT-0000.tar, of SPLIT-0000.tar, or of SPLIT/0000.tar.")]
+Named = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--shards",
+        metavar="SPLIT=PATTERN",
+        help="A split's shards of other names, as 'train=train-{000..146}.tar' or 'val=a/*.tar'; repeatable.",
+    ),
+]
 Processes = Annotated[int, typer.Option(help="How many work at once; 0 is one for each core.")]
 Image = Annotated[
     str, typer.Option(help="Extension of a sample's image where it has two, as jpg or rgb.png; jpg;png: else a png.")
@@ -69,6 +77,7 @@ def make_shards(
 def index_shards(
     folder: Folder,
     out: Annotated[Path | None, typer.Option(help="Folder for SPLIT.index.npz; FOLDER by default.")] = None,
+    shards: Named = None,
     image: Image = "",
     processes: Processes = 0,
     debug: Debug = False,
@@ -76,11 +85,12 @@ def index_shards(
     """Index each split's shards, which a training run needs. Reads headers, no images."""
     with shown(2, debug):
         from ..data import index
+        from ..data.layouts import options, parsed
         from ..data.shards.check import shards_in
         from ..data.shards.make import class_names
 
-        names = class_names(folder)
-        splits, target, rows, problems, empty = shards_in(folder), out or folder, [], list[str](), list[str]()
+        names, patterns = class_names(folder), parsed(shards or [])
+        splits, target, rows, problems, empty = shards_in(folder, patterns), out or folder, [], list[str](), list[str]()
         _made_folder(target)
         total = sum(map(len, splits.values()))
         with _progress("shards") as done:
@@ -104,10 +114,8 @@ def index_shards(
             _table(("split", "samples", "shards", "classes", "index bytes"), rows, str(target))
         if problems:
             _list(problems, 20)
-            typer.echo(
-                f"hsvit: problems: {len(problems):,}; what they name is left out; more: hsvit shards check {folder}",
-                err=True,
-            )
+            more = f"hsvit shards check {folder}{options(patterns)}"
+            typer.echo(f"hsvit: problems: {len(problems):,}; what they name is left out; more: {more}", err=True)
         if empty:
             raise RefusedError(f"{folder}: no sample of {', '.join(empty)} can be used, so it gets no index")
 
@@ -116,16 +124,18 @@ def index_shards(
 def check_shards(
     folder: Folder,
     classes: Annotated[int, typer.Option(help="Labels must be below it; 0: the classes of _info.json.")] = 0,
+    shards: Named = None,
     image: Image = "",
     processes: Processes = 0,
     debug: Debug = False,
 ) -> None:
     """Read all shards and decode every image; exit code 1 if anything is wrong."""
     with shown(2, debug):
+        from ..data.layouts import parsed
         from ..data.shards.check import WARNINGS, check
 
         with _progress("shards") as done:
-            findings, samples = check(folder, classes, image, _cores(processes), done)
+            findings, samples = check(folder, classes, image, _cores(processes), done, parsed(shards or []))
         findings.sort(key=lambda finding: not finding.is_error)
         errors = sum(finding.is_error for finding in findings)
         if findings:
@@ -144,20 +154,24 @@ def check_shards(
 
 
 @app.command("info")
-def show_shards(folder: Folder, debug: Debug = False) -> None:
+def show_shards(folder: Folder, shards: Named = None, debug: Debug = False) -> None:
     """What the indexes of a folder say of its splits."""
     with shown(2, debug):
         import numpy as np
 
         from ..data import index
+        from ..data.layouts import parsed
         from ..data.shards.make import INFO, disagreement, read_info
 
+        patterns = parsed(shards or [])
         names = sorted(path.name.removesuffix(".index.npz") for path in folder.glob("*.index.npz"))
         if not names:
-            raise RefusedError(f"{folder}: no index there; make it: hsvit shards index {folder}")
+            raise RefusedError(
+                f"{folder}: no index there; make it: {index.command(folder / 'x', folder, patterns=patterns)}"
+            )
         info, columns = read_info(folder), []
         for split in names:
-            opened = index.open_index(folder / f"{split}.index.npz", folder)
+            opened = index.open_index(folder / f"{split}.index.npz", folder, patterns)
             counts = np.unique(opened.labels, return_counts=True)[1]
             some = len(opened) > 0
             differs = disagreement(info, split, opened.shards, opened.lengths)

@@ -1,17 +1,17 @@
 """The index of a split: where each sample of its tar shards lies, and what its label is.
 
-`NAME-SPLIT-0000.tar`, … in one folder are indexed in `SPLIT.index.npz` beside them, by a walk over the tars' headers:
-no image is read. An index holds 12 bytes a sample, so a rank and each of its workers can keep all of it.
+The shards in a folder are indexed in its `SPLIT.index.npz`, by a walk over the tars' headers: no image is read. An
+index holds 12 bytes a sample, so a rank and each of its workers can keep all of it.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
-import re
+import shlex
 import sys
 import tarfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, fields, replace
@@ -21,21 +21,22 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import RefusedError, counted, first_line
+from .layouts import NONE, name_in, options, split_shards
 from .members import BLOCK, MOST_BYTES, Sample, grouped, printable, safe, walk
 
 FORMAT = 2
 """1 took for a sample's image the first of its members that ended as one does."""
-_SHARD = re.compile(r"(?P<name>.+)-(?P<split>[A-Za-z_]+)-\d+\.tar")
 
 
 @dataclass(frozen=True)
 class Index:
     """A split's samples, in the order of shards and of the members in them.
 
-    lengths: samples of each shard. bytes, modified, checksums: of each shard its size, its time of modification
-    (ns) and the hash of its members' names, places and labels. offsets: uint32 [N], in blocks of 512 bytes. sizes:
-    uint32 [N], bytes of the image. labels: int32 [N]. problems: samples that are left out, and why. classes: what the
-    labels mean, where that is known. image: the extensions that it was asked for, see `Sample.image`.
+    shards: relative to `folder` where they lie in it. lengths: samples of each. bytes, modified, checksums: of each
+    shard its size, its time of modification (ns) and the hash of its members' names, places and labels. offsets: uint32
+    [N], in blocks of 512 bytes. sizes: uint32 [N], bytes of the image. labels: int32 [N]. problems: samples that are
+    left out, and why. classes: what the labels mean, where that is known. image: the extensions that it was asked for,
+    see `Sample.image`.
     """
 
     folder: Path
@@ -93,26 +94,28 @@ class Index:
             ) from error
 
 
-def open_index(path: Path, folder: Path) -> Index:
-    """The index in `path` of the shards in `folder`, compared with the files that are there.
+def open_index(path: Path, folder: Path, patterns: Mapping[str, str] = NONE) -> Index:
+    """The index in `path` of the shards in `folder`, compared with the files that are there. patterns: of the splits
+    that are named, see `split_shards`.
 
     Raises:
         RefusedError: no index, one of another version or damaged, or shards that are missing, new or changed since.
     """
     if not path.exists():
-        raise RefusedError(f"{path}: there is no index; make it: {command(path, folder)}")
+        raise RefusedError(f"{path}: there is no index; make it: {command(path, folder, patterns=patterns)}")
     try:
         index = _read(path, folder)
     except Exception as error:  # NumPy makes nearly anything of a damaged file
-        remedy = f"make it anew: {command(path, folder)}"
+        remedy = f"make it anew: {command(path, folder, patterns=patterns)}"
         raise RefusedError(f"{path}: not an index ({first_line(error)}); {remedy}") from error
-    return _compared(index, path)
+    return _compared(index, path, patterns)
 
 
-def command(path: Path, folder: Path, image: str = "") -> str:
+def command(path: Path, folder: Path, image: str = "", patterns: Mapping[str, str] = NONE) -> str:
     """The command that makes an index."""
-    out = "" if path.parent == folder else f" --out {path.parent}"
-    return f"hsvit shards index {folder}{out}" + (f' --image "{image}"' if image else "")
+    out = "" if path.parent == folder else f" --out {shlex.quote(str(path.parent))}"
+    asked = f' --image "{image}"' if image else ""
+    return f"hsvit shards index {shlex.quote(str(folder))}{out}{options(patterns)}{asked}"
 
 
 def _read(path: Path, folder: Path) -> Index:
@@ -131,20 +134,21 @@ def _read(path: Path, folder: Path) -> Index:
         raise ValueError("its arrays do not fit each other")
     if any(arrays[name].min(initial=0) < 0 for name in ("lengths", "offsets", "sizes", "labels")):
         raise ValueError("negative numbers")
-    if odd := [name for name in shards if "/" in name or not _SHARD.fullmatch(name)]:
+    if odd := [name for name in shards if ".." in name.split("/")]:
         raise ValueError(f"{printable(odd[0])} is no shard's name")
     if arrays["sizes"].max(initial=0) > MOST_BYTES:
         raise ValueError(f"an image of more than {MOST_BYTES} bytes")
     return Index(folder, shards, problems=problems, classes=classes, image=image, **arrays)
 
 
-def _compared(index: Index, path: Path) -> Index:
+def _compared(index: Index, path: Path, patterns: Mapping[str, str]) -> Index:
     """The index with the shards' times of modification as they are now; refused where the shards are not its own."""
-    remedy = f"make it anew: {command(path, index.folder, index.image)}"
+    again = command(path, index.folder, index.image, patterns)
+    remedy = f"make it anew: {again}"
     split = path.name.removesuffix(".index.npz")
+    there = [name_in(index.folder, shard) for shard in split_shards(index.folder, patterns).get(split, [])]
     known = set(index.shards)
-    new = [p.name for p in split_shards(index.folder).get(split, []) if p.name not in known]
-    if new:
+    if new := [name for name in there if name not in known]:
         raise RefusedError(f"{index.folder / new[0]}: not in {path} ({len(new)} such shards); {remedy}")
     modified, changed = index.modified.copy(), list[int]()
     for i, name in enumerate(index.shards):
@@ -160,49 +164,31 @@ def _compared(index: Index, path: Path) -> Index:
         if found.st_mtime_ns != modified[i]:  # copied, or rewritten: the headers tell
             changed.append(i)
             modified[i] = found.st_mtime_ns
+    if others := known.difference(there):  # whoever wrote the index may have named any file
+        told = "tell the shards as when it was made (data.shards, --shards)" + (f", or {remedy}" if there else "")
+        raise RefusedError(f"{path}: names {printable(min(others))}, which is no shard of {split}; {told}")
+    if list(index.shards) != there:
+        raise RefusedError(f"{path}: has the shards of {split} in another order; {remedy}")
     if changed:
         files = tuple((index.shards[i], int(index.bytes[i]), int(modified[i])) for i in changed)
-        for i, checksum in zip(changed, _checksums(path, index.folder, index.image, files), strict=True):
+        for i, checksum in zip(changed, _checksums(path, index.folder, index.image, files, again), strict=True):
             if checksum != index.checksums[i]:
                 raise RefusedError(f"{index.folder / index.shards[i]}: its members are not those of {path}; {remedy}")
     return replace(index, modified=modified)
 
 
 @cache
-def _checksums(path: Path, folder: Path, image: str, files: tuple[tuple[str, int, int], ...]) -> list[int]:
+def _checksums(path: Path, folder: Path, image: str, files: tuple[tuple[str, int, int], ...], again: str) -> list[int]:
     """Those of shards (name, bytes, time of modification), by a walk over each; a process opens an index several times,
-    and walks once."""
+    and walks once. again: the command that makes the index."""
     if os.environ.get("LOCAL_RANK", "0") == "0":
         print(
             f"hsvit: warning: {folder}: the times of {counted(len(files), 'shard')} are not those in {path.name}, "
-            f"as of copies: each start compares headers; this ends it: {command(path, folder, image)}",
+            f"as of copies: each start compares headers; this ends it: {again}",
             file=sys.stderr,
             flush=True,
         )
     return [scan(folder / name, image).checksum for name, _, _ in files]
-
-
-def split_shards(folder: Path) -> dict[str, list[Path]]:
-    """{split: its shards in the order of their names} of the `NAME-SPLIT-0000.tar` in a folder."""
-    found: dict[str, list[Path]] = {}
-    for path in sorted(folder.glob("*.tar")):
-        if match := _SHARD.fullmatch(path.name):
-            found.setdefault(match["split"], []).append(path)
-    for split, paths in found.items():
-        names = sorted({_SHARD.fullmatch(p.name)["name"] for p in paths})  # type: ignore[index]
-        if len(names) > 1:
-            raise RefusedError(
-                f"{folder}: shards of {' and '.join(names)} for {split}; keep each set in its own folder"
-            )
-    return found
-
-
-def no_split(where: str, split: str, there: Iterable[str]) -> RefusedError:
-    """That a split is not among those that are there, and which key names another in its place."""
-    found = list(there)
-    others = [name for name in found if name != "train"]
-    remedy = f'; data.{split} = "{others[0]}" takes that one in its place' if others and split != "train" else ""
-    return RefusedError(f"{where}: no split {split} ({', '.join(found) or 'no NAME-SPLIT-0000.tar'}){remedy}")
 
 
 def build(
@@ -215,16 +201,18 @@ def build(
 ) -> Index:
     """Index the shards of a split. done: called after each shard. classes: what the labels mean. image: see
     `Sample.image`."""
-    scans, one = [], partial(scan, image=image)
+    scans, problems, one = [], list[str](), partial(scan, image=image)
+    names = tuple(name_in(folder, path) for path in shards)
     with ProcessPoolExecutor(processes) if processes > 1 else nullcontext() as pool:
         results = pool.map(one, shards) if pool is not None else map(one, shards)
-        for path, result in zip(shards, results, strict=True):
+        for path, name, result in zip(shards, names, results, strict=True):
             scans.append(result)
+            problems += [problem.replace(path.name, printable(name), 1) for problem in result.problems]
             done(path)
     rows = np.array([row for s in scans for row in s.samples], dtype=np.int64).reshape(-1, 3)
     return Index(
         folder,
-        tuple(path.name for path in shards),
+        names,
         lengths=np.array([len(s.samples) for s in scans]),
         bytes=np.array([s.bytes for s in scans]),
         modified=np.array([s.modified for s in scans]),
@@ -232,7 +220,7 @@ def build(
         offsets=rows[:, 0].astype(np.uint32),
         sizes=rows[:, 1].astype(np.uint32),
         labels=rows[:, 2].astype(np.int32),
-        problems=tuple(problem for s in scans for problem in s.problems),
+        problems=tuple(problems),
         classes=tuple(map(printable, classes)),
         image=image,
     )

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..errors import RefusedError
 from ..grid.grid import Grid
-from . import augment, decode, loader, stream
+from . import augment, decode, loader, remote
 from .batch import PADDING, Batch, Images, Job
 from .index import Index
 from .loader import Again, Loader
@@ -85,7 +85,7 @@ class Reader:
                     f"rank {rank} has {what} {other}, rank {self.grid.rank} {mine}; they must be the same"
                 )
 
-    def _source(self, split: str, there: Index | stream.Split | None) -> Source | Streamed:
+    def _source(self, split: str, there: Index | remote.Split | None) -> Source | Streamed:
         if there is None:
             return digits_split(split)
         if isinstance(there, Index):

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+import shlex
+from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 
 from ..errors import RefusedError
-from . import augment, decode, stream
+from . import augment, decode, layouts, remote
 from .digits import SPLITS as DIGITS
-from .index import Index, command, no_split, open_index, split_shards
+from .index import Index, command, open_index
+from .layouts import is_command, is_url, no_split, split_shards
 from .sets import SETS, Facts, photographs
 
 
@@ -19,8 +22,13 @@ class Config:
     """The data set: "digits" is built in; "cifar10", "imagenette", "tiny_imagenet" and "imagenet1k" are known; any
     other name is a set of your own."""
     root: str = ""
-    """Folder of its shards NAME-SPLIT-0000.tar, indexed by `hsvit shards index`; or a URL with `_info.json` (https:,
-    gs:, pipe:cat /x), whose shards are streamed, with the weaker promises of `stream.py`."""
+    """Folder of its shards, NAME-SPLIT-0000.tar, SPLIT-0000.tar, or SPLIT/0000.tar in a folder for each split, indexed
+    by `hsvit shards index`; or a URL with `_info.json` (https:, gs:, pipe:cat /x), whose shards are streamed, with the
+    weaker promises of `stream.py`."""
+    shards: dict[str, str] = field(default_factory=dict)
+    """Splits whose shards are called otherwise: {split: pattern}, a list as webdataset takes it, relative to root or
+    whole: train = "train-{000000..000146}.tar", lists joined by "::", of files also globs, as "a/*.tar". Their lengths
+    behind URLs are those in `_info.json`, in root or else beside a split's first shard."""
     val: str = "val"
     """The split that is evaluated while a run trains, and that chooses its best checkpoint; "test" where a set has no
     other. Metrics, tables and pictures bear its name."""
@@ -78,21 +86,63 @@ class Config:
         for name in ("workers", "classes", "image_size"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} = {getattr(self, name)}: must not be negative")
-        stream.check_root(self.root)
+        layouts.check(self.root, self.shards)
         if self.timeout <= 0:
             raise ValueError(f"timeout = {self.timeout}: must be above 0 seconds")
         if not 0 <= self.max_bad_fraction <= 1:
             raise ValueError(f"max_bad_fraction = {self.max_bad_fraction}: must be in [0, 1]")
-        if self.name not in SETS and not self.classes and not self.root:
+        if self.name not in SETS and not self.classes and not self.is_placed:
             raise ValueError(
                 f'name = "{self.name}": not one of {", ".join(SETS)}; for a data set of your own set root, the folder '
                 "of its shards, or classes"
             )
         known = SETS["digits"]
         if self.name == "digits" and (
-            self.root or self.classes not in (0, known.classes) or self.image_size not in (0, known.image_size)
+            self.is_placed or self.classes not in (0, known.classes) or self.image_size not in (0, known.image_size)
         ):
-            raise ValueError('name = "digits" is built in: it takes no root, classes or image_size')
+            raise ValueError('name = "digits" is built in: it takes no root, shards, classes or image_size')
+
+    @property
+    def is_placed(self) -> bool:
+        """Whether it says where the data is."""
+        return bool(self.root or self.shards)
+
+    @property
+    def urls(self) -> dict[str, tuple[str, ...]]:
+        """Of the splits in `shards` that are streamed."""
+        found = {split: layouts.urls("", pattern, self.root) for split, pattern in self.shards.items()}
+        return {split: urls for split, urls in found.items() if urls}
+
+    @property
+    def patterns(self) -> dict[str, str]:
+        """Of the splits in `shards` that are files."""
+        streamed = self.urls
+        return {split: pattern for split, pattern in self.shards.items() if split not in streamed}
+
+    @property
+    def stream(self) -> str:
+        """The key and value that makes it a stream, in whole or in part; "" for files."""
+        if is_url(self.root):
+            return f"data.root = {self.root}"
+        return next((f"data.shards.{split} = {self.shards[split]}" for split in self.urls), "")
+
+    @property
+    def commands(self) -> list[str]:
+        """What a shell would run to read it."""
+        places = [self.root, *chain.from_iterable(self.urls.values())]
+        return [place for place in places if is_command(place)]
+
+    def moved(self, root: str) -> Config:
+        """With its data in another root; shards that did not lie in its own are found there by their names.
+
+        Raises:
+            RefusedError: a root that is none, or where its shards cannot be.
+        """
+        inside = {split: pattern for split, pattern in self.shards.items() if not layouts.leads_elsewhere(pattern)}
+        try:
+            return dataclasses.replace(self, root=root, shards=inside)
+        except ValueError as error:
+            raise RefusedError(f"[data] {error}") from None
 
 
 def facts(config: Config) -> Facts:
@@ -107,12 +157,12 @@ def split_names(config: Config) -> list[str]:
     """The splits that are there."""
     if config.name == "digits":
         return list(DIGITS)
-    if stream.is_url(config.root):
-        return stream.split_names(config.root, config.timeout)
-    return list(split_shards(Path(config.root)))
+    streamed = remote.split_names(config.root, config.timeout, config.urls) if config.stream else []
+    files = split_shards(Path(config.root), config.patterns) if config.root and not is_url(config.root) else []
+    return list(dict.fromkeys([*streamed, *files]))
 
 
-def open_split(config: Config, split: str) -> Index | stream.Split | None:
+def open_split(config: Config, split: str) -> Index | remote.Split | None:
     """Where the samples of a split are: by their index, behind URLs, or None for a set in memory.
 
     Raises:
@@ -122,25 +172,34 @@ def open_split(config: Config, split: str) -> Index | stream.Split | None:
         if split not in DIGITS:
             raise no_split("the digits", split, DIGITS)
         return None
-    if stream.is_url(config.root):
-        return stream.open_split(config.root, split, config.timeout)
+    if is_url(config.root) or split in config.urls:
+        return remote.open_split(config.root, split, config.timeout, config.urls)
+    if not config.root and config.shards and split not in config.shards:
+        raise no_split("data.shards", split, config.shards)
     if not config.root:
-        raise RefusedError(f"data.root is not set: the folder of {config.name}'s shards, NAME-SPLIT-0000.tar")
-    folder = Path(config.root)
+        raise RefusedError(
+            f"data.root is not set: the folder of {config.name}'s shards, {layouts.NAMES}, or as data.shards names them"
+        )
+    return _open_files(config, split)
+
+
+def _open_files(config: Config, split: str) -> Index:
+    """The index of a split in a folder."""
+    folder, patterns = Path(config.root), config.patterns
     if not folder.is_dir():
         raise RefusedError(f"data.root = {folder}: no such folder")
-    shards = split_shards(folder)
-    if split not in shards:
-        raise no_split(f"data.root = {folder}", split, shards)
+    if split not in split_shards(folder, patterns):
+        raise no_split(f"data.root = {folder}", split, split_names(config))
     path = (Path(config.index) if config.index else folder) / f"{split}.index.npz"
-    index = open_index(path, folder)
+    index = open_index(path, folder, patterns)
     if config.image not in ("", index.image):
         raise RefusedError(
             f'{path}: its images are "{index.image}", but data.image = "{config.image}"; make it anew: '
-            f"{command(path, folder, config.image)}"
+            f"{command(path, folder, config.image, patterns)}"
         )
     if not len(index):
-        raise RefusedError(f"{path}: holds no sample; hsvit shards check {folder} tells why")
+        tells = f"hsvit shards check {shlex.quote(str(folder))}{layouts.options(patterns)} tells why"
+        raise RefusedError(f"{path}: holds no sample; {tells}")
     worst, classes = int(index.labels.argmax()), facts(config).classes or len(index.classes)
     if classes and index.labels[worst] >= classes:
         raise RefusedError(
@@ -154,9 +213,9 @@ def class_names(config: Config) -> tuple[str, ...]:
     """What the labels mean, as the shards say it; () where they do not."""
     if config.name == "digits":
         return tuple(str(digit) for digit in range(facts(config).classes))
-    if stream.is_url(config.root):
-        return stream.class_names(config.root, config.timeout)
-    there = open_split(config, "train") if config.root else None
+    if is_url(config.root) or "train" in config.urls:
+        return remote.class_names(config.root, config.timeout, config.urls)
+    there = open_split(config, "train") if config.is_placed else None
     return there.classes if isinstance(there, Index) else ()
 
 
@@ -186,21 +245,22 @@ def resolved(config: Config) -> Config:
             )
     about = facts(config)
     config = dataclasses.replace(config, classes=about.classes, image_size=about.image_size)
-    if config.name == "digits" or not config.root:
+    if config.name == "digits" or not config.is_placed:
         return config
     there = open_split(config, "train")
     assert there is not None
     if config.fingerprint not in ("", there.fingerprint):
+        where = config.root or config.shards["train"]
         raise RefusedError(
-            f'data.fingerprint = "{config.fingerprint}", but the training split in {config.root} has '
+            f'data.fingerprint = "{config.fingerprint}", but the training split in {where} has '
             f'"{there.fingerprint}": other samples, labels or shards. Take them with data.fingerprint=""'
         )
     return dataclasses.replace(config, decoder=decode.resolved(config.decoder), fingerprint=there.fingerprint)
 
 
 def shard_lengths(config: Config) -> tuple[int, ...]:
-    """Samples in each shard of the training split; without data.root one shard of the published size."""
-    if config.name == "digits" or (config.name in SETS and not config.root):
+    """Samples in each shard of the training split; without data one shard of the published size."""
+    if config.name == "digits" or (config.name in SETS and not config.is_placed):
         return (facts(config).samples["train"],)
     there = open_split(config, "train")
     assert there is not None
@@ -212,7 +272,7 @@ def shares_images(config: Config, submodule_ranks: int, image_size: int) -> bool
 
     Streams are always shared: two ranks that read one apart might not get the same images again after a fault.
     """
-    if stream.is_url(config.root):
+    if config.stream:
         return submodule_ranks > 1
     if config.share == "auto":
         return submodule_ranks > 2 and image_size > 64
@@ -221,8 +281,8 @@ def shares_images(config: Config, submodule_ranks: int, image_size: int) -> bool
 
 def not_on_device(config: Config, augmentation: augment.Config) -> str:
     """Why images have to come from workers, empty where they need not."""
-    if stream.is_url(config.root):
-        return f"data.root = {config.root} is a stream"
+    if config.stream:
+        return f"{config.stream} is a stream"
     if keys := augmentation.needs_workers:
         return f"augment.{keys[0]} = {getattr(augmentation, keys[0])!r} is computed by them, from the files"
     return ""
@@ -236,7 +296,7 @@ def check_on_device(config: Config, augmentation: augment.Config) -> None:
 
 def check_share(config: Config, facts: Facts, submodule_ranks: int, micro_batch: int) -> None:
     """Refuse a micro batch that the ranks of a replica cannot divide, and streams that they do not."""
-    if stream.is_url(config.root) and config.share == "none" and submodule_ranks > 1:
+    if config.stream and config.share == "none" and submodule_ranks > 1:
         raise RefusedError('data.share = "none": the ranks of a replica share a stream; set "auto" or "gather"')
     if shares_images(config, submodule_ranks, facts.image_size) and micro_batch % submodule_ranks:
         raise RefusedError(

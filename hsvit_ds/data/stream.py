@@ -14,19 +14,13 @@ A tar that cannot be read in any order cannot be given the indexed reader's prom
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import random
-import re
 import sys
 import tarfile
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from functools import cache, partial
-from http.client import HTTPException
+from functools import partial
 from itertools import chain, islice
 from typing import Any
 
@@ -36,170 +30,17 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from hsvit_kernels.random import Site, key, sequence
 
-from ..errors import RefusedError, first_line
+from ..errors import RefusedError
 from . import loader
 from .augment import VIEW
 from .batch import PADDING, UNREADABLE, Images
 from .decode import BadImageError
-from .index import no_split
+from .layouts import parts
 from .loader import Loader
 from .members import MOST_BYTES, Member, Sample, grouped, printable, unsafe
+from .remote import TRANSIENT, TRIES, Split, open_http_ourselves, wait
 from .sources import empty
 from .transform import Transform, own_generators
-
-TRIES = 8
-"""Times that a shard is asked for before the run is refused; a quarter of a second is waited after the first, and each
-time twice as long: half a minute in all."""
-TRANSIENT = (OSError, EOFError, ValueError, HTTPException, tarfile.TarError, RecursionError)
-"""What a server, a subprocess or a file that breaks off becomes on its way through urllib, tarfile and webdataset."""
-_FINAL = (400, 401, 403, 404, 405, 410)  # of a URL that will not get better
-_SHARD = re.compile(r"\w[\w.-]*\.tar", re.ASCII)
-_LOGIN = re.compile(r"://[^/\s]*@")
-
-
-def is_url(root: str) -> bool:
-    return "://" in root or is_command(root)
-
-
-def is_command(root: str) -> bool:
-    """Whether it is run by a shell."""
-    return root.startswith("pipe:")
-
-
-def check_root(root: str) -> None:
-    """
-    Raises:
-        ValueError: it holds what must not be saved with a run, shown and tracked.
-    """
-    if _LOGIN.search(root):
-        raise ValueError(
-            "root holds a user name or password, which would be saved with the run: put them into ~/.netrc and set "
-            '"pipe:curl -sSfn https://…"'
-        )
-    if is_url(root) and not is_command(root) and "?" in root:
-        raise ValueError(
-            "root holds a query (?…), which may be a key and would be saved with the run: put it into the environment "
-            """and set 'pipe:curl -sSf "https://…?$KEY"'"""
-        )
-
-
-@dataclass(frozen=True)
-class Split:
-    """A split's shards. lengths: samples of each."""
-
-    root: str
-    shards: tuple[str, ...]
-    lengths: tuple[int, ...]
-
-    @property
-    def fingerprint(self) -> str:
-        return hashlib.sha256(repr((self.shards, self.lengths)).encode()).hexdigest()[:16]
-
-
-def open_split(root: str, split: str, timeout: float) -> Split:
-    """What `ROOT/_info.json` says of a split, as `hsvit shards make` writes it and timm reads it."""
-    splits = _info(root, timeout)["splits"]
-    if split not in splits:
-        raise no_split(f"{root}/_info.json", split, splits)
-    about = splits[split]
-    try:
-        found = Split(root, tuple(about["filenames"]), tuple(int(length) for length in about["shard_lengths"]))
-    except (KeyError, TypeError, ValueError) as error:
-        raise RefusedError(f"{root}/_info.json: split {split} has no {error}; `hsvit shards make` writes it") from None
-    if not found.shards or len(found.shards) != len(found.lengths):
-        raise RefusedError(f"{root}/_info.json: {split} has {len(found.shards)} files and {len(found.lengths)} lengths")
-    # They become parts of paths, of URLs and, behind pipe:, of a shell's command.
-    if odd := [shard for shard in found.shards if not _SHARD.fullmatch(str(shard))]:
-        raise RefusedError(
-            f"{root}/_info.json: {str(odd[0])!a} of {split} is not the plain name of a tar "
-            "(letters, digits, _, . and -)"
-        )
-    return found
-
-
-def split_names(root: str, timeout: float) -> list[str]:
-    """The splits that `ROOT/_info.json` names."""
-    return list(_info(root, timeout)["splits"])
-
-
-def class_names(root: str, timeout: float) -> tuple[str, ...]:
-    """What `ROOT/_info.json` calls the labels; () where it does not."""
-    return tuple(str(name) for name in _info(root, timeout).get("classes", []))
-
-
-@cache
-def _info(root: str, timeout: float) -> dict[str, Any]:
-    url = f"{root}/_info.json"
-
-    def read() -> dict[str, Any]:
-        from webdataset.gopen import gopen
-
-        _open_http_ourselves(timeout)
-        with gopen(url) as stream:
-            found: dict[str, Any] = json.loads(stream.read())
-            return found
-
-    return _tried(read, url)
-
-
-def _tried(action: Any, url: str) -> Any:
-    """The result of an action that may fail for a while."""
-    for attempt in range(TRIES):
-        try:
-            return action()
-        except TRANSIENT as error:
-            _wait(attempt, url, error)
-    return None
-
-
-def _wait(attempt: int, url: str, error: Exception) -> None:
-    words = error.args[:1]  # webdataset adds the stream and the URL
-    reason = words[0].partition(" @ <")[0] if words and isinstance(words[0], str) else first_line(error)
-    if attempt + 1 == TRIES:
-        raise RefusedError(f"{url}: {reason}; tried {TRIES} times. Is the server there, and the file whole?") from error
-    delay = 0.25 * 2**attempt
-    print(f"hsvit: warning: {url}: {reason}; again in {delay:g} s", file=sys.stderr, flush=True)
-    time.sleep(delay)
-
-
-class _Download:
-    """A response that is known to be whole when it ends: Python's own stops short without a word."""
-
-    def __init__(self, response: Any) -> None:
-        self._response = response
-        length = response.headers.get("Content-Length")
-        self._left = int(length) if length is not None else 0
-
-    def read(self, size: int = -1) -> bytes:
-        data: bytes = self._response.read() if size < 0 else self._response.read(size)
-        self._left -= len(data)
-        if (size < 0 or not data) and self._left > 0:
-            raise OSError(f"cut off {self._left} bytes before its end")
-        return data
-
-    def close(self) -> None:
-        self._response.close()
-
-    def __enter__(self) -> _Download:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-
-def _open_http_ourselves(timeout: float) -> None:
-    """Take HTTP out of webdataset's hands: its curl waits for a stalled server for ever, and cannot tell 404."""
-    from webdataset.gopen import gopen_schemes
-
-    def http(url: str, *_: object, **__: object) -> _Download:
-        try:
-            return _Download(urllib.request.urlopen(url, timeout=timeout))
-        except urllib.error.HTTPError as error:
-            if error.code in _FINAL:
-                raise RefusedError(f"{url}: {error.code} {error.reason}; is data.root right?") from None
-            raise
-
-    gopen_schemes.update(http=http, https=http)
 
 
 def _files(stream: Any) -> Iterator[Member]:
@@ -307,7 +148,7 @@ class Streamed(IterableDataset[Images]):
     def _samples(self, shards: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int, str, Sample]]:
         """(epoch, number in the split, shard, sample) of whole shards, however often they break off."""
         for epoch, shard in shards:
-            url, length = f"{self.split.root}/{self.split.shards[shard]}", self.split.lengths[shard]
+            url, length = self.split.urls[shard], self.split.lengths[shard]
             first, got = sum(self.split.lengths[:shard]), 0
             for attempt in range(TRIES):
                 try:
@@ -320,26 +161,27 @@ class Streamed(IterableDataset[Images]):
                     break
                 except TRANSIENT as error:
                     self._forget(url)
-                    _wait(attempt, url, error)
+                    wait(attempt, url, error)
 
     def _shard(self, url: str) -> Iterator[Sample]:
         from webdataset.gopen import gopen
 
-        _open_http_ourselves(self.timeout)
-        with open(self._cache().get_file(url), "rb") if self.cache else gopen(url) as stream:
+        open_http_ourselves(self.timeout)
+        with open(self._cache(url).get_file(url), "rb") if self.cache else gopen(url) as stream:
             yield from grouped(_files(stream))
 
-    def _cache(self) -> Any:
-        """webdataset's, in a folder of its own for each root, as it goes by file names only."""
+    def _cache(self, url: str) -> Any:
+        """webdataset's, which goes by file names only, in a folder of its own for each place that shards come from."""
         from webdataset.cache import FileCache
 
-        root = hashlib.sha256(self.split.root.encode()).hexdigest()[:8]
-        return FileCache(os.path.join(self.cache, root), url_to_name=lambda url: url.rpartition("/")[2])
+        folder, name, after = parts(url)
+        place = hashlib.sha256(f"{folder}{after}".encode()).hexdigest()[:8]
+        return FileCache(os.path.join(self.cache, place), url_to_name=lambda _: name)
 
     def _forget(self, url: str) -> None:
         """Take a shard that broke off out of the cache."""
         if self.cache:
-            cache = self._cache()
+            cache = self._cache(url)
             path = os.path.join(cache.cache_dir, cache.url_to_name(url))
             if os.path.exists(path):
                 os.remove(path)

@@ -17,9 +17,10 @@ import torch
 
 from .. import models
 from ..data import splits
+from ..data.layouts import folders, is_url
 from ..data.loader import MORE
 from ..data.reader import ready_bytes
-from ..data.stream import is_url
+from ..data.remote import INFO
 from ..errors import RefusedError, counted
 from ..models import hsvit, timm_models
 from ..run import recipe as recipes
@@ -175,13 +176,17 @@ def launcher() -> Cell:
 
 
 def data_files(recipe: Recipe) -> list[str]:
-    """Patterns of what every host reads of the data: their folder and the indexes."""
+    """Patterns of what every host reads of the data: its folders and the indexes."""
     data = recipe.data
     if data.name == "digits" or is_url(data.root):
         return []
+    files = {"train", data.val, data.test} - data.urls.keys()
+    if not files:
+        return [f"{escape(data.root)}/{INFO}"] if data.root else []
     if not data.root:
-        splits.open_split(data, "train")  # refuses it
-    return [escape(data.root), f"{escape(data.index or data.root)}/*.index.npz"]
+        splits.open_split(data, min(files))  # refuses it
+    places = dict.fromkeys([data.root, *folders(data.root, data.patterns)])
+    return [*map(escape, places), f"{escape(data.index or data.root)}/*.index.npz"]
 
 
 def weight_files(recipe: Recipe) -> list[str]:

@@ -21,7 +21,6 @@ from ..data.preprocessing import Preprocessing
 from ..data.reader import Reader
 from ..data.sets import Facts
 from ..data.splits import facts, named_as_before
-from ..data.stream import is_command
 from ..engine.interop import load_run
 from ..errors import RefusedError
 from ..grid.grid import Channel, Grid
@@ -256,11 +255,11 @@ def open_run(folder: Path, ema: bool = False, root: str = "", checkpoint: str = 
     loaded = load_run(folder, ema, checkpoint)
     recipe = recipes.from_table(loaded.recipe, str(folder))
     if root:
-        recipe = replace(recipe, data=replace(recipe.data, root=root))
-    elif is_command(recipe.data.root):
+        recipe = replace(recipe, data=recipe.data.moved(root))
+    elif commands := recipe.data.commands:
         raise RefusedError(
             f"{folder}: its data comes from a command, which is not run because a checkpoint says so: "
-            f"{recipe.data.root!a}; if it is one to run, say so with --root"
+            f"{commands[0]!a}; if it is one to run, say so with --root"
         )
     family = recipe.model.widths.family
     trained = family[-1:]

@@ -19,7 +19,6 @@ from .. import models
 from ..data import augment, splits
 from ..data.order import Order, Share
 from ..data.sets import Facts
-from ..data.stream import is_url
 from ..engine import checkpoint, ema, engine, optimizer
 from ..errors import RefusedError, read_text
 from ..grid import grid
@@ -138,6 +137,9 @@ def read(path: Path, overrides: list[str] | None = None) -> Recipe:
         raise RefusedError(f"{path}: not valid TOML: {error}") from error
     for override in overrides or []:
         _override(table, override)
+    keys = [override.partition("=")[0].strip() for override in overrides or []]
+    if twice := [key for key in keys if key.startswith("data.shards.") and keys.count(key) > 1]:
+        raise RefusedError(f"{twice[0]} is given {len(twice)} times; quote its braces, which the shell expands")
     recipe = _build(table, str(path))
     if not recipe.run.name:
         name = f"{path.resolve().parent.name}-{path.stem}"
@@ -258,7 +260,7 @@ def _steps_per_epoch(recipe: Recipe) -> int:
 def resolve(recipe: Recipe, ranks: int) -> tuple[Recipe, Plan]:
     """The recipe with everything derived filled in, and the plan for `ranks` ranks; refuses what cannot be."""
     recipe = replace(recipe, data=splits.resolved(recipe.data))
-    if recipe.data.root:
+    if recipe.data.is_placed:
         splits.check_splits(recipe.data)
     facts = splits.facts(recipe.data)
     if recipe.data.name == "digits" and (keys := recipe.augment.needs_files):
@@ -338,10 +340,12 @@ def _check_task(task: supervised.Config | scala.Config, model: models.Config) ->
 
 def _check_stream(recipe: Recipe) -> None:
     """Refuse what needs to know which sample is where in a global batch."""
-    if not is_url(recipe.data.root):
+    if not recipe.data.stream:
         return
     if recipe.augment.repeats > 1:
-        raise RefusedError(f"augment.repeats = {recipe.augment.repeats}: not for a stream ({recipe.data.root}); set 1")
+        raise RefusedError(
+            f"augment.repeats = {recipe.augment.repeats}: not for a stream ({recipe.data.stream}); set 1"
+        )
     if isinstance(recipe.model, hsvit.Config) and recipe.model.backbone.cache:
         raise RefusedError("model.backbone.cache: a stream's images have no numbers; leave it empty")
     if isinstance(recipe.task, scala.Config) and recipe.task.teacher.cache:

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from webdataset.tariterators import base_plus_ext
 
-from hsvit_ds.data import augment, stream
+from hsvit_ds.data import augment, remote
 from hsvit_ds.data.decode import installed
 from hsvit_ds.data.members import Member, grouped
 from hsvit_ds.data.sources import Shards
@@ -36,7 +36,7 @@ def shard(folder: Path, members: Named, count: int = 1) -> Path:
     write_tar(folder / "x-train-0000.tar", members)
     split = {"filenames": ["x-train-0000.tar"], "shard_lengths": [count], "num_samples": count}
     (folder / "_info.json").write_text(json.dumps({"splits": {"train": split}}))
-    stream._info.cache_clear()
+    remote._info.cache_clear()
     return folder
 
 
@@ -51,7 +51,7 @@ def indexed(folder: Path, image: str = "") -> tuple[list[int], bytes]:
 
 def streamed(folder: Path, image: str = "", count: int = 1) -> tuple[list[int], bytes, list[str]]:
     """The same of the samples as a stream, and which were bad."""
-    split = stream.open_split(f"pipe:cat {folder}", "train", 1.0)
+    split = remote.open_split(f"pipe:cat {folder}", "train", 1.0)
     (found,) = Streamed(split, TRANSFORM, 10, 0, 1, count, 1, "", 1.0, once=True, image=image)
     return found.labels.tolist(), found.pixels.numpy().tobytes(), found.bad
 

@@ -17,13 +17,15 @@ from typing import Any
 import pytest
 import torch
 
-from hsvit_ds.data import augment, stream
+from hsvit_ds.data import augment, remote, stream
 from hsvit_ds.data.decode import installed
-from hsvit_ds.data.index import open_index, split_shards
+from hsvit_ds.data.index import open_index
+from hsvit_ds.data.layouts import split_shards
 from hsvit_ds.data.order import Order, Share
 from hsvit_ds.data.reader import Reader
+from hsvit_ds.data.remote import Split
 from hsvit_ds.data.splits import Config, resolved, shard_lengths
-from hsvit_ds.data.stream import Split, Streamed
+from hsvit_ds.data.stream import Streamed
 from hsvit_ds.data.transform import Transform
 from hsvit_ds.errors import RefusedError
 from hsvit_ds.grid.grid import Config as GridConfig
@@ -107,14 +109,14 @@ def url(folder: Path, faults: Faults) -> Iterator[str]:
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Retries without the waiting, and nothing remembered of another server."""
-    monkeypatch.setattr(stream.time, "sleep", lambda seconds: None)
-    stream._info.cache_clear()
+    monkeypatch.setattr(remote.time, "sleep", lambda seconds: None)
+    remote._info.cache_clear()
 
 
 def streamed(root: str, split: str = "train", reader: int = 0, readers: int = 1, **keys: Any) -> Streamed:
     options: dict[str, Any] = {"count": 5, "window": 20, "cache": "", "timeout": 1.0} | keys
     transform = Transform(FAST, 32, installed("auto"), seed=0)
-    return Streamed(stream.open_split(root, split, 1.0), transform, 10, reader, readers, **options)
+    return Streamed(remote.open_split(root, split, 1.0), transform, 10, reader, readers, **options)
 
 
 def reader(root: str, batch: int = 10, **keys: Any) -> Reader:
@@ -232,7 +234,7 @@ def test_a_pipe_that_gives_too_little_is_read_again(
     path = folder / "tiny-train-0001.tar"
     whole = path.read_bytes()
     path.write_bytes(whole[: whole.rfind(b"000030.jpg")])  # between two samples
-    monkeypatch.setattr(stream.time, "sleep", lambda seconds: path.write_bytes(whole))
+    monkeypatch.setattr(remote.time, "sleep", lambda seconds: path.write_bytes(whole))
     one = streamed(f"pipe:cat {folder}", window=1, cache=str(tmp_path / "cache") if cache else "")
     read = numbers(folder, [x.pixels for x in islice(iter(one), 10)])
     assert Counter(read) == Counter(range(50))
@@ -258,12 +260,12 @@ def test_a_server_that_stays_down_is_named(url: str, faults: Faults) -> None:
     faults.fail = 100
     answers = list(islice(iter(one), 11))
     assert answers[-1].refused.startswith(f"{url}/tiny-train-0001.tar: HTTP Error 503")
-    assert answers[-1].refused.endswith(f"tried {stream.TRIES} times. Is the server there, and the file whole?")
+    assert answers[-1].refused.endswith(f"tried {remote.TRIES} times. Is the server there, and the file whole?")
 
 
 def test_a_url_that_is_not_there_is_refused_at_once(folder: Path, url: str, faults: Faults) -> None:
     with pytest.raises(RefusedError, match=r"/elsewhere/_info.json: 404 .*; is data.root right"):
-        stream.open_split(f"{url}/elsewhere", "train", 1.0)
+        remote.open_split(f"{url}/elsewhere", "train", 1.0)
     one = streamed(url)
     (folder / "tiny-train-0001.tar").unlink()
     faults.asked.clear()
@@ -340,12 +342,16 @@ def test_other_data_behind_the_url_is_refused(folder: Path, url: str) -> None:
         ({"splits": {"train": {"filenames": ["a.tar"]}}}, "split train has no 'shard_lengths'"),
         ({"splits": {"train": {"filenames": [], "shard_lengths": []}}}, "train has 0 files and 0 lengths"),
         ({"splits": {"all": {}}}, r"no split train \(all\)"),
+        ({"splits": {"train": {"filenames": 3}}}, "names no splits with filenames and shard_lengths"),
+        ({"splits": {"train": ["a.tar"]}}, "names no splits with filenames and shard_lengths"),
+        ({}, "names no splits with filenames and shard_lengths"),
+        ([], "names no splits with filenames and shard_lengths"),
     ],
 )
 def test_an_info_that_says_too_little_is_refused(folder: Path, url: str, info: Any, message: str) -> None:
     (folder / "_info.json").write_text(json.dumps(info))
     with pytest.raises(RefusedError, match=message):
-        stream.open_split(url, "train", 1.0)
+        remote.open_split(url, "train", 1.0)
 
 
 def test_a_split_has_a_fingerprint() -> None:

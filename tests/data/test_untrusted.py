@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import EpsImagePlugin
 
-from hsvit_ds.data import augment, index, stream
+from hsvit_ds.data import augment, index, remote
 from hsvit_ds.data.decode import BadImageError, installed, open_upright
 from hsvit_ds.data.stream import Streamed
 from hsvit_ds.data.transform import Transform
@@ -84,13 +84,13 @@ def test_an_unsafe_member_is_refused_by_index_and_make_and_found_by_check(
 def described(folder: Path, names: list[str], lengths: list[int]) -> Path:
     split = {"filenames": names, "shard_lengths": lengths}
     (folder / "_info.json").write_text(json.dumps({"splits": dict.fromkeys(("train", "val", "test"), split)}))
-    stream._info.cache_clear()
+    remote._info.cache_clear()
     return folder
 
 
 def streamed(root: str, count: int = 4, cache: str = "") -> Streamed:
     transform = Transform(augment.Config(), 32, installed("auto"), seed=0)
-    return Streamed(stream.open_split(root, "val", 1.0), transform, 10, 0, 1, count, 1, cache, 1.0, once=True)
+    return Streamed(remote.open_split(root, "val", 1.0), transform, 10, 0, 1, count, 1, cache, 1.0, once=True)
 
 
 @pytest.mark.parametrize("info", UNSAFE, ids=lambda info: f"{info.type!r} {info.name}")
@@ -192,7 +192,7 @@ def test_postscript_is_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_compressed_tar_is_not_streamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A thousandth of the memory that it would take is enough to send."""
-    monkeypatch.setattr(stream.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(remote.time, "sleep", lambda seconds: None)
     with tarfile.open(tmp_path / "a.tar", "w:gz") as tar:
         for name, data in sample(0, JPEG, 1):
             info = tarfile.TarInfo(name)

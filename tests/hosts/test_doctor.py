@@ -199,6 +199,23 @@ def test_shards_indexes_and_weights_must_be_there_and_alike(hosts: Hosts, tmp_pa
     assert found["a", "data"].startswith(f"{data} is missing")
 
 
+def test_folders_of_named_shards_must_be_there_too(hosts: Hosts, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    (data / "train").mkdir(parents=True)
+    patterns = f'{{train="train/{{0..3}}.tar::more/{{4..5}}.tar", val="{tmp_path}/held out/*/a.tar", test="v.tar"}}'
+    overrides = ("data.name=cifar10", f"data.root={data}", f"data.shards={patterns}")
+    (data / "train.index.npz").write_bytes(b"index")
+    missing = f"{data}/more is missing, {tmp_path}/held out is missing"
+    assert wrong(look("a", path=DIGITS, overrides=overrides)) == {("a", "data"): missing}
+    (data / "more").mkdir()
+    (tmp_path / "held out").mkdir()
+    assert wrong(look("a", path=DIGITS, overrides=overrides)) == {}
+    urls = 'data.shards={train="https://host/a.tar", val="pipe:cat /x/b.tar", test="https://host/c.tar"}'
+    assert checks.data_files(recipe.read(DIGITS, ["data.name=cifar10", urls])) == []
+    told = recipe.read(DIGITS, ["data.name=cifar10", urls, f"data.root={data}"])
+    assert checks.data_files(told) == [f"{data}/_info.json"]
+
+
 def test_an_mlflow_server_must_answer(hosts: Hosts) -> None:
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self) -> None:

@@ -237,9 +237,9 @@ def test_data_that_is_not_there_is_refused_before_a_folder_is_made(
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    from hsvit_ds.data import stream
+    from hsvit_ds.data import remote
 
-    monkeypatch.setattr(stream.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(remote.time, "sleep", lambda seconds: None)
     write_split(tmp_path / "train", "train", 64)
     make_index(tmp_path / "train")
     keys = [key.replace("TRAIN", str(tmp_path / "train")) for key in keys]

@@ -28,7 +28,8 @@ from torchvision.io import ImageReadMode, decode_jpeg
 
 from hsvit_ds.data import augment, decode, loader
 from hsvit_ds.data.batch import Job
-from hsvit_ds.data.index import Index, build, split_shards
+from hsvit_ds.data.index import Index, build
+from hsvit_ds.data.layouts import split_shards
 from hsvit_ds.data.order import Order
 from hsvit_ds.data.sets import IMAGENET_MEAN, IMAGENET_STD
 from hsvit_ds.data.sources import Shards

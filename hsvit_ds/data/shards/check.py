@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -14,6 +14,7 @@ from typing import NamedTuple
 from ...errors import RefusedError
 from .. import index
 from ..decode import BadImageError, open_upright
+from ..layouts import NAMES, NONE, name_in, split_shards
 from ..members import MOST_BYTES, Member, Sample, grouped, walk
 from .make import INFO, Done, disagreement, read_info
 
@@ -46,44 +47,47 @@ class Checked:
         self.findings.append(Finding(kind, f"{self.shard}: {member}: {what}"))
 
 
-def check(folder: Path, classes: int, image: str, processes: int, done: Done) -> tuple[list[Finding], dict[str, int]]:
+def check(
+    folder: Path, classes: int, image: str, processes: int, done: Done, patterns: Mapping[str, str] = NONE
+) -> tuple[list[Finding], dict[str, int]]:
     """Read every byte of the shards in a folder. Gives what is wrong, and the samples of each split.
 
     classes: labels are below it; 0 takes the number of classes in `_info.json`, if it tells. image: see `Sample.image`;
-    "" takes that of the split's index, if it is beside the shards.
+    "" takes that of the split's index, if it is in the folder. patterns: see `split_shards`.
 
     Raises:
         RefusedError: no shards, or an `_info.json` that cannot be read.
     """
-    splits, info = shards_in(folder), read_info(folder)
+    splits, info = shards_in(folder, patterns), read_info(folder)
     findings, samples, total, count = list[Finding](), dict[str, int](), sum(map(len, splits.values())), 0
     with ProcessPoolExecutor(processes) as pool:
         known = Known()
         for split, paths in splits.items():
             known.keys, lengths, wanted = {}, [], image
+            names = [name_in(folder, path) for path in paths]
             try:
-                wanted = image or index.open_index(folder / f"{split}.index.npz", folder).image
+                wanted = image or index.open_index(folder / f"{split}.index.npz", folder, patterns).image
             except RefusedError as error:
                 findings.append(Finding("index", str(error)))
             read = partial(check_shard, classes=classes or len(info.get("classes", [])), image=wanted)
-            for checked in pool.map(read, paths):
+            for checked in pool.map(read, paths, names):
                 findings += [*checked.findings, *known.repeated(split, checked)]
                 lengths.append(checked.samples)
                 done(count := count + 1, total)
             samples[split] = sum(lengths)
-            if text := disagreement(info, split, [path.name for path in paths], lengths):
+            if text := disagreement(info, split, names, lengths):
                 findings.append(Finding(INFO, text))
     for split in info.get("splits", {}).keys() - splits.keys():
         findings.append(Finding(INFO, f"{split} is in it, but has no shards"))
     return findings, samples
 
 
-def shards_in(folder: Path) -> dict[str, list[Path]]:
+def shards_in(folder: Path, patterns: Mapping[str, str] = NONE) -> dict[str, list[Path]]:
     """`split_shards` of a folder that must have some."""
     if not folder.is_dir():
         raise RefusedError(f"{folder}: not a folder")
-    if not (splits := index.split_shards(folder)):
-        raise RefusedError(f"{folder}: no shards named NAME-SPLIT-0000.tar")
+    if not (splits := split_shards(folder, patterns)):
+        raise RefusedError(f"{folder}: no shards named {NAMES}; --shards SPLIT=PATTERN tells other names")
     return splits
 
 
@@ -108,13 +112,14 @@ class Known:
                 yield Finding("duplicate image" if other == split else "image in two splits", f"{this}: also {first}")
 
 
-def check_shard(path: Path, classes: int, image: str) -> Checked:
-    """Read a shard and decode its images, one at a time; how far Pillow decodes them is how much is checked."""
+def check_shard(path: Path, name: str, classes: int, image: str) -> Checked:
+    """Read a shard and decode its images, one at a time; how far Pillow decodes them is how much is checked. name: of
+    the shard in what is found."""
     try:
         samples = len(index.scan(path, image).samples)
     except RefusedError:  # for a reason that is found below
         samples = 0
-    checked = Checked(path.name, samples)
+    checked = Checked(name, samples)
     problems = list[str]()
 
     def watched(members: Iterable[Member]) -> Iterator[Member]:
@@ -133,7 +138,7 @@ def check_shard(path: Path, classes: int, image: str) -> Checked:
                 _check_image(file.fileno(), sample, image, _checked_label(sample, classes, checked), checked)
     except OSError as error:
         problems.append(f"{path.name}: {error.strerror}")
-    checked.findings += [Finding("damaged tar", problem) for problem in problems]
+    checked.findings += [Finding("damaged tar", problem.replace(path.name, name, 1)) for problem in problems]
     return checked
 
 

@@ -24,6 +24,7 @@ from ...errors import RefusedError, first_line
 from .. import index
 from ..decode import BadImageError
 from ..index import Index
+from ..layouts import split_shards
 from .sources import Item, Source, open_source, sample
 
 INFO, CLASSES = "_info.json", "classes.txt"
@@ -188,7 +189,7 @@ def _claimed(out: Path, options: Options, source: Source) -> Record:
         raise RefusedError(f"{out / INFO}: names other classes ({len(known)}) than SOURCE has; give another OUT")
     record = Record({k: v for k, v in asdict(options).items() if k != "strict"}, len(source.items), source.fingerprint)
     path = out / options.record
-    there = index.split_shards(out).get(options.split, [])
+    there = split_shards(out).get(options.split, [])
     if path.exists():
         record = replace(record, left_out=_same(path, record))
     elif there:

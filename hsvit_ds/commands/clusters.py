@@ -61,7 +61,7 @@ def _print(hosts: list[Host], found: Examination) -> None:
         *columns, title=f"{counted(len(hosts), 'host')}, {counted(sum(h.slots for h in hosts), 'rank')}{place}"
     )
     for (check, value, wrong), names in rows.items():
-        where = ", ".join(names) if wrong or len(names) <= 4 else f"{len(names)} hosts"
+        where = ", ".join(names) if wrong or len(names) <= 4 else counted(len(names), "host")
         where = "all hosts" if len(names) == len(hosts) > 1 else where
         table.add_row(check, f"WRONG: {value}" if wrong else value, where, style="red" if wrong else None)
     Console(highlight=False, markup=False, emoji=False).print(table)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from ..errors import RefusedError
+from ..errors import RefusedError, counted
 from .reader import Reader
 
 FILE = "bad_samples.txt"
@@ -51,6 +51,6 @@ class BadSamples:
         if len(self.names) > self.most * total:
             some = "; ".join(sorted(self.names)[:5])
             raise RefusedError(
-                f"{len(self.names)} of {total} images cannot be read, more than data.max_bad_fraction = {self.most}: "
-                f"{some}; all of them: {self.path}"
+                f"{len(self.names):,} of {counted(total, 'image')} cannot be read, more than "
+                f"data.max_bad_fraction = {self.most}: {some}; all of them: {self.path}"
             )

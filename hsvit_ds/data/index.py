@@ -145,7 +145,7 @@ def _compared(index: Index, path: Path) -> Index:
     known = set(index.shards)
     new = [p.name for p in split_shards(index.folder).get(split, []) if p.name not in known]
     if new:
-        raise RefusedError(f"{index.folder / new[0]}: not in {path} ({len(new)} such shards); {remedy}")
+        raise RefusedError(f"{index.folder / new[0]}: not in {path} ({counted(len(new), 'such shard')}); {remedy}")
     modified, changed = index.modified.copy(), list[int]()
     for i, name in enumerate(index.shards):
         shard = index.folder / name

@@ -11,7 +11,7 @@ from itertools import islice
 import torch
 from torch import Tensor
 
-from ..errors import RefusedError
+from ..errors import RefusedError, counted
 from ..grid.grid import Grid
 from . import augment, decode, loader, stream
 from .batch import PADDING, Batch, Images, Job
@@ -110,12 +110,15 @@ class Reader:
         if c.on_device == "never" or (c.on_device == "auto" and device.type != "cuda"):
             return False, ""
         if why := not_on_device(c, self.augmentation):
-            return False, f"{split}: images come from {c.workers} workers, as {why}"
+            return False, f"{split}: images come from {counted(c.workers, 'worker')}, as {why}"
         size = self.count(split) * self.facts.channels * (canvas or self.facts.image_size) ** 2
         if c.on_device == "auto" and size > (most := torch.cuda.get_device_properties(device).total_memory // SHARE):
             mib = f"{size / 2**20:,.0f} MiB are more than {most / 2**20:,.0f}"
-            return False, f"{split}: images come from {c.workers} workers, as {mib}, a tenth of the device's memory"
-        return True, f"{split}: {self.count(split):,} images on the device, {size / 2**20:,.1f} MiB"
+            return (
+                False,
+                f"{split}: images come from {counted(c.workers, 'worker')}, as {mib}, a tenth of the device's memory",
+            )
+        return True, f"{split}: {counted(self.count(split), 'image')} on the device, {size / 2**20:,.1f} MiB"
 
     def _resident(self, split: str, training: bool = False) -> Split:
         """A split on the device, decoded when it is first asked for."""

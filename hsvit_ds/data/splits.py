@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..errors import RefusedError
+from ..errors import RefusedError, counted
 from . import augment, decode, stream
 from .digits import SPLITS as DIGITS
 from .index import Index, command, no_split, open_index, split_shards
@@ -144,8 +144,9 @@ def open_split(config: Config, split: str) -> Index | stream.Split | None:
     worst, classes = int(index.labels.argmax()), facts(config).classes or len(index.classes)
     if classes and index.labels[worst] >= classes:
         raise RefusedError(
-            f"{path}: {index.name(worst)} has label {index.labels[worst]}, but {config.name} has {classes} classes, "
-            f"0 to {classes - 1}; is data.root the right folder, or data.classes to be set?"
+            f"{path}: {index.name(worst)} has label {index.labels[worst]}, but {config.name} has "
+            f"{counted(classes, 'class', 'classes')}, 0 to {classes - 1}; is data.root the right folder, or "
+            "data.classes to be set?"
         )
     return index
 
@@ -241,5 +242,5 @@ def check_share(config: Config, facts: Facts, submodule_ranks: int, micro_batch:
     if shares_images(config, submodule_ranks, facts.image_size) and micro_batch % submodule_ranks:
         raise RefusedError(
             f'data.share = "{config.share}": the micro batch of {micro_batch} is not divisible by '
-            f'{submodule_ranks} submodule ranks; choose another global batch, or data.share = "none"'
+            f'{counted(submodule_ranks, "submodule rank")}; choose another global batch, or data.share = "none"'
         )

@@ -36,7 +36,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from hsvit_kernels.random import Site, key, sequence
 
-from ..errors import RefusedError, first_line
+from ..errors import RefusedError, counted, first_line
 from . import loader
 from .augment import VIEW
 from .batch import PADDING, UNREADABLE, Images
@@ -107,7 +107,10 @@ def open_split(root: str, split: str, timeout: float) -> Split:
     except (KeyError, TypeError, ValueError) as error:
         raise RefusedError(f"{root}/_info.json: split {split} has no {error}; `hsvit shards make` writes it") from None
     if not found.shards or len(found.shards) != len(found.lengths):
-        raise RefusedError(f"{root}/_info.json: {split} has {len(found.shards)} files and {len(found.lengths)} lengths")
+        raise RefusedError(
+            f"{root}/_info.json: {split} has {counted(len(found.shards), 'file')} and "
+            f"{counted(len(found.lengths), 'length')}"
+        )
     # They become parts of paths, of URLs and, behind pipe:, of a shell's command.
     if odd := [shard for shard in found.shards if not _SHARD.fullmatch(str(shard))]:
         raise RefusedError(
@@ -156,7 +159,9 @@ def _wait(attempt: int, url: str, error: Exception) -> None:
     words = error.args[:1]  # webdataset adds the stream and the URL
     reason = words[0].partition(" @ <")[0] if words and isinstance(words[0], str) else first_line(error)
     if attempt + 1 == TRIES:
-        raise RefusedError(f"{url}: {reason}; tried {TRIES} times. Is the server there, and the file whole?") from error
+        raise RefusedError(
+            f"{url}: {reason}; tried {counted(TRIES, 'time')}. Is the server there, and the file whole?"
+        ) from error
     delay = 0.25 * 2**attempt
     print(f"hsvit: warning: {url}: {reason}; again in {delay:g} s", file=sys.stderr, flush=True)
     time.sleep(delay)
@@ -316,7 +321,7 @@ class Streamed(IterableDataset[Images]):
                             got += 1
                             yield epoch, first + number, url, sample
                     if got < length:
-                        raise OSError(f"{got} samples, _info.json says {length}")
+                        raise OSError(f"{counted(got, 'sample')}, _info.json says {length}")
                     break
                 except TRANSIENT as error:
                     self._forget(url)
@@ -380,7 +385,8 @@ class Streamed(IterableDataset[Images]):
             raise BadImageError(f"{image.size} bytes")
         if label >= self.classes:
             raise RefusedError(
-                f"{url}: {printable(sample.key)} has label {label}, but the data set has {self.classes} classes, "
+                f"{url}: {printable(sample.key)} has label {label}, but the data set has "
+                f"{counted(self.classes, 'class', 'classes')}, "
                 f"0 to {self.classes - 1}; is data.root right, or data.classes to be set?"
             )
         return image.data, label

@@ -21,7 +21,7 @@ from ..data.order import Order, Share
 from ..data.sets import Facts
 from ..data.stream import is_url
 from ..engine import checkpoint, ema, engine, optimizer
-from ..errors import RefusedError, read_text
+from ..errors import RefusedError, counted, read_text
 from ..grid import grid
 from ..models import hsvit
 from ..models.batchnorm import BatchNorm
@@ -250,7 +250,8 @@ def _steps_per_epoch(recipe: Recipe) -> int:
     run_order = order(recipe)
     if recipe.run.global_batch > run_order.samples:
         raise RefusedError(
-            f"run.global_batch = {recipe.run.global_batch} is more than the {run_order.samples} training images"
+            f"run.global_batch = {recipe.run.global_batch} is more than the "
+            f"{counted(run_order.samples, 'training image')}"
         )
     return run_order.steps_per_epoch
 
@@ -359,13 +360,13 @@ def _teacher_bytes(task: supervised.Config | scala.Config, facts: Facts, each: i
 def _batches(run: Run, replicas: int) -> tuple[int, int]:
     """(micro batch, accumulation)."""
     if run.global_batch % replicas:
-        raise RefusedError(f"run.global_batch = {run.global_batch} is not divisible by {replicas} replicas")
+        raise RefusedError(f"run.global_batch = {run.global_batch} is not divisible by {counted(replicas, 'replica')}")
     share = run.global_batch // replicas
     micro = run.micro_batch or share
     if share % micro:
         raise RefusedError(
             f"run.micro_batch = {micro} does not divide a replica's part of the global batch, "
-            f"{run.global_batch} / {replicas} replicas = {share}"
+            f"{run.global_batch} / {counted(replicas, 'replica')} = {share}"
         )
     return micro, share // micro
 
@@ -383,8 +384,8 @@ def _bn_runs(run: Run, replicas: int, splits: int, micro: int, accumulation: int
     if batch > micro:
         if batch != micro * replicas:
             raise RefusedError(
-                f"run.bn_batch = {run.bn_batch}: BatchNorm over {batch} images needs them in one forward, but a "
-                f"forward has {micro} on each of {replicas} {'ranks' if splits > 1 else 'replicas'} and "
+                f"run.bn_batch = {run.bn_batch}: BatchNorm over {counted(batch, 'image')} needs them in one forward, "
+                f"but a forward has {micro} on each of {replicas} {'ranks' if splits > 1 else 'replicas'} and "
                 f"{accumulation} are accumulated; "
                 f"set run.bn_batch to {micro * replicas}, or to a divisor of {micro}"
             )

@@ -23,7 +23,7 @@ from ..engine.ema import EMA
 from ..engine.engine import BatchStatistics, Engine
 from ..engine.optimizer import Schedule
 from ..engine.outcomes import NonFiniteError, StepResult
-from ..errors import Exit, RefusedError
+from ..errors import Exit, RefusedError, counted
 from ..grid.grid import Grid
 from ..models import Model
 from ..tasks import Task, scala
@@ -254,7 +254,9 @@ class Trainer:
             raise error
         self._steps_back += 1
         if self._steps_back > STEPS_BACK:
-            raise RefusedError(f"{error}; going back {STEPS_BACK} times to step {found.total} did not help") from error
+            raise RefusedError(
+                f"{error}; going back {counted(STEPS_BACK, 'time')} to step {found.total} did not help"
+            ) from error
         self.at = replace(found, lr_factor=found.lr_factor * factor**self._steps_back)
         self.engine.outcomes.forget()
         self.reader.close()

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from ...errors import RefusedError, first_line
+from ...errors import RefusedError, counted, first_line
 from ..decode import BadImageError, open_upright
 from ..members import IMAGES, MOST_BYTES, Member, printable, safe, unsafe, walk
 
@@ -94,7 +94,9 @@ def open_source(folder: Path, split: str, known: list[str]) -> Source:
     except OSError as error:
         raise RefusedError(f"{error.filename or folder}: {error.strerror}") from error
     if not source.items:
-        raise RefusedError(f"{folder}: no images ({', '.join(IMAGES)}) in {len(source.classes)} classes")
+        raise RefusedError(
+            f"{folder}: no images ({', '.join(IMAGES)}) in {counted(len(source.classes), 'class', 'classes')}"
+        )
     return source
 
 
@@ -157,7 +159,9 @@ def _imagenet_train(archive: Path, devkit: Path | None) -> Source:
         titles = _read_devkit(devkit)[0] if devkit else {}
         classes = sorted(titles or found)
         if unknown := sorted(found.keys() - set(classes)):
-            raise RefusedError(f"{archive}: {unknown[0]}.tar is none of the {len(classes)} classes of {devkit}")
+            raise RefusedError(
+                f"{archive}: {unknown[0]}.tar is none of the {counted(len(classes), 'class', 'classes')} of {devkit}"
+            )
         items = [
             Item(str(archive), image.offset, image.size, label, wnid, image.name)
             for label, wnid in enumerate(classes)
@@ -175,7 +179,9 @@ def _imagenet_val(archive: Path, devkit: Path) -> Source:
     with archive.open("rb") as file:
         images = sorted((m for m in _members(archive, file, 0) if _is_image(m.name)), key=lambda m: m.name)
     if len(truth) != len(images):
-        raise RefusedError(f"{devkit}: {TRUTH} has {len(truth)} lines, {archive.name} has {len(images)} images")
+        raise RefusedError(
+            f"{devkit}: {TRUTH} has {counted(len(truth), 'line')}, {archive.name} has {counted(len(images), 'image')}"
+        )
     items = []
     for image, line in zip(images, truth, strict=True):
         wnid = wnids.get(line)

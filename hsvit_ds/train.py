@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import argparse
 import signal
-from dataclasses import replace
 from pathlib import Path
 
 from . import __version__
-from .errors import RefusedError, shown
+from .errors import Log, RefusedError, shown
 from .hosts import secrets
+from .run.table import say_first_words
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -38,32 +38,21 @@ def check_kernels() -> None:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
-    with shown(2, args.debug):
-        secrets.load()
-        check_kernels()
-        from .data.splits import named_as_before
-        from .grid.grid import Grid, world_size
-        from .run import folders
-        from .run import recipe as recipes
+    log = Log(args.debug)
+    with log.kept():
+        with shown(2, args.debug):
+            say_first_words(args.recipe, args.overrides)
+            secrets.load()
+            check_kernels()
+            from .run.start import start
 
-        recipe = recipes.read(args.recipe, args.overrides)
-        if not folders.names_splits(recipe.run, args.run, args.resume):
-            recipe = replace(recipe, data=named_as_before(recipe.data))
-        recipe, plan = recipes.resolve(recipe, world_size())
-        grid = Grid(recipe.grid, recipe.model.submodules)
-        try:
-            text = recipes.dumps(recipe)
-            folder = grid.agree(lambda: folders.open_folder(recipe.run, args.run, args.resume, text))
-        except RefusedError:
-            grid.close()  # all ranks are refused, and gloo aborts where one exits before the others
-            raise
+            trainer = start(args.recipe, args.overrides, args.run, args.resume, log)
+        log.is_set_up()
         from .run.survival import last_words
-        from .run.trainer import Trainer
 
-        trainer = Trainer(recipe, plan, grid, folder, args.resume or args.run is not None)
-    with last_words(trainer.watch, args.debug):
-        ended = trainer.fit()
-        grid.close()
+        with last_words(trainer.watch, args.debug):
+            ended = trainer.fit()
+            trainer.grid.close()
     if ended:
         raise SystemExit(int(ended))
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-import sys
 import tarfile
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
@@ -20,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..errors import RefusedError, counted, first_line
+from ..errors import RefusedError, counted, first_line, warn
 from .members import BLOCK, MOST_BYTES, Sample, grouped, printable, safe, walk
 
 FORMAT = 2
@@ -173,11 +172,9 @@ def _checksums(path: Path, folder: Path, image: str, files: tuple[tuple[str, int
     """Those of shards (name, bytes, time of modification), by a walk over each; a process opens an index several times,
     and walks once."""
     if os.environ.get("LOCAL_RANK", "0") == "0":
-        print(
-            f"hsvit: warning: {folder}: the times of {counted(len(files), 'shard')} are not those in {path.name}, "
-            f"as of copies: each start compares headers; this ends it: {command(path, folder, image)}",
-            file=sys.stderr,
-            flush=True,
+        warn(
+            f"{folder}: the times of {counted(len(files), 'shard')} are not those in {path.name}, "
+            f"as of copies: each start compares headers; this ends it: {command(path, folder, image)}"
         )
     return [scan(folder / name, image).checksum for name, _, _ in files]
 

@@ -36,7 +36,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from hsvit_kernels.random import Site, key, sequence
 
-from ..errors import RefusedError, counted, first_line
+from ..errors import RefusedError, counted, first_line, warn
 from . import loader
 from .augment import VIEW
 from .batch import PADDING, UNREADABLE, Images
@@ -163,7 +163,7 @@ def _wait(attempt: int, url: str, error: Exception) -> None:
             f"{url}: {reason}; tried {counted(TRIES, 'time')}. Is the server there, and the file whole?"
         ) from error
     delay = 0.25 * 2**attempt
-    print(f"hsvit: warning: {url}: {reason}; again in {delay:g} s", file=sys.stderr, flush=True)
+    warn(f"{url}: {reason}; again in {delay:g} s")
     time.sleep(delay)
 
 

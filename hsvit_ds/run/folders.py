@@ -65,6 +65,11 @@ def names_splits(run: Run, asked: Path | None, resume: bool) -> bool:
         return True
 
 
+def log_name(rank: int) -> str:
+    """The file in a run's folder of what libraries print on a rank."""
+    return f"log-{rank:04d}.txt" if rank else "log.txt"
+
+
 def _base(run: Run) -> Path:
     return Path(run.root) / run.name
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
-import tomllib
 import typing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,11 +20,12 @@ from ..data.order import Order, Share
 from ..data.sets import Facts
 from ..data.stream import is_url
 from ..engine import checkpoint, ema, engine, optimizer
-from ..errors import RefusedError, counted, read_text
+from ..errors import RefusedError, counted
 from ..grid import grid
 from ..models import hsvit
 from ..models.batchnorm import BatchNorm
 from ..tasks import features, scala, supervised, teacher
+from . import table as tables
 from . import tracking
 
 
@@ -128,20 +128,10 @@ def order(recipe: Recipe) -> Order:
 
 def read(path: Path, overrides: list[str] | None = None) -> Recipe:
     """The recipe in a TOML file, with `key.path=value` overrides; refuses what is unknown or of a wrong type."""
-    try:
-        text = read_text(path)
-    except OSError as error:
-        raise RefusedError(f"{path}: cannot be read ({error.strerror})") from error
-    try:
-        table = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise RefusedError(f"{path}: not valid TOML: {error}") from error
-    for override in overrides or []:
-        _override(table, override)
+    table = tables.read(path, overrides or [])
     recipe = _build(table, str(path))
     if not recipe.run.name:
-        name = f"{path.resolve().parent.name}-{path.stem}"
-        recipe = replace(recipe, run=replace(recipe.run, name=name))
+        recipe = replace(recipe, run=replace(recipe.run, name=tables.run_name(path)))
     return recipe
 
 
@@ -172,22 +162,6 @@ def flat(recipe: Recipe) -> dict[str, Any]:
 
 def dumps(recipe: Recipe) -> str:
     return tomli_w.dumps(to_table(recipe))
-
-
-def _override(table: dict[str, Any], text: str) -> None:
-    path, sign, value = text.partition("=")
-    keys = path.strip().split(".")
-    if not sign or not all(keys):
-        raise RefusedError(f'override "{text}": must have the form key.path=value')
-    try:
-        parsed = tomllib.loads(f"value = {value}")["value"]
-    except tomllib.TOMLDecodeError:
-        parsed = value.strip()  # a bare word is a string, as on any command line
-    for key in keys[:-1]:
-        table = table.setdefault(key, {})
-        if not isinstance(table, dict):
-            raise RefusedError(f'override "{text}": {key} is not a table')
-    table[keys[-1]] = parsed
 
 
 def _build(table: dict[str, Any], where: str) -> Recipe:

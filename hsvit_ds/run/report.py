@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 from rich.table import Table
 
 from .. import models
+from ..errors import has_screen, out
 from ..models.slimmable import Width
 
 SIDE = "side: the end of each layer's channels that a width takes; GMACs: billions of multiply-adds of an image"
@@ -40,7 +40,7 @@ class Voice(Console):
     """A console on which names stay as they are: no brackets or colons in them are markup."""
 
     def __init__(self) -> None:
-        super().__init__(highlight=False, soft_wrap=True, markup=False, emoji=False)
+        super().__init__(file=out(), highlight=False, soft_wrap=True, markup=False, emoji=False)
 
     def on_broken_pipe(self) -> None:
         """Who listened is gone, as a launcher that was stopped; rich would end the rank, which still has to save."""
@@ -55,7 +55,7 @@ class Reporter:
         self.console = Voice()
         self._kernels = Kernels(self.say)
         self._progress: Progress | None = None
-        if speaks and sys.stdout.isatty():
+        if speaks and has_screen():
             self._progress = Progress(
                 TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
                 BarColumn(bar_width=24),

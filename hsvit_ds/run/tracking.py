@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import queue
-import sys
 import threading
 import time
 from collections.abc import Mapping
@@ -13,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import RefusedError, first_line
+from ..errors import RefusedError, first_line, warn
 from . import mlflow_run
 
 METRICS = "metrics.jsonl"
@@ -72,7 +71,7 @@ class Tracker:
         try:
             self._write(json.dumps({"step": step, "time": now, **_valid(metrics)}, allow_nan=False) + "\n")
         except OSError as error:  # a full disk
-            _warn(f"{self.path}: {error.strerror}; metrics are kept in memory until there is room")
+            warn(f"{self.path}: {error.strerror}; metrics are kept in memory until there is room")
         if self._thread is not None:
             self._queue.put(("metrics", (dict(metrics), step, int(now * 1000))))
 
@@ -102,14 +101,14 @@ class Tracker:
         try:
             self._write("")
         except OSError as error:
-            _warn(f"{self.path}: the last metrics are lost: {error.strerror}")
+            warn(f"{self.path}: the last metrics are lost: {error.strerror}")
         self._file.close()
         if self._thread is not None:
             self._queue.put(("status", status))
             self._queue.put(None)
             self._thread.join(timeout=seconds)
             if self._thread.is_alive():
-                _warn(f"MLflow did not take the last metrics within {seconds:g} s")
+                warn(f"MLflow did not take the last metrics within {seconds:g} s")
 
     def _send(self, config: Config, name: str, recipe: Mapping[str, Any]) -> None:
         """In the thread: everything that talks to MLflow. One failure ends it with one warning."""
@@ -120,7 +119,7 @@ class Tracker:
             )
             (self.folder / _RUN_ID).write_text(run, "utf-8")
             if lost:
-                _warn(
+                warn(
                     f"MLflow at {where} has no run {lost}, as where the folder was moved or the run deleted: "
                     f"it goes on as run {run}; {METRICS} has the steps before"
                 )
@@ -134,7 +133,7 @@ class Tracker:
                     client.set_terminated(run, value)
         except Exception as error:  # whatever a remote service does must not touch the run
             why = str(error) if isinstance(error, RefusedError) else first_line(error)
-            _warn(f"MLflow at {where} is not usable, {METRICS} has everything: {why}")
+            warn(f"MLflow at {where} is not usable, {METRICS} has everything: {why}")
 
     def _send_metrics(self, client: Any, run: str, value: Any) -> None:
         from mlflow.entities import Metric
@@ -184,7 +183,3 @@ def _forget_after(path: Path, step: int) -> None:
     temporary = path.with_suffix(".partial")
     temporary.write_text("".join(kept), "utf-8")
     temporary.rename(path)
-
-
-def _warn(message: str) -> None:
-    print(f"hsvit: warning: {message}", file=sys.stderr, flush=True)

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from ...errors import RefusedError, counted, first_line
+from ...errors import RefusedError, counted, first_line, warn
 from ..decode import BadImageError, open_upright
 from ..members import IMAGES, MOST_BYTES, Member, printable, safe, unsafe, walk
 
@@ -109,7 +109,7 @@ def _image_folder(folder: Path, names: list[str], known: list[str]) -> Source:
     if set(classes) <= set(known):
         classes = known
     for name in sorted(set(names) - set(classes)):
-        print(f"hsvit: warning: {folder / name}: no image in it; it is no class", file=sys.stderr, flush=True)
+        warn(f"{folder / name}: no image in it; it is no class")
     items = [
         Item(path, 0, os.stat(path).st_size, label, name, os.path.relpath(path, folder))
         for label, name in enumerate(classes)

@@ -5,12 +5,16 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from ..errors import RefusedError, counted
 from . import augment, decode, stream
 from .digits import SPLITS as DIGITS
 from .index import Index, command, no_split, open_index, split_shards
 from .sets import SETS, Facts, photographs
+
+MOST, STREAMING = 8, 4
+"""Workers of a rank by themselves, and those of a stream."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,8 +53,9 @@ class Config:
     """Folder for streamed shards, which are then fetched once; "": fetched in every epoch."""
     timeout: float = 30.0
     """Seconds that a server may send nothing before it is asked again."""
-    workers: int = 4
-    """Processes of a rank that read, decode and augment; 0: the rank itself."""
+    workers: int | Literal["auto"] = "auto"
+    """Processes of a rank that read, decode and augment; 0: the rank itself; "auto": as many as the rank has cores, see
+    `workers`."""
     decoder: str = "auto"
     """"simplejpeg" (turbo-JPEG), "pillow", or "auto": the first that is installed. Resolved with its version: another
     one gives other pixels, and is refused."""
@@ -76,7 +81,7 @@ class Config:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} = {getattr(self, name)}: must be at least 1")
         for name in ("workers", "classes", "image_size"):
-            if getattr(self, name) < 0:
+            if getattr(self, name) != "auto" and getattr(self, name) < 0:
                 raise ValueError(f"{name} = {getattr(self, name)}: must not be negative")
         stream.check_root(self.root)
         if self.timeout <= 0:
@@ -93,6 +98,16 @@ class Config:
             self.root or self.classes not in (0, known.classes) or self.image_size not in (0, known.image_size)
         ):
             raise ValueError('name = "digits" is built in: it takes no root, classes or image_size')
+
+
+def workers(config: Config, cores: int, ranks: int) -> int:
+    """Processes of a rank that read; of its share of the usable `cores` of a host that has `ranks` of them.
+
+    Never of its cores where it reads a stream, whose order the number is a part of: the run may go on elsewhere.
+    """
+    if config.workers != "auto":
+        return config.workers
+    return STREAMING if stream.is_url(config.root) else max(1, min(cores // ranks, MOST))
 
 
 def facts(config: Config) -> Facts:

@@ -123,6 +123,11 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def ranks_here() -> int:
+    """Ranks of this host, as torchrun or DeepSpeed's launcher says; 1 without a launcher."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or "1")
+
+
 def replicas(world: int, submodule_ranks: int, submodules: int, absent: tuple[int, ...] = ()) -> int:
     """Models among `world` ranks, whole but for `absent`; refuses what cannot be divided, with the arithmetic."""
     shares(submodule_ranks, submodules, absent)

@@ -31,6 +31,8 @@ def lines(
         f"{counted(plan.steps_per_epoch, 'step')} an epoch, {plan.steps} in all; "
         f"{describe(engine.parameter_groups, grid)}"
     )
+    if reader.working:
+        yield reader.working
     if reader.placement:
         yield reader.placement
     if reader.left_out:

@@ -83,18 +83,22 @@ class Watch:
     """What this rank is doing, and a thread that ends it when that takes too long.
 
     Args:
-        folder: of the run. limit: seconds that one thing may take; 0: for ever.
+        folder: of the run. limit: seconds that one thing may take; 0: for ever. step: steps that are done.
     """
 
-    def __init__(self, folder: Path, grid: Grid, limit: float) -> None:
+    def __init__(self, folder: Path, grid: Grid, limit: float, step: int = 0) -> None:
         self.folder, self.grid, self.limit = folder, grid, limit
-        self.step, self.now, self.since = 0, "starting", time.monotonic()
+        self.step, self.now, self.since = step, "starting", time.monotonic()
         self._ended = threading.Event()
 
     def doing(self, what: str, step: int | None = None) -> None:
         """step: steps that are done."""
         self.step = self.step if step is None else step
         self.now, self.since = what, time.monotonic()
+
+    def state(self) -> tuple[int, str]:
+        """The steps that are done, and what is being done."""
+        return self.step, self.now
 
     @contextmanager
     def kept(self) -> Iterator[None]:

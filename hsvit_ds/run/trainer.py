@@ -98,13 +98,13 @@ class Trainer:
         self.at = self.start = restored or Position(0, 0, 0)
         """Where the run stands, and where this process found it."""
         self.saved = restored
-        self.stops, self.watch = StopRequests(grid), Watch(folder, grid, recipe.run.watchdog)
+        self.stops, self.watch = StopRequests(grid), Watch(folder, grid, recipe.run.watchdog, self.start.total)
         if grid.is_main:
             if names:
                 (folder / CLASSES).write_text("\n".join(names) + "\n", "utf-8")
             last_step = self.start.total if resume else None
             self.tracker = Tracker(recipe.tracking, folder, folder.name, recipes.flat(recipe), last_step)
-        self.report = Reporter(grid.is_main, plan.steps, self.start.total)
+        self.report = Reporter(grid.is_main, plan.steps, self.start.total, self.watch.state)
         self.interval = Interval(grid.device)
         self.reader.idle = self._waits
         self._steps_back = 0
@@ -155,6 +155,7 @@ class Trainer:
     def _train(self) -> dict[str, float]:
         """From where the run stands to its end; the metrics of the test split."""
         self._choose_kernels()
+        self.watch.doing("starting the data workers" if self.reader.working else "starting")
         if self.recipe.run.survive == "degraded" and self.saved is None:
             self._save()  # submodules that are lost before the first checkpoint come from this one
         while True:
@@ -242,6 +243,7 @@ class Trainer:
         if done == self.recipe.run.epochs or done % self.recipe.run.eval_every == 0:
             val = self.recipe.data.val
             top1 = self._evaluate(val, done * self.plan.steps_per_epoch)[f"{val}/top1"]
+            self.report.evaluated(val, top1)
         self.at = replace(self.at, epoch=done, step=0)
         self._save(top1)
 

@@ -7,18 +7,20 @@ import signal
 from pathlib import Path
 
 from . import __version__
-from .errors import Log, RefusedError, shown
+from .errors import Log, RefusedError, out, shown
 from .hosts import secrets
 from .run.table import say_first_words
 
+EXAMPLE = "deepspeed --num_accelerators 2 --module hsvit_ds.train recipes/digits/hsvit.toml run.seed=1"
+
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser("hsvit_ds.train", description=__doc__)
-    parser.add_argument("recipe", type=Path)
+    parser = argparse.ArgumentParser("hsvit_ds.train", description=__doc__, epilog=f"Example: {EXAMPLE}")
+    parser.add_argument("recipe", type=Path, help="a file in TOML")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="over the recipe's keys")
     parser.add_argument("--resume", action="store_true", help="continue the newest run of this name")
     parser.add_argument("--run", type=Path, help="this very folder: continued from its checkpoint if it has one")
-    parser.add_argument("--debug", action="store_true", help="show stack traces of refusals")
+    parser.add_argument("--debug", action="store_true", help="show stack traces of refusals, and what libraries print")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # deepspeed's launcher
     return parser.parse_intermixed_args(argv)
 
@@ -48,11 +50,14 @@ def main(argv: list[str] | None = None) -> None:
 
             trainer = start(args.recipe, args.overrides, args.run, args.resume, log)
         log.is_set_up()
+        from .run.commands import again
         from .run.survival import last_words
 
         with last_words(trainer.watch, args.debug):
             ended = trainer.fit()
             trainer.grid.close()
+        if ended and trainer.grid.is_main and (command := again(args.recipe, args.overrides, trainer.folder)):
+            print(command, file=out(), flush=True)
     if ended:
         raise SystemExit(int(ended))
 

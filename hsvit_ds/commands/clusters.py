@@ -25,7 +25,10 @@ def examine_hosts(
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[key=value]...")] = None,
     debug: Debug = False,
 ) -> None:
-    """Look at every host before a long run; exit code 1 if anything is wrong."""
+    """Look at every host before a long run; exit code 1 if anything is wrong.
+
+    Example: hsvit doctor hostfile recipes/digits/hsvit.toml
+    """
     with shown(Exit.REFUSED, debug):
         check_kernels()
         from ..hosts.cluster import read_hostfile
@@ -85,7 +88,10 @@ def launch_run(
     printed: Annotated[Printed | None, typer.Option("--print", help="What starts it without this command.")] = None,
     debug: Debug = False,
 ) -> None:
-    """Start a run on several hosts and keep it going; exit code 75: saved and stopped as asked."""
+    """Start a run on several hosts and keep it going; exit code 75: saved and stopped as asked.
+
+    Example: hsvit launch recipes/digits/hsvit.toml --hostfile hostfile
+    """
     with shown(Exit.REFUSED, debug):
         check_kernels()
         from ..hosts import checks, schedulers

@@ -28,7 +28,10 @@ def evaluate_run(
     root: Root = "",
     debug: Debug = False,
 ) -> None:
-    """Score a run at several widths, or with some of its submodules, in one pass over the data."""
+    """Score a run at several widths, or with some of its submodules, in one pass over the data.
+
+    Example: hsvit evaluate runs/digits-scala-001 --widths 0.25,0.5 --split val
+    """
     with shown(2, debug):
         check_kernels()
         from ..results import saved
@@ -98,7 +101,10 @@ def export_run(
     root: Root = "",
     debug: Debug = False,
 ) -> None:
-    """Write the subnet of a width as a network of its own: safetensors, timm config, torch.export, ONNX, model card."""
+    """Write the subnet of a width as a network of its own: safetensors, timm config, torch.export, ONNX, model card.
+
+    Example: hsvit export runs/digits-scala-001 --width 0.5 -o half
+    """
     with shown(2, debug):
         check_kernels()
         from ..results import export, saved

@@ -43,7 +43,10 @@ def make_shards(
     processes: Processes = 0,
     debug: Debug = False,
 ) -> None:
-    """Turn images into shuffled shards; stopped and started again, it goes on. Any number of processes: same bytes."""
+    """Turn images into shuffled shards; stopped and started again, it goes on. Any number of processes: same bytes.
+
+    Example: hsvit shards make photos/train shards --split train --name photos
+    """
     with shown(2, debug):
         from ..data.shards.make import Options, make
         from ..run.report import duration
@@ -73,7 +76,10 @@ def index_shards(
     processes: Processes = 0,
     debug: Debug = False,
 ) -> None:
-    """Index each split's shards, which a training run needs. Reads headers, no images."""
+    """Index each split's shards, which a training run needs. Reads headers, no images.
+
+    Example: hsvit shards index shards
+    """
     with shown(2, debug):
         from ..data import index
         from ..data.shards.check import shards_in
@@ -120,7 +126,10 @@ def check_shards(
     processes: Processes = 0,
     debug: Debug = False,
 ) -> None:
-    """Read all shards and decode every image; exit code 1 if anything is wrong."""
+    """Read all shards and decode every image; exit code 1 if anything is wrong.
+
+    Example: hsvit shards check shards --classes 10
+    """
     with shown(2, debug):
         from ..data.shards.check import WARNINGS, check
 
@@ -145,7 +154,10 @@ def check_shards(
 
 @app.command("info")
 def show_shards(folder: Folder, debug: Debug = False) -> None:
-    """What the indexes of a folder say of its splits."""
+    """What the indexes of a folder say of its splits.
+
+    Example: hsvit shards info shards
+    """
     with shown(2, debug):
         import numpy as np
 

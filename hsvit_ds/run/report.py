@@ -69,7 +69,7 @@ class Line:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         done, doing = self.now()
-        steps = f"step {done:,}/{self.steps:,}"
+        steps = f"step {done:,}/{self.steps:,}"[: options.max_width - 2]
         step, colon, what = doing.partition(": ")
         if colon and step.startswith("step") and self.loss:
             parts = {"loss": self.loss, "top1": self.top1, "speed": self.speed, "left": self.left}

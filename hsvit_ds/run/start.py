@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from ..data.splits import named_as_before
 from ..errors import Log, RefusedError
 from ..grid.grid import Grid, world_size
-from . import folders
+from . import folders, title
 from . import recipe as recipes
 
 if TYPE_CHECKING:
@@ -25,11 +25,12 @@ def start(path: Path, overrides: list[str], asked: Path | None, resume: bool, lo
     recipe = recipes.read(path, overrides)
     if not folders.names_splits(recipe.run, asked, resume):
         recipe = replace(recipe, data=named_as_before(recipe.data))
+    changes = title.changes(path, overrides, recipe)
     recipe, plan = recipes.resolve(recipe, world_size())
     grid = Grid(recipe.grid, recipe.model.submodules)
     try:
         text = recipes.dumps(recipe)
-        folder = grid.agree(lambda: folders.open_folder(recipe.run, asked, resume, text))
+        folder = grid.agree(lambda: folders.open_folder(recipe.run, asked, resume, text, changes))
     except RefusedError:
         grid.close()  # all ranks are refused, and gloo aborts where one exits before the others
         raise

@@ -55,7 +55,7 @@ class Tracker:
         recipe: Mapping[str, Any],
         resume_step: int | None,
     ) -> None:
-        self.folder, self.path = folder, folder / METRICS
+        self._config, self.folder, self.path = config, folder, folder / METRICS
         if resume_step is not None:
             _forget_after(self.path, resume_step)
         self._file = self.path.open("ab", buffering=0)
@@ -89,6 +89,13 @@ class Tracker:
         """The MLflow run's id, None until the server has given one."""
         path = self.folder / _RUN_ID
         return path.read_text("utf-8").strip() if path.exists() else None
+
+    def ui(self) -> str:
+        """The URI of the database where this run is, for `mlflow ui`; "" where there is none."""
+        uri = self._config.uri
+        if self.run_id() is None or (uri and not uri.startswith("sqlite")):
+            return ""
+        return uri or mlflow_run.uri_of(self.folder.parent.resolve() / mlflow_run.FILE)
 
     def go_back(self, step: int) -> None:
         """Forget lines of steps after `step`, which will be logged again."""
@@ -151,6 +158,9 @@ class Untracked:
 
     def run_id(self) -> str | None:
         return None
+
+    def ui(self) -> str:
+        return ""
 
     def go_back(self, step: int) -> None: ...
 

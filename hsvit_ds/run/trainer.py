@@ -30,14 +30,13 @@ from ..tasks import Task, scala
 from ..tasks.features import Features
 from ..tasks.supervised import Supervised
 from ..tasks.teacher import Teacher
-from . import closing, kernels, opening
+from . import closing, commands, kernels, opening, title
 from . import recipe as recipes
 from .evaluation import evaluate
 from .interval import Interval
 from .memory import needed
-from .pictures import CURVES
 from .recipe import Plan, Recipe
-from .report import Reporter, duration, print_widths
+from .report import Reporter, print_widths
 from .survival import StoppedError, StopRequests, Watch, is_out_of_memory, told
 from .tracking import CLASSES, Tracker, Untracked
 
@@ -103,7 +102,7 @@ class Trainer:
             if names:
                 (folder / CLASSES).write_text("\n".join(names) + "\n", "utf-8")
             last_step = self.start.total if resume else None
-            self.tracker = Tracker(recipe.tracking, folder, folder.name, recipes.flat(recipe), last_step)
+            self.tracker = Tracker(recipe.tracking, folder, title.of(folder), recipes.flat(recipe), last_step)
         self.report = Reporter(grid.is_main, plan.steps, self.start.total, self.watch.state)
         self.interval = Interval(grid.device)
         self.reader.idle = self._waits
@@ -383,20 +382,19 @@ class Trainer:
         return 3 * 2 * self.recipe.run.global_batch * sum(model.macs(*shape, w) for w in self.task.widths(step))
 
     def _finish(self, final: dict[str, float], seconds: float) -> None:
-        if self.grid.is_main:
-            model: Model = self.engine.module  # type: ignore[assignment]
-            widths, seen = self.task.trained(self.plan.steps), (final, self._matrix)
-            files, widths_rows = closing.draw(self.folder, self.recipe, self.plan, self.reader, model, widths, *seen)
-            for file in [*files, self.folder / "recipe.toml"]:
-                self.tracker.artifact(file)
-            if widths_rows:
-                self.report.close()
-                print_widths(widths_rows, self.recipe.data.test)
+        self.report.close()
+        if not self.grid.is_main:
+            return
+        model: Model = self.engine.module  # type: ignore[assignment]
+        widths, seen = self.task.trained(self.plan.steps), (final, self._matrix)
+        files, widths_rows = closing.draw(self.folder, self.recipe, self.plan, self.reader, model, widths, *seen)
+        for file in [*files, self.folder / "recipe.toml"]:
+            self.tracker.artifact(file)
         self.tracker.close("FINISHED")
-        rows = {name: f"{value:.4g}" for name, value in final.items() if "_w" not in name}
-        rows |= {"time": duration(seconds), "run": str(self.folder)}
-        rows |= {
-            "curves": str(self.folder / CURVES),
-            "MLflow run": self.tracker.run_id() or "-",
-        }
-        self.report.summary(rows)
+        if widths_rows:
+            print_widths(widths_rows, self.recipe.data.test)
+        rows = closing.result(self.folder, self.recipe, self.plan, final, seconds)
+        self.report.summary(rows | {"MLflow run": self.tracker.run_id() or "-"})
+        self.report.say("next:")
+        for command in commands.after(self.folder, widths, self.tracker.ui()):
+            self.report.say(command)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -73,7 +74,7 @@ def test_the_resolved_recipe_resolves_to_itself(tmp_path: Path) -> None:
 def test_hsvit_recipe_prints_what_it_resolves() -> None:
     result = CliRunner().invoke(app, ["recipe", str(DIGITS), "run.global_batch=64"])
     assert result.exit_code == 0
-    printed = recipes.tomllib.loads(result.stdout)
+    printed = tomllib.loads(result.stdout)
     assert printed["run"]["global_batch"] == 64
     assert printed["model"]["kernels"] == [64, 128]
     assert "# accumulation = 1" in result.stdout

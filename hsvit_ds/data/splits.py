@@ -54,8 +54,8 @@ class Config:
     timeout: float = 30.0
     """Seconds that a server may send nothing before it is asked again."""
     workers: int | Literal["auto"] = "auto"
-    """Processes of a rank that read, decode and augment; 0: the rank itself; "auto": as many as the rank has cores, see
-    `workers`."""
+    """Processes of a rank that read, decode and augment; 0: the rank itself; "auto": as many as it has cores, at most
+    8, and 4 for a stream."""
     decoder: str = "auto"
     """"simplejpeg" (turbo-JPEG), "pillow", or "auto": the first that is installed. Resolved with its version: another
     one gives other pixels, and is refused."""

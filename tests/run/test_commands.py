@@ -12,7 +12,7 @@ from hsvit_ds import train
 from hsvit_ds.models.slimmable import Config
 from hsvit_ds.run import commands
 
-from ..test_help import COMMANDS, parse
+from ..test_help import parse
 
 FOLDER = Path("runs/it's a run-001")
 
@@ -26,8 +26,7 @@ def test_the_next_commands_are_taken(smallest: float) -> None:
     for program, name, *arguments in lines[:-1]:
         assert Path(program).name == "hsvit"
         assert arguments[0] == str(FOLDER)
-        if (name,) in COMMANDS:
-            parse((name,), ["hsvit", name, *arguments])
+        parse((name,), ["hsvit", name, *arguments])
 
 
 @pytest.mark.parametrize(

@@ -69,13 +69,14 @@ class Line:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         done, doing = self.now()
-        steps = f"step {done:,}/{self.steps:,}"[: options.max_width - 2]
+        whole = options.max_width - 2  # a terminal shows Ctrl-C as ^C, behind it
+        steps = f"step {done:,}/{self.steps:,}"[: whole - 2]
         step, colon, what = doing.partition(": ")
         if colon and step.startswith("step") and self.loss:
             parts = {"loss": self.loss, "top1": self.top1, "speed": self.speed, "left": self.left}
         else:
             parts = {"doing": what or doing, "left": self.left}
-        room, text = options.max_width - len(steps) - 1, ""
+        room, text = whole - len(steps) - 1, ""
         for missing in ("", "speed", "top1", "loss"):
             parts.pop(missing, "")
             text = "".join(f"  {part}" for part in parts.values() if part)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import typer
 
+from . import __version__
 from .commands import clusters, new, predict, recipes, runs, shards, weights
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -18,8 +21,16 @@ app.command("launch")(clusters.launch_run)
 app.add_typer(shards.app, name="shards", help="Data sets as tar shards.")
 
 
+def show_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"hsvit-ds {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
-def about() -> None:
+def about(
+    version: Annotated[bool, typer.Option("--version", callback=show_version, is_eager=True, help="Show it.")] = False,
+) -> None:
     """Vision transformers that scale sideways (HSViT) and down (Scala)."""
 
 

@@ -1,16 +1,19 @@
-"""How a person is told things: what is counted in words, what is wrong in one line with an exit code, and a stack trace
-only when asked for."""
+"""How a person is told things: what is counted in words, what is wrong in one line with an exit code, a stack trace
+only when asked for, and what libraries print in a file."""
 
 from __future__ import annotations
 
 import codecs
 import io
 import os
+import subprocess
 import sys
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, suppress
 from enum import IntEnum
 from pathlib import Path
+from typing import TextIO
 
 
 class Exit(IntEnum):
@@ -69,6 +72,132 @@ def show_everything() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
+class Others(io.TextIOBase):
+    """What libraries print: on the terminal until a file is opened for it, then there."""
+
+    encoding = "utf-8"
+
+    def __init__(self, real: TextIO) -> None:
+        self.real, self.log = real, -1
+
+    def write(self, text: str) -> int:
+        if self.log < 0:
+            return self.real.write(text)
+        with suppress(OSError):  # a full disk ends no run
+            os.write(self.log, text.encode("utf-8", "backslashreplace"))
+        return len(text)
+
+    def flush(self) -> None:
+        if self.log < 0:
+            self.real.flush()
+
+    def fileno(self) -> int:
+        return self.real.fileno() if self.log < 0 else self.log
+
+    def writable(self) -> bool:
+        return True
+
+
+class Log:
+    """A rank's file of what libraries print, so that its terminal has what is said to a person.
+
+    What they print by Python, and on file descriptor 1; on number 2 while a run is set up, when they start compilers.
+    Later that stays the terminal's: what a process says that crashes has no other way to be seen.
+
+    Args:
+        debug: on the terminal too.
+    """
+
+    def __init__(self, debug: bool) -> None:
+        self.debug, self._descriptors = debug, (os.dup(1), os.dup(2))
+        self.out, self.err = _other_descriptor(sys.stdout), _other_descriptor(sys.stderr)
+        self._others = Others(self.out), Others(self.err)
+
+    def open(self, path: Path) -> None:
+        """Append to it from now on."""
+        try:
+            file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+        except OSError as error:
+            warn(f"{path}: {error.strerror}; what libraries print stays on the terminal")
+            return
+        if self.debug:
+            # A process of its own, so that nothing is lost when this one crashes.
+            copies = subprocess.Popen(["tee", "-i", "-a", str(path)], stdin=subprocess.PIPE, stdout=self.err)
+            assert copies.stdin is not None
+            os.dup2(copies.stdin.fileno(), file)
+        for stream in self._others:
+            stream.log = file
+        os.dup2(file, 1)
+        os.dup2(file, 2)
+
+    def is_set_up(self) -> None:
+        """File descriptor 2 is the terminal's again."""
+        os.dup2(self._descriptors[1], 2)
+
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        """Within the block it takes what libraries print."""
+        global _log
+        before = sys.stdout, sys.stderr, threading.excepthook
+        _log, threading.excepthook = self, _thread_failed
+        sys.stdout, sys.stderr = self._others
+        try:
+            yield
+        finally:
+            _log = None
+            sys.stdout, sys.stderr, threading.excepthook = before
+            for number, descriptor in enumerate(self._descriptors, 1):
+                os.dup2(descriptor, number)
+
+
+_log: Log | None = None
+
+
+def _other_descriptor(stream: TextIO) -> TextIO:
+    """The same place by a file descriptor of its own, where the stream is a file."""
+    try:
+        return open(os.dup(stream.fileno()), "w", 1, stream.encoding, "backslashreplace")
+    except (OSError, ValueError):
+        return stream
+
+
+def _thread_failed(failure: threading.ExceptHookArgs) -> None:
+    with redirect_stderr(err()):
+        threading.__excepthook__(failure)
+
+
+def out() -> TextIO:
+    """Standard output for a person."""
+    return _log.out if _log is not None else sys.stdout
+
+
+def err() -> TextIO:
+    """Standard error for a person."""
+    return _log.err if _log is not None else sys.stderr
+
+
+def has_screen() -> bool:
+    """Whether standard output is a terminal that only what is said to a person appears on, so that a bar can move."""
+    return (
+        out().isatty() and not (_log is not None and _log.debug) and os.environ.get("TERM") not in ("dumb", "unknown")
+    )
+
+
+def tell(text: str) -> None:
+    """Print on standard error, over the bar of any rank, which is drawn again below."""
+    with suppress(OSError):  # who listened may be gone
+        print(f"{erased()}{text}", file=err(), flush=True)
+
+
+def erased() -> str:
+    """What removes a line that a terminal shows at the end."""
+    return "\r\x1b[2K" if err().isatty() and has_screen() else ""
+
+
+def warn(message: str) -> None:
+    tell(f"hsvit: warning: {message}")
+
+
 @contextmanager
 def shown(code: int, debug: bool) -> Iterator[None]:
     """Turn a refusal into one line and exit code `code` (2 before training, 1 during it).
@@ -83,5 +212,5 @@ def shown(code: int, debug: bool) -> Iterator[None]:
         if debug:
             raise
         if os.environ.get("LOCAL_RANK", "0") == "0":
-            print(f"hsvit: error: {error}", file=sys.stderr, flush=True)
+            tell(f"hsvit: error: {error}")
         raise SystemExit(code) from None

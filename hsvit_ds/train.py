@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import argparse
 import signal
-from dataclasses import replace
 from pathlib import Path
 
 from . import __version__
-from .errors import RefusedError, shown
+from .errors import Log, RefusedError, out, shown
 from .hosts import secrets
+from .run.table import say_first_words
+
+EXAMPLE = "deepspeed --num_accelerators 2 --module hsvit_ds.train recipes/digits/hsvit.toml run.seed=1"
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser("hsvit_ds.train", description=__doc__)
-    parser.add_argument("recipe", type=Path)
+    parser = argparse.ArgumentParser("hsvit_ds.train", description=__doc__, epilog=f"Example: {EXAMPLE}")
+    parser.add_argument("recipe", type=Path, help="a file in TOML")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="over the recipe's keys")
     parser.add_argument("--resume", action="store_true", help="continue the newest run of this name")
     parser.add_argument("--run", type=Path, help="this very folder: continued from its checkpoint if it has one")
-    parser.add_argument("--debug", action="store_true", help="show stack traces of refusals")
+    parser.add_argument("--debug", action="store_true", help="show stack traces of refusals, and what libraries print")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # deepspeed's launcher
     return parser.parse_intermixed_args(argv)
 
@@ -38,32 +40,24 @@ def check_kernels() -> None:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
-    with shown(2, args.debug):
-        secrets.load()
-        check_kernels()
-        from .data.splits import named_as_before
-        from .grid.grid import Grid, world_size
-        from .run import folders
-        from .run import recipe as recipes
+    log = Log(args.debug)
+    with log.kept():
+        with shown(2, args.debug):
+            say_first_words(args.recipe, args.overrides)
+            secrets.load()
+            check_kernels()
+            from .run.start import start
 
-        recipe = recipes.read(args.recipe, args.overrides)
-        if not folders.names_splits(recipe.run, args.run, args.resume):
-            recipe = replace(recipe, data=named_as_before(recipe.data))
-        recipe, plan = recipes.resolve(recipe, world_size())
-        grid = Grid(recipe.grid, recipe.model.submodules)
-        try:
-            text = recipes.dumps(recipe)
-            folder = grid.agree(lambda: folders.open_folder(recipe.run, args.run, args.resume, text))
-        except RefusedError:
-            grid.close()  # all ranks are refused, and gloo aborts where one exits before the others
-            raise
+            trainer = start(args.recipe, args.overrides, args.run, args.resume, log)
+        log.is_set_up()
+        from .run.commands import again
         from .run.survival import last_words
-        from .run.trainer import Trainer
 
-        trainer = Trainer(recipe, plan, grid, folder, args.resume or args.run is not None)
-    with last_words(trainer.watch, args.debug):
-        ended = trainer.fit()
-        grid.close()
+        with last_words(trainer.watch, args.debug):
+            ended = trainer.fit()
+            trainer.grid.close()
+        if ended and trainer.grid.is_main and (command := again(args.recipe, args.overrides, trainer.folder)):
+            print(command, file=out(), flush=True)
     if ended:
         raise SystemExit(int(ended))
 

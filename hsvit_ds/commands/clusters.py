@@ -25,7 +25,10 @@ def examine_hosts(
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[key=value]...")] = None,
     debug: Debug = False,
 ) -> None:
-    """Look at every host before a long run; exit code 1 if anything is wrong."""
+    """Look at every host before a long run; exit code 1 if anything is wrong.
+
+    Example: hsvit doctor hostfile recipes/digits/hsvit.toml
+    """
     with shown(Exit.REFUSED, debug):
         check_kernels()
         from ..hosts.cluster import read_hostfile
@@ -61,7 +64,7 @@ def _print(hosts: list[Host], found: Examination) -> None:
         *columns, title=f"{counted(len(hosts), 'host')}, {counted(sum(h.slots for h in hosts), 'rank')}{place}"
     )
     for (check, value, wrong), names in rows.items():
-        where = ", ".join(names) if wrong or len(names) <= 4 else f"{len(names)} hosts"
+        where = ", ".join(names) if wrong or len(names) <= 4 else counted(len(names), "host")
         where = "all hosts" if len(names) == len(hosts) > 1 else where
         table.add_row(check, f"WRONG: {value}" if wrong else value, where, style="red" if wrong else None)
     Console(highlight=False, markup=False, emoji=False).print(table)
@@ -85,7 +88,10 @@ def launch_run(
     printed: Annotated[Printed | None, typer.Option("--print", help="What starts it without this command.")] = None,
     debug: Debug = False,
 ) -> None:
-    """Start a run on several hosts and keep it going; exit code 75: saved and stopped as asked."""
+    """Start a run on several hosts and keep it going; exit code 75: saved and stopped as asked.
+
+    Example: hsvit launch recipes/digits/hsvit.toml --hostfile hostfile
+    """
     with shown(Exit.REFUSED, debug):
         check_kernels()
         from ..hosts import checks, schedulers

@@ -30,7 +30,10 @@ def show_recipe(
     ] = False,
     debug: Debug = False,
 ) -> None:
-    """Print a recipe with everything derived filled in."""
+    """Print a recipe with everything derived filled in.
+
+    Example: hsvit recipe recipes/digits/hsvit.toml model.submodules=4 --memory
+    """
     with shown(2, debug):
         check_kernels()
         from ..run import recipe as recipes

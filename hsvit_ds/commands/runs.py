@@ -28,11 +28,14 @@ def evaluate_run(
     root: Root = "",
     debug: Debug = False,
 ) -> None:
-    """Score a run at several widths, or with some of its submodules, in one pass over the data."""
+    """Score a run at several widths, or with some of its submodules, in one pass over the data.
+
+    Example: hsvit evaluate runs/digits-scala-001 --widths 0.25,0.5 --split val
+    """
     with shown(2, debug):
         check_kernels()
         from ..results import saved
-        from ..run import pictures, report
+        from ..run import pictures, report, title
 
         if present and (widths or untrained):
             raise RefusedError(f"--present {present} is of the largest width; leave --widths and --untrained out")
@@ -47,17 +50,17 @@ def evaluate_run(
                 rows = report.width_rows(opened.model, chosen, found)
                 report.print_widths(rows, f"{run}, {split}, {opened.read}")
                 name = _picture(opened, "widths", split, widths)
-                title, accuracy = f"{run.name}, {split}, {opened.read}", opened.accuracy_of(split)
-                typer.echo(pictures.draw_widths(name, rows, title, accuracy))
-                title += f", width {chosen[-1]}" if len(chosen) > 1 else ""
+                heading, accuracy = f"{title.of(run)}, {split}, {opened.read}", opened.accuracy_of(split)
+                typer.echo(pictures.draw_widths(name, rows, heading, accuracy))
+                heading += f", width {chosen[-1]}" if len(chosen) > 1 else ""
                 name = _picture(opened, "classes", split, widths)
-                for file in pictures.write_classes(name, matrix.cpu(), opened.classes, title):
+                for file in pictures.write_classes(name, matrix.cpu(), opened.classes, heading):
                     typer.echo(file)
         opened.grid.close()
 
 
 def _evaluate_present(run: SavedRun, present: str, split: str) -> None:
-    from ..run import pictures, report
+    from ..run import pictures, report, title
 
     subsets = run.subsets(present)
     scores = run.evaluate_subsets(split, subsets)
@@ -67,8 +70,8 @@ def _evaluate_present(run: SavedRun, present: str, split: str) -> None:
         rows = report.present_rows(subsets, [score.top1 for score in scores])
         report.print_present(rows, f"{run.folder}, {split}, {run.read}")
         name = _picture(run, "present", split)
-        title, accuracy = f"{run.folder.name}, {split}, {run.read}", run.accuracy_of(split)
-        typer.echo(pictures.draw_present(name, rows, title, accuracy))
+        heading, accuracy = f"{title.of(run.folder)}, {split}, {run.read}", run.accuracy_of(split)
+        typer.echo(pictures.draw_present(name, rows, heading, accuracy))
     else:
         (subset,), (score,) = subsets, scores
         names = ", ".join(str(number) for number in subset)
@@ -98,7 +101,10 @@ def export_run(
     root: Root = "",
     debug: Debug = False,
 ) -> None:
-    """Write the subnet of a width as a network of its own: safetensors, timm config, torch.export, ONNX, model card."""
+    """Write the subnet of a width as a network of its own: safetensors, timm config, torch.export, ONNX, model card.
+
+    Example: hsvit export runs/digits-scala-001 --width 0.5 -o half
+    """
     with shown(2, debug):
         check_kernels()
         from ..results import export, saved

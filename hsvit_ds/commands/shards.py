@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import os
-import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from ..errors import RefusedError, counted, shown
-from . import Debug
+from . import Debug, terminal
 
 app = typer.Typer(no_args_is_help=True)
 Folder = Annotated[Path, typer.Argument(help="Folder of NAME-SPLIT-0000.tar, of SPLIT-0000.tar, or of SPLIT/0000.tar.")]
@@ -29,7 +25,6 @@ Processes = Annotated[int, typer.Option(help="How many work at once; 0 is one fo
 Image = Annotated[
     str, typer.Option(help="Extension of a sample's image where it has two, as jpg or rgb.png; jpg;png: else a png.")
 ]
-_INTERVAL = 60  # s between progress lines where there is no terminal
 
 
 @app.command("make")
@@ -51,23 +46,26 @@ def make_shards(
     processes: Processes = 0,
     debug: Debug = False,
 ) -> None:
-    """Turn images into shuffled shards; stopped and started again, it goes on. Any number of processes: same bytes."""
+    """Turn images into shuffled shards; stopped and started again, it goes on. Any number of processes: same bytes.
+
+    Example: hsvit shards make photos/train shards --split train --name photos
+    """
     with shown(2, debug):
         from ..data.shards.make import Options, make
         from ..run.report import duration
 
         started, left_out = time.perf_counter(), list[str]()
         options = Options(name, split, shards, resize, quality, seed, holdout, strict)
-        with _progress("shards") as done:
-            made = list(make(source, out, options, _cores(processes), done))
+        with terminal.progress("shards") as done:
+            made = list(make(source, out, options, terminal.cores(processes), done))
         for found, bad in made:
-            named, size = found.shards[0].rsplit("-", 1)[0], _bytes(int(found.bytes.sum()))
+            named, size = found.shards[0].rsplit("-", 1)[0], terminal.size(int(found.bytes.sum()))
             held = f"{counted(len(found), 'sample')} of {named} in {counted(len(found.shards), 'shard')}"
             typer.echo(f"{out}: {held}, {size}")
             left_out += bad
         typer.echo(f"{counted(len(made[0][0].classes), 'class', 'classes')}, {duration(time.perf_counter() - started)}")
         if left_out:
-            _list(left_out, 50)
+            terminal.lines(left_out, 50)
             typer.echo(
                 f"hsvit: images of {source} that could not be read and are left out: {len(left_out):,}", err=True
             )
@@ -82,7 +80,10 @@ def index_shards(
     processes: Processes = 0,
     debug: Debug = False,
 ) -> None:
-    """Index each split's shards, which a training run needs. Reads headers, no images."""
+    """Index each split's shards, which a training run needs. Reads headers, no images.
+
+    Example: hsvit shards index shards
+    """
     with shown(2, debug):
         from ..data import index
         from ..data.layouts import options, parsed
@@ -93,7 +94,7 @@ def index_shards(
         splits, target, rows, problems, empty = shards_in(folder, patterns), out or folder, [], list[str](), list[str]()
         _made_folder(target)
         total = sum(map(len, splits.values()))
-        with _progress("shards") as done:
+        with terminal.progress("shards") as done:
             read = 0
             for split, paths in splits.items():
 
@@ -101,7 +102,7 @@ def index_shards(
                     nonlocal read
                     done(read := read + 1, total)
 
-                built = index.build(folder, paths, _cores(processes), one, names, image)
+                built = index.build(folder, paths, terminal.cores(processes), one, names, image)
                 problems += built.problems
                 if not len(built):
                     empty.append(split)
@@ -111,9 +112,9 @@ def index_shards(
                 classes = len(set(built.labels.tolist()))
                 rows.append((split, f"{len(built):,}", f"{len(paths):,}", f"{classes:,}", f"{path.stat().st_size:,}"))
         if rows:
-            _table(("split", "samples", "shards", "classes", "index bytes"), rows, str(target))
+            terminal.table(("split", "samples", "shards", "classes", "index bytes"), rows, str(target))
         if problems:
-            _list(problems, 20)
+            terminal.lines(problems, 20)
             more = f"hsvit shards check {folder}{options(patterns)}"
             typer.echo(f"hsvit: problems: {len(problems):,}; what they name is left out; more: {more}", err=True)
         if empty:
@@ -129,13 +130,16 @@ def check_shards(
     processes: Processes = 0,
     debug: Debug = False,
 ) -> None:
-    """Read all shards and decode every image; exit code 1 if anything is wrong."""
+    """Read all shards and decode every image; exit code 1 if anything is wrong.
+
+    Example: hsvit shards check shards --classes 10
+    """
     with shown(2, debug):
         from ..data.layouts import parsed
         from ..data.shards.check import WARNINGS, check
 
-        with _progress("shards") as done:
-            findings, samples = check(folder, classes, image, _cores(processes), done, parsed(shards or []))
+        with terminal.progress("shards") as done:
+            findings, samples = check(folder, classes, image, terminal.cores(processes), done, parsed(shards or []))
         findings.sort(key=lambda finding: not finding.is_error)
         errors = sum(finding.is_error for finding in findings)
         if findings:
@@ -145,8 +149,8 @@ def check_shards(
                 (kind, "warning" if kind in WARNINGS else "error", f"{count:,}")
                 for kind, count in zip(kinds, counts, strict=True)
             ]
-            _table(("kind", "", "count"), rows, str(folder))
-            _list([f"{finding.kind}: {finding.text}" for finding in findings], 50)
+            terminal.table(("kind", "", "count"), rows, str(folder))
+            terminal.lines([f"{finding.kind}: {finding.text}" for finding in findings], 50)
         read = ", ".join(f"{count:,} of {split}" for split, count in samples.items())
         typer.echo(f"{folder}: errors: {errors:,}, warnings: {len(findings) - errors:,}; usable samples: {read}")
         if errors:
@@ -155,7 +159,10 @@ def check_shards(
 
 @app.command("info")
 def show_shards(folder: Folder, shards: Named = None, debug: Debug = False) -> None:
-    """What the indexes of a folder say of its splits."""
+    """What the indexes of a folder say of its splits.
+
+    Example: hsvit shards info shards
+    """
     with shown(2, debug):
         import numpy as np
 
@@ -182,7 +189,7 @@ def show_shards(folder: Folder, shards: Named = None, debug: Debug = False) -> N
                     f"{len(opened.shards):,}",
                     f"{len(counts):,}",
                     f"{counts.min():,} / {counts.mean():,.1f} / {counts.max():,}" if some else "",
-                    _bytes(int(opened.bytes.sum())),
+                    terminal.size(int(opened.bytes.sum())),
                     f"{opened.sizes.mean():,.0f}" if some else "",
                     opened.fingerprint,
                     f"{len(opened.problems):,}",
@@ -200,13 +207,7 @@ def show_shards(folder: Folder, shards: Named = None, debug: Debug = False) -> N
             "problems when indexed",
             INFO,
         )
-        _table(("", *names), list(zip(facts, *columns, strict=True)), str(folder))
-
-
-def _cores(processes: int) -> int:
-    if processes < 0:
-        raise RefusedError(f"--processes {processes}: must be at least 1, or 0 for one each core")
-    return processes or len(os.sched_getaffinity(0))
+        terminal.table(("", *names), list(zip(facts, *columns, strict=True)), str(folder))
 
 
 def _made_folder(folder: Path) -> None:
@@ -214,52 +215,3 @@ def _made_folder(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise RefusedError(f"{folder}: {error.strerror}") from error
-
-
-def _bytes(count: int) -> str:
-    """As 12 B or 3.4 MiB."""
-    size, unit = float(count), "B"
-    for larger in ("KiB", "MiB", "GiB", "TiB"):
-        if size < 1024:
-            break
-        size, unit = size / 1024, larger
-    return f"{count} B" if unit == "B" else f"{size:.1f} {unit}"
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]], title: str) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(*head, title=title)
-    for row in rows:
-        table.add_row(*row)
-    Console(highlight=False, soft_wrap=True, markup=False, emoji=False).print(table)
-
-
-def _list(lines: Sequence[str], most: int) -> None:
-    for line in lines[:most]:
-        typer.echo(line if line.isprintable() else ascii(line))  # names in a tar may hold anything
-    if len(lines) > most:
-        typer.echo(f"… and {len(lines) - most:,} more")
-
-
-@contextmanager
-def _progress(unit: str) -> Iterator[Callable[[int, int], None]]:
-    """Gives a function that is told (done, total): a bar on a terminal, elsewhere a line a minute."""
-    if not sys.stdout.isatty():
-        last = time.monotonic()
-
-        def say(done: int, total: int) -> None:
-            nonlocal last
-            if time.monotonic() - last >= _INTERVAL:
-                last = time.monotonic()
-                typer.echo(f"{done:,}/{total:,} {unit}")
-
-        yield say
-        return
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (MofNCompleteColumn(), TextColumn(unit), BarColumn(24), TimeRemainingColumn())
-    with Progress(*columns, transient=True) as bar:
-        task = bar.add_task("", total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)

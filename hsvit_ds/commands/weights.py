@@ -27,7 +27,10 @@ def import_weights(
     trust: Annotated[bool, typer.Option("--trust", help="Unpickle a file that could run code.")] = False,
     debug: Debug = False,
 ) -> None:
-    """Turn published weights, told apart by their keys, into a model file of this project."""
+    """Turn published weights, told apart by their keys, into a model file of this project.
+
+    Example: hsvit import scala.pth -o model.safetensors --smallest 0.25
+    """
     with shown(2, debug):
         check_kernels()
         refuse_to_overwrite(out, force)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
-from ..errors import RefusedError
+from ..errors import RefusedError, counted, warn
 from .reader import Reader
 
 FILE = "bad_samples.txt"
@@ -46,11 +45,11 @@ class BadSamples:
                 with self.path.open("a", encoding="utf-8", errors="backslashreplace") as file:
                     file.writelines(f"{name}\n" for name in new)
             except OSError as error:  # on one rank, of a disk that is full: no reason to end the run
-                print(f"hsvit: warning: {self.path}: {error.strerror}: {'; '.join(new)}", file=sys.stderr, flush=True)
+                warn(f"{self.path}: {error.strerror}: {'; '.join(new)}")
         total = self.reader.order.samples + len(self.reader.left_out)
         if len(self.names) > self.most * total:
             some = "; ".join(sorted(self.names)[:5])
             raise RefusedError(
-                f"{len(self.names)} of {total} images cannot be read, more than data.max_bad_fraction = {self.most}: "
-                f"{some}; all of them: {self.path}"
+                f"{len(self.names):,} of {counted(total, 'image')} cannot be read, more than "
+                f"data.max_bad_fraction = {self.most}: {some}; all of them: {self.path}"
             )

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import os
 import shlex
-import sys
 import tarfile
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ProcessPoolExecutor
@@ -20,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..errors import RefusedError, counted, first_line
+from ..errors import RefusedError, counted, first_line, warn
 from .layouts import NONE, name_in, options, split_shards
 from .members import BLOCK, MOST_BYTES, Sample, grouped, printable, safe, walk
 
@@ -82,6 +81,9 @@ class Index:
         return digest.hexdigest()[:16]
 
     def save(self, path: Path) -> None:
+        """Write it, unless the file holds the same already."""
+        if self._is_in(path):
+            return
         arrays = {f.name: np.asarray(getattr(self, f.name)) for f in fields(self) if f.name != "folder"}
         partial = path.with_suffix(f".{os.getpid()}.partial")
         try:
@@ -92,6 +94,14 @@ class Index:
             raise RefusedError(
                 f"{path}: cannot be written ({error.strerror}); --out FOLDER puts it elsewhere"
             ) from error
+
+    def _is_in(self, path: Path) -> bool:
+        try:
+            there = _read(path, self.folder)
+        except Exception:  # none, or a damaged one
+            return False
+        parts = (f.name for f in fields(self) if f.name != "folder")
+        return all(np.array_equal(getattr(there, name), getattr(self, name)) for name in parts)
 
 
 def open_index(path: Path, folder: Path, patterns: Mapping[str, str] = NONE) -> Index:
@@ -149,7 +159,7 @@ def _compared(index: Index, path: Path, patterns: Mapping[str, str]) -> Index:
     there = [name_in(index.folder, shard) for shard in split_shards(index.folder, patterns).get(split, [])]
     known = set(index.shards)
     if new := [name for name in there if name not in known]:
-        raise RefusedError(f"{index.folder / new[0]}: not in {path} ({len(new)} such shards); {remedy}")
+        raise RefusedError(f"{index.folder / new[0]}: not in {path} ({counted(len(new), 'such shard')}); {remedy}")
     modified, changed = index.modified.copy(), list[int]()
     for i, name in enumerate(index.shards):
         shard = index.folder / name
@@ -182,11 +192,9 @@ def _checksums(path: Path, folder: Path, image: str, files: tuple[tuple[str, int
     """Those of shards (name, bytes, time of modification), by a walk over each; a process opens an index several times,
     and walks once. again: the command that makes the index."""
     if os.environ.get("LOCAL_RANK", "0") == "0":
-        print(
-            f"hsvit: warning: {folder}: the times of {counted(len(files), 'shard')} are not those in {path.name}, "
-            f"as of copies: each start compares headers; this ends it: {again}",
-            file=sys.stderr,
-            flush=True,
+        warn(
+            f"{folder}: the times of {counted(len(files), 'shard')} are not those in {path.name}, "
+            f"as of copies: each start compares headers; this ends it: {again}"
         )
     return [scan(folder / name, image).checksum for name, _, _ in files]
 

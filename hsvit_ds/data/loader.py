@@ -11,7 +11,6 @@ import multiprocessing
 import os
 import queue
 import signal
-import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from multiprocessing import connection, resource_tracker
@@ -20,7 +19,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from ..errors import RefusedError, first_line
+from ..errors import RefusedError, counted, first_line, warn
 from .batch import Images
 
 Answer = Callable[[Any], Images]
@@ -99,11 +98,11 @@ class Loader:
                     deaths += 1
                     if deaths > RESTARTS:
                         raise RefusedError(
-                            f"the data workers died {deaths} times in a row ({first_line(error)}): out of memory, or "
-                            "/dev/shm is too small? Set data.workers lower"
+                            f"the data workers died {counted(deaths, 'time')} in a row ({first_line(error)}): out of "
+                            "memory, or /dev/shm is too small? Set data.workers lower"
                         ) from None
                     why = first_line(error)
-                    print(f"hsvit: warning: a data worker died ({why}); all start anew", file=sys.stderr, flush=True)
+                    warn(f"a data worker died ({why}); all start anew")
             self._hand_over(None)
         except BaseException as error:
             self._hand_over(error)

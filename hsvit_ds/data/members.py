@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from ..errors import RefusedError, first_line
+from ..errors import RefusedError, counted, first_line
 
 IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
 BLOCK = 512  # of a tar
@@ -64,7 +64,9 @@ class Sample:
         for choice in ([f".{extension}"] for extension in wanted.lower().split(";")) if wanted else [list(IMAGES)]:
             found = [(extension, member) for extension, member in self.members if extension in choice]
             if len(found) > 1:
-                raise ValueError(f"{len(found)} images ({', '.join(extension for extension, _ in found)}); {said}")
+                raise ValueError(
+                    f"{counted(len(found), 'image')} ({', '.join(extension for extension, _ in found)}); {said}"
+                )
             if found:
                 return found[0][1]
         if wanted:

@@ -11,8 +11,8 @@ from itertools import islice
 import torch
 from torch import Tensor
 
-from ..errors import RefusedError
-from ..grid.grid import Grid
+from ..errors import RefusedError, counted
+from ..grid.grid import Grid, ranks_here
 from . import augment, decode, loader, remote
 from .batch import PADDING, Batch, Images, Job
 from .index import Index
@@ -21,17 +21,20 @@ from .order import Order, Share
 from .resident import Split, Views
 from .sets import Facts
 from .sources import InMemory, Shards, Source, digits_split
-from .splits import Config, facts, not_on_device, open_split, shares_images
+from .splits import Config, facts, not_on_device, open_split, shares_images, workers
 from .stream import Streamed
 from .transform import Transform
 
 SHARE = 10
 """One in so many bytes of a device's memory may hold a split's images."""
 
+DECODED = 1024
+"""Images that a worker decodes in about the time that it takes to start."""
 
-def ready_bytes(facts: Facts, augmentation: augment.Config, workers: int, images: int) -> int:
+
+def ready_bytes(facts: Facts, augmentation: augment.Config, processes: int, images: int) -> int:
     """Of what the workers of a rank hold ready, in batches of `images`."""
-    return workers * loader.READY * images * facts.channels * max(facts.image_size, augmentation.canvas) ** 2
+    return processes * loader.READY * images * facts.channels * max(facts.image_size, augmentation.canvas) ** 2
 
 
 class Reader:
@@ -52,9 +55,13 @@ class Reader:
         loader.preload(self._transform.modules)
         self._gathers = shares_images(config, grid.submodule_ranks, self.facts.image_size)
         self._training = self._source("train", there)
+        self._cores, self._ranks = len(os.sched_getaffinity(0)), ranks_here()
+        self._processes = workers(config, self._cores, self._ranks)
         self._bad: list[str] = []
         self._on_device, self.placement = self._placed("train", augmentation.canvas)
         """Whether the training split lives on the device, and where its images come from, in words."""
+        if self._on_device and config.workers == "auto":  # a small set is decoded sooner than workers have started
+            self._processes = min(self._processes, -(-self.count("train") // DECODED))
         self._residents: dict[str, Split] = {}
         self._gathers = self._gathers and not self._on_device
         self._check_memory()
@@ -74,9 +81,8 @@ class Reader:
     def _check_memory(self) -> None:
         """Of shared memory: a worker of training holds micro batches ready, and one of an evaluation its batches."""
         images = min(self.config.eval_batch, self.order.samples) + (0 if self._on_device else self.share.micro_batch)
-        ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         each = ready_bytes(self.facts, self.augmentation, self._workers, images)
-        loader.check_shared_memory(ranks * each)
+        loader.check_shared_memory(self._ranks * each)
 
     def _check_ranks(self, what: str, mine: str) -> None:
         for rank, other in enumerate(self.grid.gather(mine)):
@@ -110,12 +116,12 @@ class Reader:
         if c.on_device == "never" or (c.on_device == "auto" and device.type != "cuda"):
             return False, ""
         if why := not_on_device(c, self.augmentation):
-            return False, f"{split}: images come from {c.workers} workers, as {why}"
+            return False, f"{split}: images come from workers, as {why}"
         size = self.count(split) * self.facts.channels * (canvas or self.facts.image_size) ** 2
         if c.on_device == "auto" and size > (most := torch.cuda.get_device_properties(device).total_memory // SHARE):
             mib = f"{size / 2**20:,.0f} MiB are more than {most / 2**20:,.0f}"
-            return False, f"{split}: images come from {c.workers} workers, as {mib}, a tenth of the device's memory"
-        return True, f"{split}: {self.count(split):,} images on the device, {size / 2**20:,.1f} MiB"
+            return False, f"{split}: images come from workers, as {mib}, a tenth of the device's memory"
+        return True, f"{split}: {counted(self.count(split), 'image')} on the device, {size / 2**20:,.1f} MiB"
 
     def _resident(self, split: str, training: bool = False) -> Split:
         """A split on the device, decoded when it is first asked for."""
@@ -124,7 +130,7 @@ class Reader:
         if key not in self._residents:
             source = self._source(split, there)
             assert isinstance(source, InMemory | Shards)
-            self._residents[key] = Split(source, training, self.config.workers, self.grid.device)
+            self._residents[key] = Split(source, training, self._processes, self.grid.device)
             self._bad += self._residents[key].bad
         return self._residents[key]
 
@@ -138,7 +144,15 @@ class Reader:
 
     @property
     def _workers(self) -> int:
-        return 0 if isinstance(self._training, InMemory) else self.config.workers
+        return 0 if isinstance(self._training, InMemory) else self._processes
+
+    @property
+    def working(self) -> str:
+        """Who reads, in words; "" where the rank does it itself."""
+        if not self._workers:
+            return ""
+        cores = f"; {counted(self._cores, 'core')}, {counted(self._ranks, 'rank')} on this host"
+        return f"{counted(self._workers, 'data worker')} a rank{cores if self.config.workers == 'auto' else ''}"
 
     def _started(self, epoch: int, step: int) -> Loader:
         """The images of the micro batches from a step on."""
@@ -146,8 +160,8 @@ class Reader:
         if isinstance(source, Streamed):
             done = (epoch * self.order.steps_per_epoch + step) * self.share.accumulation
             return source.start(self._workers, self._pins, done)
-        answer, workers = self._answer()
-        return loader.answers(answer, lambda n: self._jobs(epoch, step, n), workers, self._pins)
+        answer, processes = self._answer()
+        return loader.answers(answer, lambda n: self._jobs(epoch, step, n), processes, self._pins)
 
     def _answer(self) -> tuple[Callable[[Job], Images], int]:
         """What answers the jobs of training, and in how many workers."""
@@ -269,9 +283,9 @@ class Reader:
             return
         steps, micros = min(steps, self.order.steps_per_epoch), self.share.accumulation
         if "calibration" not in self._passes:
-            answer, workers = self._answer()
+            answer, processes = self._answer()
             jobs = list(islice(self._jobs(0, 0, 0), steps * micros))
-            self._passes["calibration"] = Again(answer, jobs, workers, self._pins)
+            self._passes["calibration"] = Again(answer, jobs, processes, self._pins)
         loaded = self._passes["calibration"].once()
         answers = iter(loaded)
         try:

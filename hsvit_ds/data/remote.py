@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import sys
 import tarfile
 import time
 import urllib.error
@@ -17,7 +16,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from ..errors import RefusedError, first_line
+from ..errors import RefusedError, counted, first_line, warn
 from .layouts import NONE, PLAIN, disjoint, is_url, no_split, parts
 
 TRIES = 8
@@ -175,9 +174,11 @@ def wait(attempt: int, url: str, error: Exception) -> None:
     words = error.args[:1]  # webdataset adds the stream and the URL
     reason = words[0].partition(" @ <")[0] if words and isinstance(words[0], str) else first_line(error)
     if attempt + 1 == TRIES:
-        raise RefusedError(f"{url}: {reason}; tried {TRIES} times. Is the server there, and the file whole?") from error
+        raise RefusedError(
+            f"{url}: {reason}; tried {counted(TRIES, 'time')}. Is the server there, and the file whole?"
+        ) from error
     delay = 0.25 * 2**attempt
-    print(f"hsvit: warning: {url}: {reason}; again in {delay:g} s", file=sys.stderr, flush=True)
+    warn(f"{url}: {reason}; again in {delay:g} s")
     time.sleep(delay)
 
 

@@ -7,13 +7,17 @@ import shlex
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
+from typing import Literal
 
-from ..errors import RefusedError
+from ..errors import RefusedError, counted
 from . import augment, decode, layouts, remote
 from .digits import SPLITS as DIGITS
 from .index import Index, command, open_index
 from .layouts import is_command, is_url, no_split, split_shards
 from .sets import SETS, Facts, photographs
+
+MOST, STREAMING = 8, 4
+"""Workers of a rank by themselves, and those of a stream."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,8 +61,9 @@ class Config:
     """Folder for streamed shards, which are then fetched once; "": fetched in every epoch."""
     timeout: float = 30.0
     """Seconds that a server may send nothing before it is asked again."""
-    workers: int = 4
-    """Processes of a rank that read, decode and augment; 0: the rank itself."""
+    workers: int | Literal["auto"] = "auto"
+    """Processes of a rank that read, decode and augment; 0: the rank itself; "auto": as many as it has cores, at most
+    8, and 4 for a stream."""
     decoder: str = "auto"
     """"simplejpeg" (turbo-JPEG), "pillow", or "auto": the first that is installed. Resolved with its version: another
     one gives other pixels, and is refused."""
@@ -84,7 +89,7 @@ class Config:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} = {getattr(self, name)}: must be at least 1")
         for name in ("workers", "classes", "image_size"):
-            if getattr(self, name) < 0:
+            if getattr(self, name) != "auto" and getattr(self, name) < 0:
                 raise ValueError(f"{name} = {getattr(self, name)}: must not be negative")
         layouts.check(self.root, self.shards)
         if self.timeout <= 0:
@@ -145,6 +150,16 @@ class Config:
             raise RefusedError(f"[data] {error}") from None
 
 
+def workers(config: Config, cores: int, ranks: int) -> int:
+    """Processes of a rank that read; of its share of the usable `cores` of a host that has `ranks` of them.
+
+    Never of its cores where it reads a stream, whose order the number is a part of: the run may go on elsewhere.
+    """
+    if config.workers != "auto":
+        return config.workers
+    return STREAMING if config.stream else max(1, min(cores // ranks, MOST))
+
+
 def facts(config: Config) -> Facts:
     """What the model depends on; no file is read."""
     known = SETS.get(config.name) or photographs(224, config.classes)
@@ -203,8 +218,9 @@ def _open_files(config: Config, split: str) -> Index:
     worst, classes = int(index.labels.argmax()), facts(config).classes or len(index.classes)
     if classes and index.labels[worst] >= classes:
         raise RefusedError(
-            f"{path}: {index.name(worst)} has label {index.labels[worst]}, but {config.name} has {classes} classes, "
-            f"0 to {classes - 1}; is data.root the right folder, or data.classes to be set?"
+            f"{path}: {index.name(worst)} has label {index.labels[worst]}, but {config.name} has "
+            f"{counted(classes, 'class', 'classes')}, 0 to {classes - 1}; is data.root the right folder, or "
+            "data.classes to be set?"
         )
     return index
 
@@ -301,5 +317,5 @@ def check_share(config: Config, facts: Facts, submodule_ranks: int, micro_batch:
     if shares_images(config, submodule_ranks, facts.image_size) and micro_batch % submodule_ranks:
         raise RefusedError(
             f'data.share = "{config.share}": the micro batch of {micro_batch} is not divisible by '
-            f'{submodule_ranks} submodule ranks; choose another global batch, or data.share = "none"'
+            f'{counted(submodule_ranks, "submodule rank")}; choose another global batch, or data.share = "none"'
         )

@@ -30,7 +30,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from hsvit_kernels.random import Site, key, sequence
 
-from ..errors import RefusedError
+from ..errors import RefusedError, counted
 from . import loader
 from .augment import VIEW
 from .batch import PADDING, UNREADABLE, Images
@@ -157,7 +157,7 @@ class Streamed(IterableDataset[Images]):
                             got += 1
                             yield epoch, first + number, url, sample
                     if got < length:
-                        raise OSError(f"{got} samples, _info.json says {length}")
+                        raise OSError(f"{counted(got, 'sample')}, _info.json says {length}")
                     break
                 except TRANSIENT as error:
                     self._forget(url)
@@ -222,7 +222,8 @@ class Streamed(IterableDataset[Images]):
             raise BadImageError(f"{image.size} bytes")
         if label >= self.classes:
             raise RefusedError(
-                f"{url}: {printable(sample.key)} has label {label}, but the data set has {self.classes} classes, "
+                f"{url}: {printable(sample.key)} has label {label}, but the data set has "
+                f"{counted(self.classes, 'class', 'classes')}, "
                 f"0 to {self.classes - 1}; is data.root right, or data.classes to be set?"
             )
         return image.data, label

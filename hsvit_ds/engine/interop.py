@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from .. import models
 from ..data import splits
 from ..data.preprocessing import Preprocessing
-from ..errors import RefusedError, first_line
+from ..errors import RefusedError, counted, first_line
 from ..models import slimmable, timm_models, vit
 from ..models.batchnorm import BatchNorm
 from ..models.hsvit import Config as HSViTConfig
@@ -47,8 +47,8 @@ def import_weights(
     if not any(key.startswith(("blocks.", "patch_embed.")) for key in weights):
         if not any("conv2d_layers." in key for key in weights):
             raise RefusedError(
-                f"{len(weights)} tensors ({', '.join(list(weights)[:3])}, …) of neither a DeiT nor the published "
-                f"HSViT: they seem to be {resembling(weights)}; of timm's networks model.weights takes them "
+                f"{counted(len(weights), 'tensor')} ({', '.join(list(weights)[:3])}, …) of neither a DeiT nor the "
+                f"published HSViT: they seem to be {resembling(weights)}; of timm's networks model.weights takes them "
                 '(model.kind = "timm"), or model.backbone.weights'
             )
         if not image_size or not pool_strides:
@@ -89,7 +89,8 @@ def _import_vit(state_dict: Mapping[str, Any], widths: dict[str, Any], heads: in
     if patch is None or positions is None or head is None or fc1 is None:
         raise RefusedError(
             "these are not weights of a DeiT: patch_embed.proj.weight, pos_embed, head.weight or "
-            f"blocks.0.mlp.fc1.weight is missing among {len(weights)} keys; they seem to be {resembling(weights)}"
+            f"blocks.0.mlp.fc1.weight is missing among {counted(len(weights), 'key')}; "
+            f"they seem to be {resembling(weights)}"
         )
     embedding, channels, side = patch.shape[0], patch.shape[1], patch.shape[2]
     if not heads and embedding % 64:
@@ -178,7 +179,7 @@ def _infer(
     if not convs or head is None or cls is None:
         raise RefusedError(
             "these are not weights of the published HSViT code: no model.conv2d_layers, "
-            f"model.cls_token_embeddings or classifier.mlp_head among {len(weights)} keys"
+            f"model.cls_token_embeddings or classifier.mlp_head among {counted(len(weights), 'key')}"
         )
     try:
         config = HSViTConfig(

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..errors import RefusedError
+from ..errors import RefusedError, counted
 from ..grid.grid import Grid
 from ..models.batchnorm import forget
 from .zero import Shards
@@ -102,7 +102,7 @@ class Outcomes:
         else:
             where = "its images are gone; run.log_every = 1 looks at once and names the place"
         raise NonFiniteError(
-            f"{self._in_a_row} steps in a row, up to step {step}, had a non-finite gradient "
+            f"{counted(self._in_a_row, 'step')} in a row, up to step {step}, had a non-finite gradient "
             f"(engine.max_skipped_steps = {self.limit}); {where}"
         )
 

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..errors import RefusedError
+from ..errors import RefusedError, counted
 from . import rendezvous
 from .eager import eager
 
@@ -58,7 +58,7 @@ class Channel:
 
     def _begin(self, what: str, x: Tensor, sent: int) -> None:
         self.bytes += sent
-        Channel.last = f"{what} of {tuple(x.shape)} {x.dtype} ({self.name}, {self.size} ranks)"
+        Channel.last = f"{what} of {tuple(x.shape)} {x.dtype} ({self.name}, {counted(self.size, 'rank')})"
 
     def all_reduce(self, x: Tensor) -> Tensor:
         """Sum `x` over the group, in place."""
@@ -123,12 +123,17 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def ranks_here() -> int:
+    """Ranks of this host, as torchrun or DeepSpeed's launcher says; 1 without a launcher."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or "1")
+
+
 def replicas(world: int, submodule_ranks: int, submodules: int, absent: tuple[int, ...] = ()) -> int:
     """Models among `world` ranks, whole but for `absent`; refuses what cannot be divided, with the arithmetic."""
     shares(submodule_ranks, submodules, absent)
     if world % submodule_ranks:
         raise RefusedError(
-            f"grid.submodule_ranks = {submodule_ranks} does not divide the {world} ranks started: "
+            f"grid.submodule_ranks = {submodule_ranks} does not divide the {counted(world, 'rank')} started: "
             f"start a multiple of {submodule_ranks}, or set submodule_ranks to one of "
             f"{[s for s in _possible(_present(submodules, absent)) if world % s == 0]}"
         )
@@ -159,7 +164,9 @@ def _present(submodules: int, absent: tuple[int, ...]) -> list[int]:
     if absent and absent[-1] >= submodules:
         raise RefusedError(f"grid.absent = {list(absent)}: the submodules have numbers from 0 to {submodules - 1}")
     if len(absent) == submodules:
-        raise RefusedError(f"grid.absent = {list(absent)}: all {submodules} submodules; at least one must be present")
+        raise RefusedError(
+            f"grid.absent = {list(absent)}: all {counted(submodules, 'submodule')}; at least one must be present"
+        )
     return [submodule for submodule in range(submodules) if submodule not in absent]
 
 
@@ -255,7 +262,9 @@ class Grid:
         """
         share, rest = divmod(images, self.submodule_ranks)
         if rest:
-            raise ValueError(f"{images} images cannot be divided by {self.submodule_ranks} submodule ranks")
+            raise ValueError(
+                f"{counted(images, 'image')} cannot be divided by {counted(self.submodule_ranks, 'submodule rank')}"
+            )
         return slice(self.submodule_rank * share, (self.submodule_rank + 1) * share)
 
     @eager

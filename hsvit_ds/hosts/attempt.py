@@ -16,7 +16,7 @@ from pathlib import Path
 from types import FrameType
 from typing import NamedTuple
 
-from ..errors import Exit, RefusedError
+from ..errors import Exit, RefusedError, warn
 from .cluster import SSH_OPTIONS, Host, on_all
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
@@ -125,9 +125,7 @@ def tidy(hosts: Sequence[Host], folder: Path) -> dict[str, bool]:
     answers = on_all(list(hosts), ["sh", "-c", script])
     for name, answer in answers.items():
         if answer.code == _IMMORTAL:
-            print(
-                f"hsvit: warning: {name}: processes of the run cannot be killed; left out", file=sys.stderr, flush=True
-            )
+            warn(f"{name}: processes of the run cannot be killed; left out")
     return {name: answer.code == _LEFT for name, answer in answers.items() if answer.code in (0, _LEFT)}
 
 

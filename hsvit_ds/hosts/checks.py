@@ -159,9 +159,10 @@ def shared_memory(recipe: Recipe, hosts: list[Host], ranks: int, found: Found) -
     if data.name == "digits" or not data.workers:
         return []
     micro = run.micro_batch or run.global_batch * recipe.grid.submodule_ranks // ranks
-    each = ready_bytes(splits.facts(data), recipe.augment, data.workers, data.eval_batch + micro)
     cells = []
     for host in (host for host in hosts if host.name in found):
+        workers = splits.workers(data, found[host.name]["cores"], host.slots)
+        each = ready_bytes(splits.facts(data), recipe.augment, workers, data.eval_batch + micro)
         free, needed = found[host.name]["shared_memory"], host.slots * each
         short = free < needed
         value = f"{_gib(free)} free" + (f", {_gib(needed)} needed" if short else "")

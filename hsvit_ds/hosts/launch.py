@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..engine.checkpoint_files import pointed, read_manifest
-from ..errors import Exit, RefusedError
+from ..errors import Exit, RefusedError, counted
 from ..run import folders
 from ..run import recipe as recipes
 from ..run.recipe import Recipe
@@ -202,7 +202,9 @@ class Launch:
         else:
             self.failures += 1
         if self.failures == FAILURES:
-            raise RefusedError(f"{FAILURES} failures in a row without a newer checkpoint; the last one: {failure.text}")
+            raise RefusedError(
+                f"{counted(FAILURES, 'failure')} in a row without a newer checkpoint; the last one: {failure.text}"
+            )
         culprit = failure.host if failure.host == self.suspect else ""
         self.suspect = failure.host
         had = [host.name for host in self.layout.hosts]

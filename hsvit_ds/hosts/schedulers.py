@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..data import splits
 from ..errors import Exit, RefusedError
 from ..run import folders
 from ..run.recipe import Recipe
@@ -54,7 +55,7 @@ def slurm(hosts: Sequence[Host], recipe: Recipe, path: Path, overrides: list[str
         *(f"--job-name={shlex.quote(recipe.run.name)}", f"--nodes={len(hosts)}", f"--ntasks-per-node={slots}"),
         *([] if recipe.grid.backend == "gloo" else [f"--gpus-per-node={slots}"]),
         f"--time={LONGEST}",
-        f"--cpus-per-task={recipe.data.workers + 1}",
+        f"--cpus-per-task={splits.workers(recipe.data, splits.STREAMING, 1) + 1}",
         *(f"--signal=USR1@{_SAVE_SECONDS}", "--requeue", "--open-mode=append"),
     ]
     ranks = 'RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS exec "$@"'

@@ -13,6 +13,7 @@ from functools import cached_property
 from math import lcm
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -200,6 +201,21 @@ class LayerNorm(nn.LayerNorm):
 
     def forward(self, x: Tensor, width: Width = FULL) -> Tensor:
         return F.layer_norm(x, x.shape[-1:], eps=self.eps, **self.slices(width))
+
+
+class LayerScale(nn.Module):
+    """A learned factor for each channel of a branch."""
+
+    def __init__(self, features: int, first: float, sliced: bool) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.full((features,), first))
+        self.sliced = sliced
+
+    def slices(self, width: Width) -> dict[str, Tensor]:
+        return {"gamma": width.take(self.gamma) if self.sliced else self.gamma}
+
+    def forward(self, x: Tensor, width: Width) -> Tensor:
+        return x * self.slices(width)["gamma"]
 
 
 class Conv2d(nn.Conv2d):

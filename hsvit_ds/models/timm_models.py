@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from hsvit_kernels.random import Draw, Site, generator
 
-from ..errors import RefusedError, first_line
+from ..errors import RefusedError, counted, first_line
 from . import slimmable
 from .batchnorm import BatchNorm
 from .network import Network
@@ -235,7 +235,8 @@ def create(
         ) from error
     _convert(model, randomness or Randomness(), drops="drop_path_rate" in options)
     if local and not torch.empty(0).is_meta:
-        wanted = f"{_beside(key)} = {weights} does not fit {name} for {classes} classes and {channels} channels"
+        heads = f"{counted(classes, 'class', 'classes')} and {counted(channels, 'channel')}"
+        wanted = f"{_beside(key)} = {weights} does not fit {name} for {heads}"
         _load(model, Path(weights), classes, same_classes, wanted)
     return model
 

@@ -215,21 +215,6 @@ class Mlp(nn.Module):
         return self.fc2(self.fc1(x, width, gelu=True), width, residual=residual)
 
 
-class LayerScale(nn.Module):
-    """A learned factor for each channel of a branch."""
-
-    def __init__(self, features: int, first: float, sliced: bool) -> None:
-        super().__init__()
-        self.gamma = nn.Parameter(torch.full((features,), first))
-        self.sliced = sliced
-
-    def slices(self, width: Width) -> dict[str, Tensor]:
-        return {"gamma": width.take(self.gamma) if self.sliced else self.gamma}
-
-    def forward(self, x: Tensor, width: Width) -> Tensor:
-        return x * self.slices(width)["gamma"]
-
-
 class Block(nn.Module):
     """x + attention(norm(x)), then x + MLP(norm(x)); LayerScale and drop path on both branches."""
 
@@ -242,7 +227,7 @@ class Block(nn.Module):
         self.mlp = Mlp(config, state)
         self.ls1 = self.ls2 = None
         if config.layer_scale:
-            self.ls1, self.ls2 = (LayerScale(d, config.layer_scale, every) for _ in range(2))
+            self.ls1, self.ls2 = (slimmable.LayerScale(d, config.layer_scale, every) for _ in range(2))
 
     def forward(self, x: Tensor, width: Width, kept: Tensor | None, rows: int) -> Tensor:
         """x [B, T, d] to its first `rows` tokens; kept [2, B, 1, 1]: drop path's factors of both branches."""

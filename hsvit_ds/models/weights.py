@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import shlex
-import sys
 import warnings
 from argparse import Namespace
 from collections.abc import Collection, Mapping
@@ -16,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ..errors import RefusedError, first_line
+from ..errors import RefusedError, first_line, warn
 
 _NESTS = ("model", "state_dict", "model_state_dict", "model_state", "module", "net", "weights")
 """Where training programs keep a model's tensors, the first one that is there."""
@@ -57,7 +56,7 @@ def read_foreign(path: Path, *, trust: bool = False, way_out: str = "") -> Mappi
         if path.suffix == ".safetensors":
             return load_file(path)
         if trust:
-            print(f"hsvit: warning: {path}: unpickled by --trust, with any code in it", file=sys.stderr, flush=True)
+            warn(f"{path}: unpickled by --trust, with any code in it")
         # Namespace: the arguments in DeiT's checkpoints, which are values. Warnings: of what is refused anyway.
         with torch.serialization.safe_globals([Namespace, *_NUMBERS]), warnings.catch_warnings(action="ignore"):
             loaded = torch.load(path, map_location="cpu", weights_only=not trust)

@@ -112,8 +112,10 @@ class Proposal:
             yield f"index = {_quoted(str(self.index))}  # of tars that are left as they are"
         yield f"image_size = {self.image_size}"
         for role, other in (("val", "test"), ("test", "val")):
-            if role not in s.splits:
-                yield f'{role} = "{other}"  # there is no other'
+            there = role if role in s.splits else other
+            name = s.names.get(there, there)
+            if name != role:
+                yield f'{role} = "{name}"' + ("" if role in s.splits else "  # there is no other")
 
     @property
     def _val(self) -> str:

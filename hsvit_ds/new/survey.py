@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 from ..data import index
 from ..data.decode import BadImageError, open_upright
+from ..data.layouts import split_shards
 from ..data.members import BLOCK, IMAGES, MOST_BYTES
 from ..data.shards.make import class_names, hold_out
 from ..data.shards.sources import SPLITS, Item, Source, open_source
@@ -56,6 +57,8 @@ class Survey:
     others: dict[str, int]
     held_out: tuple[str, ...]
     tars: bool
+    names: dict[str, str]
+    """What the tars call "val" and "test", where they stay as they are."""
 
     @property
     def classes(self) -> list[str]:
@@ -95,6 +98,7 @@ def survey(folder: Path, seed: int, processes: int, done: Callable[[int, int], N
         {} if tars else _others(folder),
         () if whole else missing,
         whole,
+        {SPLITS.get(split, split): split for split in split_shards(folder)} if whole else {},
     )
 
 
@@ -108,7 +112,7 @@ def _splits(folder: Path) -> tuple[dict[str, Source], bool]:
                 f"{folder}: a file; give a folder with a sub-folder of images for each class, or a CSV of file, label"
             )
         return {"train": open_source(folder, "train", [])}, False
-    if shards := index.split_shards(folder):
+    if shards := split_shards(folder):
         return _of_shards(folder, shards), True
     inside = [entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith(".")]
     named = {name: SPLITS[name.lower()] for name in inside if name.lower() in SPLITS}

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from .. import __version__
 from ..data.preprocessing import Preprocessing
+from ..errors import counted
 from ..models import Model
 from ..models.slimmable import Width
 from ..models.timm_models import Classifier
@@ -80,7 +81,7 @@ class Card:
             lines.append(
                 _line([f"**{cell}**" for cell in cells] if row.width == width and len(self.rows) > 1 else cells)
             )
-        sizes = ", ".join(f"{split}: {images:,} images" for split, images in self.sizes.items())
+        sizes = ", ".join(f"{split}: {counted(images, 'image')}" for split, images in self.sizes.items())
         note = f"{sizes}. " if sizes else "Nothing was measured at this checkpoint. "
         this = "In bold: this network. " if len(self.rows) > 1 else ""
         return "\n".join(lines) + f"\n\n{note}{this}A GMAC is a billion multiply-adds of one image."

@@ -12,9 +12,11 @@ from ..data.splits import class_names
 from ..engine.checkpoint_files import best_step
 from ..models import Model
 from ..models.slimmable import Width
-from .pictures import accuracy_of, draw_curves, draw_widths, write_classes
+from . import title
+from .pictures import CURVES, accuracy_of, draw_curves, draw_widths, write_classes
 from .recipe import Plan, Recipe
-from .report import WidthRow, width_rows
+from .report import WidthRow, duration, width_rows
+from .tracking import read_metrics
 
 
 def draw(
@@ -28,13 +30,24 @@ def draw(
     matrix: Tensor,
 ) -> tuple[list[Path], list[WidthRow]]:
     """The files drawn, and a row for each width where there are several. final, matrix: of the last evaluation."""
-    name, val, test = folder.name, recipe.data.val, recipe.data.test
+    name, val, test = title.of(folder), recipe.data.val, recipe.data.test
     best = best_step(folder / "checkpoints")
     files = [draw_curves(folder, name, val, reader.count(val), plan.steps_per_epoch, best)]
-    title = f"{name}, {test}"
-    files += write_classes(folder / f"classes-{test}.png", matrix.cpu(), class_names(recipe.data), title)
+    named = f"{name}, {test}"
+    files += write_classes(folder / f"classes-{test}.png", matrix.cpu(), class_names(recipe.data), named)
     if len(widths) == 1:
         return files, []
     rows = width_rows(model, widths, {key.removeprefix(f"{test}/"): value for key, value in final.items()})
-    files.append(draw_widths(folder / f"widths-{test}.png", rows, title, accuracy_of(test, reader.count(test))))
+    files.append(draw_widths(folder / f"widths-{test}.png", rows, named, accuracy_of(test, reader.count(test))))
     return files, rows
+
+
+def result(folder: Path, recipe: Recipe, plan: Plan, final: Mapping[str, float], seconds: float) -> dict[str, str]:
+    """The closing table. final: metrics of the last evaluation."""
+    rows = {name: f"{value:.4g}" for name, value in final.items() if "_w" not in name}
+    val = f"{recipe.data.val}/top1"
+    scores = [(line[val], line["step"]) for line in read_metrics(folder) if line.get(val) is not None]
+    if scores:
+        best, step = max(scores, key=lambda score: score[0])
+        rows[f"best {val}"] = f"{best:.4g}, after epoch {step // plan.steps_per_epoch} of {recipe.run.epochs}"
+    return rows | {"time": duration(seconds), "run": str(folder), "curves": str(folder / CURVES)}

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..data import augment
 from ..data.reader import Reader
-from ..errors import RefusedError
+from ..errors import RefusedError, counted
 from ..grid.grid import Channel
 from ..models.batchnorm import BatchNorm, recalibrate
 from ..models.hsvit import HSViT
@@ -130,9 +130,9 @@ def _scores(
     rows = grid.sum_over_replicas(sums).tolist()
     expected = reader.count(split)
     if any(row[0] + row[4] != expected for row in rows):
-        raise AssertionError(f"evaluated {rows[0][0] + rows[0][4]:.0f} of the {expected} samples of {split}")
+        raise AssertionError(f"evaluated {rows[0][0] + rows[0][4]:.0f} of the {counted(expected, 'sample')} of {split}")
     if rows[0][4] == expected:
-        raise RefusedError(f"none of the {expected} images of {split} can be read")
+        raise RefusedError(f"none of the {counted(expected, 'image')} of {split} can be read")
     return [
         Score(100 * top1 / samples, 100 * top5 / samples, loss / samples, unreadable)
         for samples, top1, top5, loss, unreadable in rows

@@ -7,6 +7,7 @@ import tomllib
 from pathlib import Path
 
 from ..errors import RefusedError
+from . import title
 from .recipe import Run
 from .survival import ERRORS
 from .tracking import METRICS
@@ -39,15 +40,16 @@ def _makes(folder: Path) -> bool:
     return True
 
 
-def open_folder(run: Run, asked: Path | None, resume: bool, recipe_text: str) -> Path:
+def open_folder(run: Run, asked: Path | None, resume: bool, recipe_text: str, changes: str = "") -> Path:
     """The folder that is asked for by its path, made where it is missing, or the newest one to resume, or a new one;
-    with the recipe that it was started with; the last words of earlier attempts are moved aside, to errors-NNN. Refused
-    where not writable."""
+    with the recipe and the title (see `title`) that it was started with; the last words of earlier attempts are moved
+    aside, to errors-NNN. Refused where not writable."""
     folder = asked or (newest(run) if resume else None) or claim(run)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if not (folder / "recipe.toml").exists():
             (folder / "recipe.toml").write_text(recipe_text, "utf-8")
+            (folder / title.FILE).write_text(f"{folder.name} {changes}".strip() + "\n", "utf-8")
         (folder / METRICS).open("a").close()
         if (errors := folder / ERRORS).exists():
             errors.rename(_next(errors))
@@ -63,6 +65,11 @@ def names_splits(run: Run, asked: Path | None, resume: bool) -> bool:
         return folder is None or "val" in tomllib.loads((folder / "recipe.toml").read_text("utf-8"))["data"]
     except OSError:  # a new one
         return True
+
+
+def log_name(rank: int) -> str:
+    """The file in a run's folder of what libraries print on a rank."""
+    return f"log-{rank:04d}.txt" if rank else "log.txt"
 
 
 def _base(run: Run) -> Path:

@@ -45,7 +45,7 @@ def open_run(
     from mlflow.entities import Param
 
     file = _file(uri, folder)
-    client = MlflowClient(uri) if file is None else _open_file(uri or _uri(file), file)
+    client = MlflowClient(uri) if file is None else _open_file(uri or uri_of(file), file)
     if before and _is_there(client, before):
         client.update_run(before, status="RUNNING")
         return Opened(client, before, "")
@@ -95,7 +95,7 @@ def _file(uri: str, folder: Path) -> Path | None:
     return Path(make_url(uri).database or FILE) if uri else folder.parent.resolve() / FILE
 
 
-def _uri(file: Path) -> str:
+def uri_of(file: Path) -> str:
     """With the driver's name: for a plain sqlite: MLflow also makes a folder called as the path is in the URI."""
     from sqlalchemy import URL
 
@@ -115,7 +115,7 @@ def _open_file(uri: str, file: Path) -> Any:
         if not file.exists():
             new = file.with_name(f"{file.name}.partial")
             new.unlink(missing_ok=True)
-            MlflowClient(_uri(new))
+            MlflowClient(uri_of(new))
             new.rename(file)
         try:
             return MlflowClient(uri)

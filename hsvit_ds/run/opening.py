@@ -12,6 +12,7 @@ from ..engine.engine import Engine
 from ..engine.optimizer import describe
 from ..errors import counted
 from ..grid.grid import Grid
+from . import title
 from .recipe import Plan, Recipe
 
 
@@ -20,7 +21,7 @@ def lines(
 ) -> Iterator[str]:
     """start: where the run goes on."""
     yield (
-        f"{folder}: {plan.parameters:,} parameters, {plan.macs / 1e9:,.4g} GMACs an image; "
+        f"{folder.parent / title.of(folder)}: {plan.parameters:,} parameters, {plan.macs / 1e9:,.4g} GMACs an image; "
         f"{counted(plan.replicas, 'replica')} x {counted(grid.submodule_ranks, 'submodule rank')} on "
         f"{grid.device.type} ({grid.backend}), "
         f"ZeRO-{recipe.engine.zero_stage}, {'bf16 autocast' if plan.bf16 else 'fp32'}"
@@ -31,6 +32,8 @@ def lines(
         f"{counted(plan.steps_per_epoch, 'step')} an epoch, {plan.steps} in all; "
         f"{describe(engine.parameter_groups, grid)}"
     )
+    if reader.working:
+        yield reader.working
     if reader.placement:
         yield reader.placement
     if reader.left_out:

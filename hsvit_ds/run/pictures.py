@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from ..errors import counted
 from .report import PresentRow, WidthRow
 from .tracking import read_metrics
 
@@ -24,7 +25,7 @@ MANY = 30
 
 def accuracy_of(split: str, images: int) -> str:
     """The name of an axis."""
-    return f"top-1 on {split} ({images:,} images), %"
+    return f"top-1 on {split} ({counted(images, 'image')}), %"
 
 
 def draw_widths(path: Path, rows: Sequence[WidthRow], title: str, accuracy: str) -> Path:

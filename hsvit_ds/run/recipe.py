@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
-import tomllib
 import typing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,11 +19,12 @@ from ..data import augment, splits
 from ..data.order import Order, Share
 from ..data.sets import Facts
 from ..engine import checkpoint, ema, engine, optimizer
-from ..errors import RefusedError, read_text
+from ..errors import RefusedError, counted
 from ..grid import grid
 from ..models import hsvit
 from ..models.batchnorm import BatchNorm
 from ..tasks import features, scala, supervised, teacher
+from . import table as tables
 from . import tracking
 
 
@@ -127,23 +127,10 @@ def order(recipe: Recipe) -> Order:
 
 def read(path: Path, overrides: list[str] | None = None) -> Recipe:
     """The recipe in a TOML file, with `key.path=value` overrides; refuses what is unknown or of a wrong type."""
-    try:
-        text = read_text(path)
-    except OSError as error:
-        raise RefusedError(f"{path}: cannot be read ({error.strerror})") from error
-    try:
-        table = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise RefusedError(f"{path}: not valid TOML: {error}") from error
-    for override in overrides or []:
-        _override(table, override)
-    keys = [override.partition("=")[0].strip() for override in overrides or []]
-    if twice := [key for key in keys if key.startswith("data.shards.") and keys.count(key) > 1]:
-        raise RefusedError(f"{twice[0]} is given {len(twice)} times; quote its braces, which the shell expands")
+    table = tables.read(path, overrides or [])
     recipe = _build(table, str(path))
     if not recipe.run.name:
-        name = f"{path.resolve().parent.name}-{path.stem}"
-        recipe = replace(recipe, run=replace(recipe.run, name=name))
+        recipe = replace(recipe, run=replace(recipe.run, name=tables.run_name(path)))
     return recipe
 
 
@@ -174,22 +161,6 @@ def flat(recipe: Recipe) -> dict[str, Any]:
 
 def dumps(recipe: Recipe) -> str:
     return tomli_w.dumps(to_table(recipe))
-
-
-def _override(table: dict[str, Any], text: str) -> None:
-    path, sign, value = text.partition("=")
-    keys = path.strip().split(".")
-    if not sign or not all(keys):
-        raise RefusedError(f'override "{text}": must have the form key.path=value')
-    try:
-        parsed = tomllib.loads(f"value = {value}")["value"]
-    except tomllib.TOMLDecodeError:
-        parsed = value.strip()  # a bare word is a string, as on any command line
-    for key in keys[:-1]:
-        table = table.setdefault(key, {})
-        if not isinstance(table, dict):
-            raise RefusedError(f'override "{text}": {key} is not a table')
-    table[keys[-1]] = parsed
 
 
 def _build(table: dict[str, Any], where: str) -> Recipe:
@@ -252,7 +223,8 @@ def _steps_per_epoch(recipe: Recipe) -> int:
     run_order = order(recipe)
     if recipe.run.global_batch > run_order.samples:
         raise RefusedError(
-            f"run.global_batch = {recipe.run.global_batch} is more than the {run_order.samples} training images"
+            f"run.global_batch = {recipe.run.global_batch} is more than the "
+            f"{counted(run_order.samples, 'training image')}"
         )
     return run_order.steps_per_epoch
 
@@ -363,13 +335,13 @@ def _teacher_bytes(task: supervised.Config | scala.Config, facts: Facts, each: i
 def _batches(run: Run, replicas: int) -> tuple[int, int]:
     """(micro batch, accumulation)."""
     if run.global_batch % replicas:
-        raise RefusedError(f"run.global_batch = {run.global_batch} is not divisible by {replicas} replicas")
+        raise RefusedError(f"run.global_batch = {run.global_batch} is not divisible by {counted(replicas, 'replica')}")
     share = run.global_batch // replicas
     micro = run.micro_batch or share
     if share % micro:
         raise RefusedError(
             f"run.micro_batch = {micro} does not divide a replica's part of the global batch, "
-            f"{run.global_batch} / {replicas} replicas = {share}"
+            f"{run.global_batch} / {counted(replicas, 'replica')} = {share}"
         )
     return micro, share // micro
 
@@ -387,8 +359,8 @@ def _bn_runs(run: Run, replicas: int, splits: int, micro: int, accumulation: int
     if batch > micro:
         if batch != micro * replicas:
             raise RefusedError(
-                f"run.bn_batch = {run.bn_batch}: BatchNorm over {batch} images needs them in one forward, but a "
-                f"forward has {micro} on each of {replicas} {'ranks' if splits > 1 else 'replicas'} and "
+                f"run.bn_batch = {run.bn_batch}: BatchNorm over {counted(batch, 'image')} needs them in one forward, "
+                f"but a forward has {micro} on each of {replicas} {'ranks' if splits > 1 else 'replicas'} and "
                 f"{accumulation} are accumulated; "
                 f"set run.bn_batch to {micro * replicas}, or to a divisor of {micro}"
             )

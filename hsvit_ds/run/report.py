@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import logging
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import mean
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.live import Live
+from rich.progress_bar import ProgressBar
 from rich.table import Table
+from rich.text import Text
 
 from .. import models
+from ..errors import has_screen, out
 from ..models.slimmable import Width
 
 SIDE = "side: the end of each layer's channels that a width takes; GMACs: billions of multiply-adds of an image"
+
+SHORTEST, LONGEST = 8, 40
+"""Columns of a bar."""
 
 
 class Kernels(logging.Handler):
@@ -40,49 +45,91 @@ class Voice(Console):
     """A console on which names stay as they are: no brackets or colons in them are markup."""
 
     def __init__(self) -> None:
-        super().__init__(highlight=False, soft_wrap=True, markup=False, emoji=False)
+        super().__init__(file=out(), highlight=False, soft_wrap=True, markup=False, emoji=False)
+
+    def show_cursor(self, show: bool = True) -> bool:
+        """It stays: a rank that is killed could not bring it back."""
+        return False
 
     def on_broken_pipe(self) -> None:
         """Who listened is gone, as a launcher that was stopped; rich would end the rank, which still has to save."""
         self.quiet = True
 
 
-class Reporter:
-    """Rank 0's voice: one moving line on a terminal, a line an interval elsewhere; silent on other ranks."""
+class Line:
+    """A terminal's last line: how far a run is, and what it is doing. Never wider than the terminal: the bar shrinks,
+    then what says least is left out.
 
-    def __init__(self, speaks: bool, steps: int, done: int) -> None:
-        self.speaks, self.steps, self.first, self.started = speaks, steps, done, time.perf_counter()
+    now: gives the steps done, and what is being done.
+    """
+
+    def __init__(self, steps: int, now: Callable[[], tuple[int, str]]) -> None:
+        self.steps, self.now = steps, now
+        self.loss = self.top1 = self.speed = self.left = ""
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        done, doing = self.now()
+        whole = options.max_width - 2  # a terminal shows Ctrl-C as ^C, behind it
+        steps = f"step {done:,}/{self.steps:,}"[: whole - 2]
+        step, colon, what = doing.partition(": ")
+        if colon and step.startswith("step") and self.loss:
+            parts = {"loss": self.loss, "top1": self.top1, "speed": self.speed, "left": self.left}
+        else:
+            parts = {"doing": what or doing, "left": self.left}
+        room, text = whole - len(steps) - 1, ""
+        for missing in ("", "speed", "top1", "loss"):
+            parts.pop(missing, "")
+            text = "".join(f"  {part}" for part in parts.values() if part)
+            if len(text) + SHORTEST < room:
+                break
+        yield Text(f"{steps} ", end="", no_wrap=True, overflow="crop")
+        if (width := min(room - len(text) - 1, LONGEST)) >= SHORTEST:
+            yield from console.render(ProgressBar(self.steps, done, width), options)
+        yield Text(text[: max(room - 1, 0)], end="", no_wrap=True, overflow="crop")
+
+
+class Reporter:
+    """Rank 0's voice: one moving line on a terminal, a line an interval elsewhere; silent on other ranks.
+
+    Args:
+        steps, done: of the run. now: see `Line`.
+    """
+
+    def __init__(
+        self, speaks: bool, steps: int, done: int, now: Callable[[], tuple[int, str]] = lambda: (0, "")
+    ) -> None:
+        self.speaks, self.steps = speaks, steps
+        self._since = done, time.perf_counter()
         self.console = Voice()
         self._kernels = Kernels(self.say)
-        self._progress: Progress | None = None
-        if speaks and sys.stdout.isatty():
-            self._progress = Progress(
-                TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
-                BarColumn(bar_width=24),
-                TaskProgressColumn(),
-                TextColumn("{task.fields[state]}"),
-                console=self.console,
+        self._line = Line(steps, now)
+        self._live: Live | None = None
+        if speaks and has_screen():
+            self._live = Live(
+                self._line, console=self.console, transient=True, redirect_stdout=False, redirect_stderr=False
             )
-            self._task = self._progress.add_task("", total=steps, completed=done, state="")
-            self._progress.start()
+            self._live.start()
 
     def say(self, line: str) -> None:
         if self.speaks:
             self.console.print(line)
 
+    def evaluated(self, split: str, top1: float) -> None:
+        """Show it from now on."""
+        self._line.top1 = f"{split} top-1 {top1:.2f}"
+
     def step(self, done: int, metrics: Mapping[str, float]) -> None:
         """Report that `done` steps of the run are done."""
         if not self.speaks:
             return
-        spent = time.perf_counter() - self.started
-        left = spent / max(done - self.first, 1) * (self.steps - done)
-        state = (
-            f"loss {metrics['train/loss']:.4f}  {metrics['perf/images_per_sec']:.0f} images/s  {duration(left)} left"
-        )
-        if self._progress is not None:
-            self._progress.update(self._task, completed=done, state=state)
-        else:
-            self.say(f"step {done}/{self.steps}  {state}")
+        first, since = self._since
+        left = (time.perf_counter() - since) / max(done - first, 1) * (self.steps - done)
+        line = self._line
+        line.loss = f"loss {metrics['train/loss']:.4f}"
+        line.speed = f"{metrics['perf/images_per_sec']:,.0f} images/s"
+        line.left = f"{duration(left)} left"
+        if self._live is None:
+            self.say(f"step {done}/{self.steps}  {line.loss}  {line.speed}  {line.left}")
 
     def table(self, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         if self.speaks:
@@ -93,9 +140,9 @@ class Reporter:
 
     def close(self) -> None:
         self._kernels.close()
-        if self._progress is not None:
-            self._progress.stop()
-            self._progress = None
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
 
     def summary(self, rows: Mapping[str, str]) -> None:
         """The closing table."""

@@ -8,7 +8,6 @@ import os
 import re
 import signal
 import socket
-import sys
 import threading
 import time
 import traceback
@@ -21,7 +20,7 @@ from typing import NoReturn
 import torch
 import torch.distributed as dist
 
-from ..errors import Exit, RefusedError, first_line
+from ..errors import Exit, RefusedError, erased, err, first_line, out, tell
 from ..grid.grid import Grid
 
 ERRORS = "errors"
@@ -66,7 +65,7 @@ class StopRequests:
             signal.signal(number, signal.SIG_DFL)
             if self.grid.is_main:
                 with suppress(OSError):  # not by print, which may be what was interrupted
-                    os.write(2, _HEARD.encode())
+                    os.write(2, f"{erased()}{_HEARD}".encode())
 
     def check(self) -> None:
         """Between two steps, or two batches of an evaluation. Collective.
@@ -84,18 +83,22 @@ class Watch:
     """What this rank is doing, and a thread that ends it when that takes too long.
 
     Args:
-        folder: of the run. limit: seconds that one thing may take; 0: for ever.
+        folder: of the run. limit: seconds that one thing may take; 0: for ever. step: steps that are done.
     """
 
-    def __init__(self, folder: Path, grid: Grid, limit: float) -> None:
+    def __init__(self, folder: Path, grid: Grid, limit: float, step: int = 0) -> None:
         self.folder, self.grid, self.limit = folder, grid, limit
-        self.step, self.now, self.since = 0, "starting", time.monotonic()
+        self.step, self.now, self.since = step, "starting", time.monotonic()
         self._ended = threading.Event()
 
     def doing(self, what: str, step: int | None = None) -> None:
         """step: steps that are done."""
         self.step = self.step if step is None else step
         self.now, self.since = what, time.monotonic()
+
+    def state(self) -> tuple[int, str]:
+        """The steps that are done, and what is being done."""
+        return self.step, self.now
 
     @contextmanager
     def kept(self) -> Iterator[None]:
@@ -124,8 +127,8 @@ class Watch:
             with stacks.open("w", encoding="utf-8") as file:
                 faulthandler.dump_traceback(file, all_threads=True)
         except OSError as error:
-            _print(f"hsvit: error: {stacks}: {error}")
-            faulthandler.dump_traceback(sys.stderr, all_threads=True)
+            tell(f"hsvit: error: {stacks}: {error}")
+            faulthandler.dump_traceback(err(), all_threads=True)
         self.say(Exit.STUCK, f"{what}; stacks: {stacks}")
         os._exit(Exit.STUCK)
 
@@ -147,12 +150,7 @@ class Watch:
             path.write_text(json.dumps(word) + "\n", "utf-8")
         except OSError as error:
             why += f" (not written to {path}: {error})"
-        _print(f"hsvit: error: rank {self.grid.rank} on {word['host']}: {why}")
-
-
-def _print(text: str) -> None:
-    with suppress(OSError):  # who listened may be gone
-        print(text, file=sys.stderr, flush=True)
+        tell(f"hsvit: error: rank {self.grid.rank} on {word['host']}: {why}")
 
 
 @contextmanager
@@ -167,13 +165,13 @@ def last_words(watch: Watch, debug: bool) -> Iterator[None]:
         code = Exit.LOST if is_lost(error) else Exit.FAILED
         trace = "".join(traceback.format_exception(error))
         if debug or not (code == Exit.LOST or isinstance(error, RefusedError)):
-            _print(trace)
+            tell(trace)
         what = "" if isinstance(error, RefusedError) else f"{watch.now}: "
         watch.say(code, f"{what}{'lost other ranks: ' if code == Exit.LOST else ''}{told(error)}", trace)
         if watch.grid.size == 1:
             raise SystemExit(int(code)) from None
         with suppress(OSError):
-            sys.stdout.flush()
+            out().flush()
         os._exit(code)  # without destructors: gloo aborts in them when other ranks are gone
 
 

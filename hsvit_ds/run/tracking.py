@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import queue
-import sys
 import threading
 import time
 from collections.abc import Mapping
@@ -13,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import RefusedError, first_line
+from ..errors import RefusedError, first_line, warn
 from . import mlflow_run
 
 METRICS = "metrics.jsonl"
@@ -56,7 +55,7 @@ class Tracker:
         recipe: Mapping[str, Any],
         resume_step: int | None,
     ) -> None:
-        self.folder, self.path = folder, folder / METRICS
+        self._config, self.folder, self.path = config, folder, folder / METRICS
         if resume_step is not None:
             _forget_after(self.path, resume_step)
         self._file = self.path.open("ab", buffering=0)
@@ -72,7 +71,7 @@ class Tracker:
         try:
             self._write(json.dumps({"step": step, "time": now, **_valid(metrics)}, allow_nan=False) + "\n")
         except OSError as error:  # a full disk
-            _warn(f"{self.path}: {error.strerror}; metrics are kept in memory until there is room")
+            warn(f"{self.path}: {error.strerror}; metrics are kept in memory until there is room")
         if self._thread is not None:
             self._queue.put(("metrics", (dict(metrics), step, int(now * 1000))))
 
@@ -91,6 +90,13 @@ class Tracker:
         path = self.folder / _RUN_ID
         return path.read_text("utf-8").strip() if path.exists() else None
 
+    def ui(self) -> str:
+        """The URI of the database where this run is, for `mlflow ui`; "" where there is none."""
+        uri = self._config.uri
+        if self.run_id() is None or (uri and not uri.startswith("sqlite")):
+            return ""
+        return uri or mlflow_run.uri_of(self.folder.parent.resolve() / mlflow_run.FILE)
+
     def go_back(self, step: int) -> None:
         """Forget lines of steps after `step`, which will be logged again."""
         self._file.close()
@@ -102,14 +108,14 @@ class Tracker:
         try:
             self._write("")
         except OSError as error:
-            _warn(f"{self.path}: the last metrics are lost: {error.strerror}")
+            warn(f"{self.path}: the last metrics are lost: {error.strerror}")
         self._file.close()
         if self._thread is not None:
             self._queue.put(("status", status))
             self._queue.put(None)
             self._thread.join(timeout=seconds)
             if self._thread.is_alive():
-                _warn(f"MLflow did not take the last metrics within {seconds:g} s")
+                warn(f"MLflow did not take the last metrics within {seconds:g} s")
 
     def _send(self, config: Config, name: str, recipe: Mapping[str, Any]) -> None:
         """In the thread: everything that talks to MLflow. One failure ends it with one warning."""
@@ -120,7 +126,7 @@ class Tracker:
             )
             (self.folder / _RUN_ID).write_text(run, "utf-8")
             if lost:
-                _warn(
+                warn(
                     f"MLflow at {where} has no run {lost}, as where the folder was moved or the run deleted: "
                     f"it goes on as run {run}; {METRICS} has the steps before"
                 )
@@ -134,7 +140,7 @@ class Tracker:
                     client.set_terminated(run, value)
         except Exception as error:  # whatever a remote service does must not touch the run
             why = str(error) if isinstance(error, RefusedError) else first_line(error)
-            _warn(f"MLflow at {where} is not usable, {METRICS} has everything: {why}")
+            warn(f"MLflow at {where} is not usable, {METRICS} has everything: {why}")
 
     def _send_metrics(self, client: Any, run: str, value: Any) -> None:
         from mlflow.entities import Metric
@@ -152,6 +158,9 @@ class Untracked:
 
     def run_id(self) -> str | None:
         return None
+
+    def ui(self) -> str:
+        return ""
 
     def go_back(self, step: int) -> None: ...
 
@@ -184,7 +193,3 @@ def _forget_after(path: Path, step: int) -> None:
     temporary = path.with_suffix(".partial")
     temporary.write_text("".join(kept), "utf-8")
     temporary.rename(path)
-
-
-def _warn(message: str) -> None:
-    print(f"hsvit: warning: {message}", file=sys.stderr, flush=True)

@@ -23,21 +23,20 @@ from ..engine.ema import EMA
 from ..engine.engine import BatchStatistics, Engine
 from ..engine.optimizer import Schedule
 from ..engine.outcomes import NonFiniteError, StepResult
-from ..errors import Exit, RefusedError
+from ..errors import Exit, RefusedError, counted
 from ..grid.grid import Grid
 from ..models import Model
 from ..tasks import Task, scala
 from ..tasks.features import Features
 from ..tasks.supervised import Supervised
 from ..tasks.teacher import Teacher
-from . import closing, kernels, opening
+from . import closing, commands, kernels, opening, title
 from . import recipe as recipes
 from .evaluation import evaluate
 from .interval import Interval
 from .memory import needed
-from .pictures import CURVES
 from .recipe import Plan, Recipe
-from .report import Reporter, duration, print_widths
+from .report import Reporter, print_widths
 from .survival import StoppedError, StopRequests, Watch, is_out_of_memory, told
 from .tracking import CLASSES, Tracker, Untracked
 
@@ -98,13 +97,13 @@ class Trainer:
         self.at = self.start = restored or Position(0, 0, 0)
         """Where the run stands, and where this process found it."""
         self.saved = restored
-        self.stops, self.watch = StopRequests(grid), Watch(folder, grid, recipe.run.watchdog)
+        self.stops, self.watch = StopRequests(grid), Watch(folder, grid, recipe.run.watchdog, self.start.total)
         if grid.is_main:
             if names:
                 (folder / CLASSES).write_text("\n".join(names) + "\n", "utf-8")
             last_step = self.start.total if resume else None
-            self.tracker = Tracker(recipe.tracking, folder, folder.name, recipes.flat(recipe), last_step)
-        self.report = Reporter(grid.is_main, plan.steps, self.start.total)
+            self.tracker = Tracker(recipe.tracking, folder, title.of(folder), recipes.flat(recipe), last_step)
+        self.report = Reporter(grid.is_main, plan.steps, self.start.total, self.watch.state)
         self.interval = Interval(grid.device)
         self.reader.idle = self._waits
         self._steps_back = 0
@@ -155,6 +154,7 @@ class Trainer:
     def _train(self) -> dict[str, float]:
         """From where the run stands to its end; the metrics of the test split."""
         self._choose_kernels()
+        self.watch.doing("starting the data workers" if self.reader.working else "starting")
         if self.recipe.run.survive == "degraded" and self.saved is None:
             self._save()  # submodules that are lost before the first checkpoint come from this one
         while True:
@@ -242,6 +242,7 @@ class Trainer:
         if done == self.recipe.run.epochs or done % self.recipe.run.eval_every == 0:
             val = self.recipe.data.val
             top1 = self._evaluate(val, done * self.plan.steps_per_epoch)[f"{val}/top1"]
+            self.report.evaluated(val, top1)
         self.at = replace(self.at, epoch=done, step=0)
         self._save(top1)
 
@@ -254,7 +255,9 @@ class Trainer:
             raise error
         self._steps_back += 1
         if self._steps_back > STEPS_BACK:
-            raise RefusedError(f"{error}; going back {STEPS_BACK} times to step {found.total} did not help") from error
+            raise RefusedError(
+                f"{error}; going back {counted(STEPS_BACK, 'time')} to step {found.total} did not help"
+            ) from error
         self.at = replace(found, lr_factor=found.lr_factor * factor**self._steps_back)
         self.engine.outcomes.forget()
         self.reader.close()
@@ -379,20 +382,19 @@ class Trainer:
         return 3 * 2 * self.recipe.run.global_batch * sum(model.macs(*shape, w) for w in self.task.widths(step))
 
     def _finish(self, final: dict[str, float], seconds: float) -> None:
-        if self.grid.is_main:
-            model: Model = self.engine.module  # type: ignore[assignment]
-            widths, seen = self.task.trained(self.plan.steps), (final, self._matrix)
-            files, widths_rows = closing.draw(self.folder, self.recipe, self.plan, self.reader, model, widths, *seen)
-            for file in [*files, self.folder / "recipe.toml"]:
-                self.tracker.artifact(file)
-            if widths_rows:
-                self.report.close()
-                print_widths(widths_rows, self.recipe.data.test)
+        self.report.close()
+        if not self.grid.is_main:
+            return
+        model: Model = self.engine.module  # type: ignore[assignment]
+        widths, seen = self.task.trained(self.plan.steps), (final, self._matrix)
+        files, widths_rows = closing.draw(self.folder, self.recipe, self.plan, self.reader, model, widths, *seen)
+        for file in [*files, self.folder / "recipe.toml"]:
+            self.tracker.artifact(file)
         self.tracker.close("FINISHED")
-        rows = {name: f"{value:.4g}" for name, value in final.items() if "_w" not in name}
-        rows |= {"time": duration(seconds), "run": str(self.folder)}
-        rows |= {
-            "curves": str(self.folder / CURVES),
-            "MLflow run": self.tracker.run_id() or "-",
-        }
-        self.report.summary(rows)
+        if widths_rows:
+            print_widths(widths_rows, self.recipe.data.test)
+        rows = closing.result(self.folder, self.recipe, self.plan, final, seconds)
+        self.report.summary(rows | {"MLflow run": self.tracker.run_id() or "-"})
+        self.report.say("next:")
+        for command in commands.after(self.folder, widths, self.tracker.ui()):
+            self.report.say(command)

@@ -138,7 +138,7 @@ def halve(folder: Path) -> None:
             remove,
             r"tiny-train-0001.tar: No such file or directory, but .* names it; restore the shard, or make it anew",
         ),
-        (add, r"tiny-train-0003.tar: not in .*train.index.npz \(1 such shards\); make it anew: hsvit shards index"),
+        (add, r"tiny-train-0003.tar: not in .*train.index.npz \(1 such shard\); make it anew: hsvit shards index"),
         (lengthen, r"tiny-train-0001.tar: \d+ bytes, .* says \d+; make it anew"),
         (relabel, r"tiny-train-0001.tar: its members are not those of .*; make it anew"),
         (forget, r"train.index.npz: there is no index; make it: hsvit shards index"),

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from hsvit_ds.data import augment
+from hsvit_ds.data import augment, splits
 from hsvit_ds.data.index import open_index
 from hsvit_ds.data.order import Order, Share
 from hsvit_ds.data.reader import Reader
@@ -353,3 +353,40 @@ def test_two_seeds_and_two_epochs_differ(folder: Path) -> None:
     second.order = Order(first.order.shards, first.order.window, BATCH, seed=1)
     jobs = [next(r._jobs(epoch, 0, 0)).samples.tolist() for r, epoch in ((first, 0), (first, 1), (second, 0))]
     assert len({tuple(job) for job in jobs}) == 3
+
+
+@pytest.mark.parametrize(
+    ("keys", "cores", "ranks", "processes"),
+    [
+        ({}, 12, 1, 8),
+        ({}, 12, 4, 3),
+        ({}, 2, 8, 1),
+        ({"workers": 11}, 2, 2, 11),
+        ({"workers": 0}, 12, 1, 0),
+        ({"root": "https://example.org/set"}, 2, 2, 4),
+        ({"root": "https://example.org/set"}, 96, 1, 4),  # its order depends on them: the same on every host
+    ],
+)
+def test_workers_follow_the_cores_but_for_a_stream(
+    keys: dict[str, Any], cores: int, ranks: int, processes: int
+) -> None:
+    config = splits.Config(name="tiny", classes=10, image_size=32, **keys)
+    assert splits.workers(config, cores, ranks) == processes
+
+
+@pytest.mark.parametrize("variable", ["LOCAL_WORLD_SIZE", "LOCAL_SIZE"])  # of torchrun, of DeepSpeed's launcher
+def test_the_ranks_of_a_host_share_its_cores(variable: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(6)))
+    monkeypatch.setenv(variable, "2")
+    assert reader(folder, workers="auto").working == "3 data workers a rank; 6 cores, 2 ranks on this host"
+    assert reader(folder, workers=1).working == "1 data worker a rank"
+    assert reader(folder, workers=0).working == ""
+    device = augment.Config(flip=0.5)
+    on_device = reader(folder, augmentation=device, workers="auto", on_device="always")
+    assert on_device.working == "1 data worker a rank; 6 cores, 2 ranks on this host"
+
+
+def test_the_number_of_workers_is_not_kept_with_a_run(folder: Path) -> None:
+    """It may be resumed where there are other cores."""
+    config = splits.Config(name="tiny", classes=10, image_size=32, root=str(folder), val="val", test="val")
+    assert splits.resolved(config).workers == "auto"

@@ -110,7 +110,7 @@ def test_non_finite_steps_in_a_row_end_the_run_with_the_place(tmp_path: Path) ->
 def test_a_non_finite_loss_of_finite_weights_is_named(tmp_path: Path) -> None:
     here = run(tmp_path, "engine.max_skipped_steps=0")
     poisoned(here, {0})
-    with pytest.raises(RefusedError, match=r"1 steps in a row, up to step 0, .* rank 0: loss nan, non-finite loss"):
+    with pytest.raises(RefusedError, match=r"1 step in a row, up to step 0, .* rank 0: loss nan, non-finite loss"):
         ended(here, 1)
 
 

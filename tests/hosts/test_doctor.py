@@ -394,7 +394,7 @@ def test_what_training_would_refuse_is_found_before_it_starts(hosts: Hosts) -> N
     assert look("a", "b", path=DIGITS).failures == []
     for overrides, said in (
         (("grid.submodule_ranks=4", "model.submodules=4"), "grid.submodule_ranks = 4 does not divide the 2 ranks"),
-        (("run.global_batch=2000",), "run.global_batch = 2000 is more than the 1150 training images"),
+        (("run.global_batch=2000",), "run.global_batch = 2000 is more than the 1,150 training images"),
     ):
         (failure,) = look("a", "b", path=DIGITS, overrides=overrides).failures
         assert failure.startswith(f"{HERE}: training: {said}")

@@ -108,7 +108,8 @@ def test_splits_that_are_there_stay(tmp_path: Path) -> None:
     assert counts == {"train": 40, "val": 12, "test": 8}
     shutil.rmtree(tmp_path / "set/test")
     shutil.rmtree(tmp_path / "set/valid")
-    code, output = new(tmp_path / "set", "-o", "again.toml")
+    Path("again").mkdir()
+    code, output = new(tmp_path / "set", "-o", "again/set.toml")
     assert (code, "val and test" in output) == (0, True), output
 
 
@@ -163,14 +164,16 @@ def test_shards_stay_where_they_are_or_are_split_anew(tmp_path: Path) -> None:
     tars = Path("photos-shards").rename(tmp_path / "tars")
     for path in [*tars.glob("*.npz"), *tars.glob("*-test-*")]:
         path.unlink()
+    for path in tars.glob("*-val-*"):
+        path.rename(tars / path.name.replace("-val-", "-validation-"))
     before = content(tars)
     code, output = new(tars, "-o", "tars.toml")
     assert code == 0, output
     recipe = resolved("tars.toml")
-    assert (recipe.data.root, recipe.data.test) == (str(tars), "val")
-    assert held(recipe).keys() == {"train", "val"}
+    assert (recipe.data.root, recipe.data.val, recipe.data.test) == (str(tars), "validation", "validation")
+    assert held(recipe).keys() == {"train", "validation"}
     assert content(tars) == before
-    for path in tars.glob("*-val-*"):
+    for path in tars.glob("*-validation-*"):
         path.unlink()
     code, output = new(tars, "-o", "split.toml")
     assert code == 0, output

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -73,7 +74,7 @@ def test_the_resolved_recipe_resolves_to_itself(tmp_path: Path) -> None:
 def test_hsvit_recipe_prints_what_it_resolves() -> None:
     result = CliRunner().invoke(app, ["recipe", str(DIGITS), "run.global_batch=64"])
     assert result.exit_code == 0
-    printed = recipes.tomllib.loads(result.stdout)
+    printed = tomllib.loads(result.stdout)
     assert printed["run"]["global_batch"] == 64
     assert printed["model"]["kernels"] == [64, 128]
     assert "# accumulation = 1" in result.stdout
@@ -100,7 +101,7 @@ def test_accumulation_is_derived() -> None:
         ("run.global_batch=33", "run.global_batch = 33 is not divisible by 2 replicas"),
         ("run.micro_batch=7", "run.micro_batch = 7 does not divide a replica's part of the global batch, 32 / 2"),
         ("run.micro_batch=4", "run.bn_batch = 0: BatchNorm over 32 images needs them in one forward"),
-        ("run.global_batch=4096", "run.global_batch = 4096 is more than the 1150 training images"),
+        ("run.global_batch=4096", "run.global_batch = 4096 is more than the 1,150 training images"),
         ("grid.submodule_ranks=4", "more submodule ranks than submodules"),
         ("augment.mixup=1.0 augment.mix_block=5", "augment.mix_block = 5 does not divide the micro batch of 16"),
         ("engine.deepspeed.gradient_clipping=5.0", "engine.deepspeed.gradient_clipping = 5.0 contradicts 1.0"),

@@ -48,7 +48,7 @@ def track(folder: Path, step: int, resume: bool = False, config: Config = CONFIG
 
 
 def client(root: Path) -> MlflowClient:
-    return MlflowClient(mlflow_run._uri(root / "mlflow.db"))
+    return MlflowClient(mlflow_run.uri_of(root / "mlflow.db"))
 
 
 def tracked(root: Path) -> dict[str, Run]:

@@ -141,7 +141,7 @@ def refused(arguments: list[str], message: str, code: int = 2, **extra: str) -> 
     [
         ([RECIPE, "model.dorpout=0.1"], 'unknown key "model.dorpout"; did you mean "model.dropout"?'),
         (["nowhere.toml"], "nowhere.toml: cannot be read (No such file or directory)"),
-        ([RECIPE], "grid.submodule_ranks = 2 does not divide the 1 ranks started: start a multiple of 2"),
+        ([RECIPE], "grid.submodule_ranks = 2 does not divide the 1 rank started: start a multiple of 2"),
         ([RECIPE, "grid.submodule_ranks=1", "run.root=/proc/runs"], "run folder /proc/runs/digits-hsvit-001: "),
     ],
 )

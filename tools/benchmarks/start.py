@@ -1,4 +1,4 @@
-"""How long commands and a rank's first step take, beside `import torch`: `python -m tools.benchmark start`."""
+"""How long commands and a rank's first line and step take, beside `import torch`: `python -m tools.benchmark start`."""
 
 from __future__ import annotations
 
@@ -27,6 +27,20 @@ def ended(*command: str) -> float:
     return time.perf_counter() - started
 
 
+def first_line(recipe: str) -> float:
+    """Seconds until a rank of its own says what it will train."""
+    command = [sys.executable, "-m", "hsvit_ds.train", recipe, "run.root=/dev/null/none"]  # refused afterwards
+    started = time.perf_counter()
+    rank = subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    assert rank.stdout is not None
+    line, seconds = rank.stdout.readline(), time.perf_counter() - started
+    rank.kill()
+    rank.communicate()
+    if not line.startswith("hsvit-ds "):
+        raise RuntimeError(f"{' '.join(command)} said {line!r}")
+    return seconds
+
+
 def first_step(recipe: str, *overrides: str) -> float:
     """Seconds until a rank of its own has done a step, and says so in its run's metrics."""
     with tempfile.TemporaryDirectory() as folder:
@@ -49,6 +63,7 @@ WAITS: dict[str, Callable[[], float]] = {
     "import torch": lambda: ended(sys.executable, "-c", "import torch"),
     "hsvit --help": lambda: ended(str(BIN / "hsvit"), "--help"),
     f"hsvit recipe {DIGITS}": lambda: ended(str(BIN / "hsvit"), "recipe", DIGITS),
+    f"a rank's first line, {DIGITS}": lambda: first_line(DIGITS),
     f"a rank's first step, {DIGITS}": lambda: first_step(DIGITS, "grid.submodule_ranks=1"),
     f"a rank's first step, {HYBRID}": lambda: first_step(HYBRID, "grid.submodule_ranks=1"),
 }

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from ...errors import RefusedError
+from ...errors import RefusedError, counted
 from .. import index
 from ..decode import BadImageError, open_upright
 from ..layouts import NAMES, NONE, name_in, split_shards
@@ -152,7 +152,11 @@ def _checked_label(sample: Sample, classes: int, checked: Checked) -> int | None
     if label is None:
         checked.find("label", key, f"missing (no {key}.cls, nor label in {key}.json)")
     elif not 0 <= label < (classes or 2**31):
-        checked.find("label", key, f"{label} is out of range" + (f" of {classes} classes" if classes else ""))
+        checked.find(
+            "label",
+            key,
+            f"{label} is out of range" + (f" of {counted(classes, 'class', 'classes')}" if classes else ""),
+        )
     return label
 
 

@@ -20,7 +20,7 @@ from webdataset import TarWriter
 
 from hsvit_kernels.random import sequence
 
-from ...errors import RefusedError, first_line
+from ...errors import RefusedError, counted, first_line
 from .. import index
 from ..decode import BadImageError
 from ..index import Index
@@ -149,7 +149,9 @@ def make_split(source: Source, out: Path, options: Options, processes: int, done
     """Write a split's shards; see `make`."""
     count = len(source.items)
     if options.shards > count:
-        raise RefusedError(f"--shards {options.shards}: more than the {count} images; at most --shards {count}")
+        raise RefusedError(
+            f"--shards {options.shards}: more than the {counted(count, 'image')}; at most --shards {count}"
+        )
     options = replace(options, shards=options.shards or -(-count // EACH))
     record, path = _claimed(out, options, source), out / options.record
     jobs = _dealt(out, options, source, record.left_out)
@@ -211,7 +213,7 @@ def _same(path: Path, now: Record) -> dict[str, list[str]]:
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise RefusedError(f"{path}: not a record of hsvit shards make ({first_line(error)}); {remedy}") from error
     if before.source != now.source:
-        differing.append(f"{before.images} images ({before.source}), now {now.images} ({now.source})")
+        differing.append(f"{counted(before.images, 'image')} ({before.source}), now {now.images} ({now.source})")
     if differing:
         raise RefusedError(f"{path}: shards were made with {'; '.join(differing)}; {remedy}")
     return before.left_out
@@ -294,9 +296,10 @@ def disagreement(info: dict[str, Any], split: str, shards: Iterable[str], length
         return f"{split} has no proper filenames, shard_lengths and num_samples ({first_line(error)})"
     for name in sorted(known.keys() | found.keys()):
         if known.get(name) != found.get(name):
-            return f"{name} has {known.get(name, 'no')} samples, found: {found.get(name, 'no such shard')}"
+            said_to = counted(known[name], "sample") if name in known else "no samples"
+            return f"{name} has {said_to}, found: {found.get(name, 'no such shard')}"
     if total != sum(found.values()):
-        return f"{split} has {total} samples, found: {sum(found.values())}"
+        return f"{split} has {counted(total, 'sample')}, found: {sum(found.values())}"
     return None
 
 

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from ...errors import RefusedError, first_line, read_text
+from ...errors import RefusedError, counted, first_line, read_text, warn
 from ..decode import BadImageError, open_upright
 from ..members import IMAGES, MOST_BYTES, Member, printable, safe, unsafe, walk
 
@@ -98,7 +98,9 @@ def open_source(folder: Path, split: str, known: list[str]) -> Source:
     except OSError as error:
         raise RefusedError(f"{error.filename or folder}: {error.strerror}") from error
     if not source.items:
-        raise RefusedError(f"{folder}: no images ({', '.join(IMAGES)}) in {len(source.classes)} classes")
+        raise RefusedError(
+            f"{folder}: no images ({', '.join(IMAGES)}) in {counted(len(source.classes), 'class', 'classes')}"
+        )
     return source
 
 
@@ -117,7 +119,7 @@ def _image_folder(folder: Path, names: list[str], known: list[str]) -> Source:
     if set(classes) <= set(known):
         classes = known
     for name in sorted(set(names) - set(classes)):
-        print(f"hsvit: warning: {folder / name}: no image in it; it is no class", file=sys.stderr, flush=True)
+        warn(f"{folder / name}: no image in it; it is no class")
     items = [
         Item(path, 0, os.stat(path).st_size, label, name, os.path.relpath(path, folder))
         for label, name in enumerate(classes)
@@ -197,7 +199,9 @@ def _imagenet_train(archive: Path, devkit: Path | None) -> Source:
         titles = _read_devkit(devkit)[0] if devkit else {}
         classes = sorted(titles or found)
         if unknown := sorted(found.keys() - set(classes)):
-            raise RefusedError(f"{archive}: {unknown[0]}.tar is none of the {len(classes)} classes of {devkit}")
+            raise RefusedError(
+                f"{archive}: {unknown[0]}.tar is none of the {counted(len(classes), 'class', 'classes')} of {devkit}"
+            )
         items = [
             Item(str(archive), image.offset, image.size, label, wnid, image.name)
             for label, wnid in enumerate(classes)
@@ -215,7 +219,9 @@ def _imagenet_val(archive: Path, devkit: Path) -> Source:
     with archive.open("rb") as file:
         images = sorted((m for m in _members(archive, file, 0) if _is_image(m.name)), key=lambda m: m.name)
     if len(truth) != len(images):
-        raise RefusedError(f"{devkit}: {TRUTH} has {len(truth)} lines, {archive.name} has {len(images)} images")
+        raise RefusedError(
+            f"{devkit}: {TRUTH} has {counted(len(truth), 'line')}, {archive.name} has {counted(len(images), 'image')}"
+        )
     items = []
     for image, line in zip(images, truth, strict=True):
         wnid = wnids.get(line)

@@ -279,7 +279,7 @@ def only_splits(source: Path) -> None:
     [
         (no_images, [], ("photos: no images (.jpg, ", "in 3 classes")),
         (no_folders, [], ("photos: unknown layout", "one sub-folder a class", "ILSVRC2012_img_train.tar")),
-        (shutil.rmtree, [], ("photos: not a folder",)),
+        (shutil.rmtree, [], ("photos: neither a folder nor a CSV of file and label",)),
         (only_splits, [], ("photos: train, val are splits, not classes; give", "photos/train")),
         (None, ["--shards", 23], ("--shards 23: more than the 22 images; at most --shards 22",)),
         (None, ["--shards", -1], ("--shards -1: must be from 0",)),

@@ -1,0 +1,79 @@
+"""A recipe's TOML file as a table, with overrides; read before PyTorch is imported."""
+
+from __future__ import annotations
+
+import os
+import tomllib
+from pathlib import Path
+from typing import Any
+
+from .. import __version__
+from ..errors import RefusedError, counted, out, read_text
+
+_MODELS = {"hsvit": "HSViT", "vit": "ViT", "timm": "timm model"}
+
+
+def read(path: Path, overrides: list[str]) -> dict[str, Any]:
+    """Refuses what is no TOML, and overrides that are none; nothing else of it is checked."""
+    try:
+        text = read_text(path)
+    except OSError as error:
+        raise RefusedError(f"{path}: cannot be read ({error.strerror})") from error
+    try:
+        table = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise RefusedError(f"{path}: not valid TOML: {error}") from error
+    for override in overrides:
+        _override(table, override)
+    keys = [override.partition("=")[0].strip() for override in overrides]
+    if twice := [key for key in keys if key.startswith("data.shards.") and keys.count(key) > 1]:
+        raise RefusedError(f"{twice[0]} is given {len(twice)} times; quote its braces, which the shell expands")
+    return table
+
+
+def run_name(path: Path) -> str:
+    """Of a recipe that has none: digits/hsvit.toml is "digits-hsvit"."""
+    return f"{path.resolve().parent.name}-{path.stem}"
+
+
+def split(override: str) -> tuple[list[str], Any]:
+    """The parts of the key and the value of "key.path=value"."""
+    path, sign, value = override.partition("=")
+    keys = path.strip().split(".")
+    if not sign or not all(keys):
+        raise RefusedError(f'override "{override}": must have the form key.path=value')
+    try:
+        return keys, tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        return keys, value.strip()  # a bare word is a string, as on any command line
+
+
+def _override(table: dict[str, Any], text: str) -> None:
+    keys, value = split(text)
+    for key in keys[:-1]:
+        table = table.setdefault(key, {})
+        if not isinstance(table, dict):
+            raise RefusedError(f'override "{text}": {key} is not a table')
+    table[keys[-1]] = value
+
+
+def first_words(path: Path, overrides: list[str], ranks: int) -> str:
+    """What is to be trained on what, as far as the table says it; "" for one that will be refused."""
+    try:
+        table = read(path, overrides)
+        model, data = table["model"], table.get("data", {})
+        kind, named = _MODELS[model["kind"]], model.get("name" if model["kind"] == "timm" else "variant")
+        slimmable = model.get("widths", {}).get("smallest", 1) < 1
+        article = "a slimmable" if slimmable else "an" if kind == "HSViT" else "a"
+        of = f"{article} {kind}{f' ({named})' if named else ''}"
+        name = table.get("run", {}).get("name") or run_name(path)
+        return f"{name}: {of} on {data.get('name', 'digits')}, {counted(ranks, 'rank')}"
+    except (RefusedError, AttributeError, KeyError, TypeError):
+        return ""  # the reader of recipes says what is wrong
+
+
+def say_first_words(path: Path, overrides: list[str]) -> None:
+    """On rank 0, before anything that takes seconds to import."""
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    if os.environ.get("RANK", "0") == "0" and (words := first_words(path, overrides, ranks)):
+        print(f"hsvit-ds {__version__}: {words}", file=out(), flush=True)

@@ -1,0 +1,78 @@
+"""What a run is called: as its folder, with what its command line changed of the recipe."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+from ..errors import RefusedError
+from . import recipe as recipes
+from . import table
+from .recipe import Recipe
+
+FILE = "title.txt"
+TRAINED: dict[str, Collection[str] | None] = {
+    **dict.fromkeys(("model", "task", "augment", "optimizer", "ema")),
+    "run": ("seed", "epochs", "global_batch", "bn_batch", "step_back"),
+    "data": ("name", "classes", "image_size", "window", "last_batch"),
+    "engine": ("precision",),
+}
+"""The tables that say what is trained, whole; of those that also say where and how, the keys that do. The others say
+where and how alone."""
+
+
+def changes(path: Path, overrides: list[str], recipe: Recipe) -> str:
+    """What the overrides change of what is trained: "isolated=false seed=2".
+
+    Args:
+        path, overrides: from which `recipe` was read.
+    """
+    now = recipes.flat(recipe)
+    try:
+        before = recipes.flat(recipes.read(path))
+    except RefusedError:  # without its overrides it says too little, such as not where the data is
+        before = {}
+    given = dict.fromkeys(key for override in overrides for key in _keys(*table.split(override)))
+    changed = [
+        key for key in given if key in now and _is_trained(key) and (key not in before or before[key] != now[key])
+    ]
+    return " ".join(f"{_short(key, now)}={_text(now[key])}" for key in changed)
+
+
+def of(folder: Path) -> str:
+    """A run's title; the folder's name for one that has none."""
+    file = folder / FILE
+    return file.read_text("utf-8").strip() if file.exists() else folder.name
+
+
+def _keys(parts: list[str], value: Any) -> list[str]:
+    """The keys that an override sets: those of a table are the table's."""
+    if isinstance(value, dict):
+        return [key for name, inner in value.items() for key in _keys([*parts, name], inner)]
+    return [".".join(parts)]
+
+
+def _is_trained(key: str) -> bool:
+    top, _, rest = key.partition(".")
+    return top in TRAINED and (TRAINED[top] is None or rest in (TRAINED[top] or ()))
+
+
+def _short(key: str, keys: Collection[str]) -> str:
+    """The shortest end of a key that no other key has."""
+    parts = key.split(".")
+    for first in range(len(parts) - 1, 0, -1):
+        end = ".".join(parts[first:])
+        if sum(f".{other}".endswith(f".{end}") for other in keys) == 1:
+            return end
+    return key
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, float):
+        return f"{value:g}"
+    if isinstance(value, list):
+        return ",".join(map(_text, value))
+    return Path(value).name if isinstance(value, str) and "/" in value else str(value)

@@ -34,7 +34,7 @@ def make_recipe(
 ) -> None:
     """Look at a folder of images, make shards of it, and write a recipe that is sized to them and to this machine.
 
-    Example: hsvit new ~/Pictures/flowers --goal elastic
+    Example: hsvit new photos --goal elastic
     """
     with shown(2, debug):
         check_kernels()

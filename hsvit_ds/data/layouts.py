@@ -17,8 +17,6 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, TypeVar
 
-from braceexpand import braceexpand
-
 from ..errors import RefusedError
 
 NAMES = "NAME-SPLIT-0000.tar, SPLIT-0000.tar or SPLIT/0000.tar"
@@ -88,6 +86,8 @@ def expand(pattern: str) -> tuple[str, ...]:
         ValueError: braces that do not fit each other, or an empty part.
     """
     try:
+        from braceexpand import braceexpand  # here, as models are loaded without it
+
         found = tuple(chain.from_iterable(braceexpand(part) for part in pattern.split("::")))
     except ValueError:
         raise ValueError("braces that do not fit each other") from None

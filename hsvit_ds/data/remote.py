@@ -62,7 +62,8 @@ def open_split(root: str, split: str, timeout: float, named: Urls = NONE) -> Spl
     except (KeyError, TypeError, ValueError) as error:
         raise RefusedError(f"{root}/_info.json: split {split} has no {error}; `hsvit shards make` writes it") from None
     if not found.shards or len(found.shards) != len(found.lengths):
-        raise RefusedError(f"{root}/_info.json: {split} has {len(found.shards)} files and {len(found.lengths)} lengths")
+        files, lengths = counted(len(found.shards), "file"), counted(len(found.lengths), "length")
+        raise RefusedError(f"{root}/_info.json: {split} has {files} and {lengths}")
     # They become parts of paths, of URLs and, behind pipe:, of a shell's command.
     if odd := [shard for shard in found.shards if not PLAIN.fullmatch(str(shard))]:
         raise RefusedError(
@@ -109,7 +110,7 @@ def _named(root: str, split: str, timeout: float, urls: tuple[str, ...]) -> Spli
             )
     if unknown := [name for name in names if not isinstance(known.get(name), int)]:
         raise RefusedError(
-            f"{place}: has no length of {unknown[0]} ({len(unknown):,} of {len(names):,} shards of {split}); "
+            f"{place}: has no length of {unknown[0]} ({len(unknown):,} of {counted(len(names), 'shard')} of {split}); "
             f"write it there, into filenames and shard_lengths of {split}"
         )
     return Split(root or base[:-1], tuple(names), tuple(known[name] for name in names), urls)

@@ -134,7 +134,7 @@ def found(survey: Survey, folder: Path) -> Iterator[str]:
     most, least = max(counts, key=counts.__getitem__), min(counts, key=counts.__getitem__)
     if counts[most] >= UNEVEN * counts[least]:
         yield (
-            f"uneven: {survey.classes[most]} has {counts[most]:,} images to train, {survey.classes[least]} has "
+            f"uneven: {survey.classes[most]} has {counted(counts[most], 'image')} to train, {survey.classes[least]} has "
             f"{counts[least]:,}; look at the accuracy of each class"
         )
     if survey.damaged:

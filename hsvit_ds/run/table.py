@@ -27,7 +27,9 @@ def read(path: Path, overrides: list[str]) -> dict[str, Any]:
         _override(table, override)
     keys = [override.partition("=")[0].strip() for override in overrides]
     if twice := [key for key in keys if key.startswith("data.shards.") and keys.count(key) > 1]:
-        raise RefusedError(f"{twice[0]} is given {len(twice)} times; quote its braces, which the shell expands")
+        raise RefusedError(
+            f"{twice[0]} is given {counted(len(twice), 'time')}; quote its braces, which the shell expands"
+        )
     return table
 
 

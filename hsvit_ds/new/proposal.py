@@ -133,10 +133,9 @@ def found(survey: Survey, folder: Path) -> Iterator[str]:
     counts = survey.counts()["train"]
     most, least = max(counts, key=counts.__getitem__), min(counts, key=counts.__getitem__)
     if counts[most] >= UNEVEN * counts[least]:
-        yield (
-            f"uneven: {survey.classes[most]} has {counted(counts[most], 'image')} to train, {survey.classes[least]} has "
-            f"{counts[least]:,}; look at the accuracy of each class"
-        )
+        many = f"{survey.classes[most]} has {counted(counts[most], 'image')} to train"
+        few = f"{survey.classes[least]} has {counts[least]:,}"
+        yield f"uneven: {many}, {few}; look at the accuracy of each class"
     if survey.damaged:
         yield f"left out, damaged: {counted(len(survey.damaged), 'image')}"
     if survey.copies:

@@ -45,7 +45,7 @@ def evaluate_run(
             _evaluate_present(opened, present, split)
         else:
             chosen = opened.widths(widths or "all", untrained)
-            found, matrix = opened.evaluate(split, chosen)
+            found, counts = opened.evaluate(split, chosen)
             if opened.grid.is_main:
                 rows = report.width_rows(opened.model, chosen, found)
                 report.print_widths(rows, f"{run}, {split}, {opened.read}")
@@ -54,7 +54,7 @@ def evaluate_run(
                 typer.echo(pictures.draw_widths(name, rows, heading, accuracy))
                 heading += f", width {chosen[-1]}" if len(chosen) > 1 else ""
                 name = _picture(opened, "classes", split, widths)
-                for file in pictures.write_classes(name, matrix.cpu(), opened.classes, heading):
+                for file in pictures.write_classes(name, counts, opened.classes, heading):
                     typer.echo(file)
         opened.grid.close()
 

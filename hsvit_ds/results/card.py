@@ -58,8 +58,8 @@ class Card:
             f"{model.image_size} x {model.image_size} becomes {self._answers(model)}.",
             f"## Accuracy and cost\n\n{self._accuracy(width)}",
             f"## By class\n\n{self._classes(width)}",
-            f"## An image\n\nEach is {self.preprocessing.description}; the same in five lines, to rounding:\n\n"
-            f"```python\n{_recipe(self.preprocessing)}\n```",
+            f"## An image\n\nAs in evaluation: {self.preprocessing.description}.",
+            f"In five lines, the same to rounding:\n\n```python\n{_recipe(self.preprocessing)}\n```",
             f"## Load it\n\n{self._loading(model, in_timm)}",
         ]
         return "\n\n".join(parts) + "\n"
@@ -76,7 +76,7 @@ class Card:
         lines = [_line(["width", "parameters", "GMACs", *heads]), _line(["---"] * (3 + len(heads)))]
         for row in self.rows:
             scores = [row.top1[split] for split in self.sizes]
-            cells = [str(row.width), f"{row.parameters:,}", f"{row.macs / 1e9:.4g}"]
+            cells = [str(row.width), f"{row.parameters:,}", f"{row.macs / 1e9:.4f}"]
             cells += ["not measured" if score is None else f"{score:.2f}" for score in scores]
             lines.append(
                 _line([f"**{cell}**" for cell in cells] if row.width == width and len(self.rows) > 1 else cells)

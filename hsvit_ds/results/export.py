@@ -4,6 +4,7 @@ ONNX and a model card."""
 from __future__ import annotations
 
 import json
+import logging
 import warnings
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -117,9 +118,11 @@ def _program(model: Model) -> torch.export.ExportedProgram:
     """The forward as PyTorch's own operations: it runs where hsvit_kernels is not installed."""
     example = torch.zeros(2, model.channels, model.image_size, model.image_size)
     batch = torch.export.Dim("batch", min=1)
-    return torch.export.export(
-        _Plain(model), (example,), dynamic_shapes={"images": {0: batch}}, strict=False
-    ).run_decompositions()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of torch's own, about torch's own
+        return torch.export.export(
+            _Plain(model), (example,), dynamic_shapes={"images": {0: batch}}, strict=False
+        ).run_decompositions()
 
 
 def _onnx(program: torch.export.ExportedProgram, path: Path) -> None:
@@ -127,8 +130,9 @@ def _onnx(program: torch.export.ExportedProgram, path: Path) -> None:
         import onnxscript  # noqa: F401
     except ImportError as error:
         raise RefusedError('ONNX needs the export extra: pip install "hsvit-ds[export]"') from error
+    logging.getLogger("onnxscript").setLevel(logging.ERROR)  # it warns of shapes that it does without
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # of torch's own, about torch's own
+        warnings.simplefilter("ignore", FutureWarning)  # as above
         torch.onnx.export(
             program, (), path, input_names=["images"], output_names=["logits"], external_data=False, verbose=False
         )

@@ -29,8 +29,8 @@ from ..models import Model
 from ..models.hsvit import HSViT
 from ..models.slimmable import Width
 from ..run import recipe as recipes
-from ..run.evaluation import Score, evaluate, evaluate_subsets, needs_calibration, recalibrate_widths
-from ..run.pictures import accuracy_of
+from ..run.evaluation import Answers, Score, evaluate, evaluate_subsets, needs_calibration, recalibrate_widths
+from ..run.pictures import accuracy_of, class_column
 from ..run.recipe import Recipe
 from ..run.tracking import read_metrics
 from ..tasks import scala
@@ -111,8 +111,8 @@ class SavedRun:
     def accuracy_of(self, split: str) -> str:
         return accuracy_of(split, self.reader.count(split))
 
-    def evaluate(self, split: str, widths: tuple[Width, ...]) -> tuple[dict[str, float], Tensor]:
-        """See `evaluation.evaluate`, with its matrix; without the submodules that were absent at the end.
+    def evaluate(self, split: str, widths: tuple[Width, ...]) -> tuple[dict[str, float], Answers]:
+        """See `evaluation.evaluate`, with its counts; without the submodules that were absent at the end.
         Collective."""
         model = self.model.to(self.grid.device)
         forward: Callable[..., Tensor] = model
@@ -121,9 +121,9 @@ class SavedRun:
             forward = partial(model, present=present)
         try:
             classes = self.facts.classes
-            matrix = torch.zeros(classes, classes, dtype=torch.int64, device=self.grid.device)
-            found = evaluate(forward, model, self.reader, split, widths, self._runs_differ, matrix=matrix)
-            return found, matrix
+            counts = Answers.of(widths, classes, self.grid.device)
+            found = evaluate(forward, model, self.reader, split, widths, self._runs_differ, counts=counts)
+            return found, counts
         finally:
             self.reader.close()
 
@@ -225,13 +225,16 @@ class SavedRun:
     def _by_class(self, width: Width) -> tuple[str, list[tuple[str, str, str]]] | None:
         """(split, [class, images, top-1 in %]) of these weights at a width, as the run or `hsvit evaluate` wrote it."""
         test = self.recipe.data.test
-        files = [self.folder / f"{drawn_name(self, 'classes', test, str(width))}.csv"]
+        name = drawn_name(self, "classes", test)
+        files = [self.folder / f"{name}.csv", *self.folder.glob(f"{name}-[01]*.csv")]  # of some widths alone
         last = max((line["step"] for line in read_metrics(self.folder)), default=-1)
-        if width == self.trained[-1] and not self.ema and self.steps == last and self.measured(test):
+        if not self.ema and self.steps == last and self.measured(test):
             files.append(self.folder / f"classes-{test}.csv")
         for file in filter(Path.exists, files):
             with file.open(encoding="utf-8", newline="") as opened:
-                return test, [(row[0], row[1], row[3]) for row in list(csv.reader(opened))[1:]]
+                rows = list(csv.DictReader(opened))
+            if rows and (column := class_column(width)) in rows[0]:
+                return test, [(row["class"], row["images"], row[column]) for row in rows]
         return None
 
     @property

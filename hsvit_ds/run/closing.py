@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from torch import Tensor
-
 from ..data.reader import Reader
 from ..data.splits import class_names
 from ..engine.checkpoint_files import best_step
 from ..models import Model
 from ..models.slimmable import Width
 from . import title
+from .evaluation import Answers
 from .pictures import CURVES, accuracy_of, draw_curves, draw_widths, write_classes
 from .recipe import Plan, Recipe
 from .report import WidthRow, duration, width_rows
@@ -27,14 +26,14 @@ def draw(
     model: Model,
     widths: Sequence[Width],
     final: Mapping[str, float],
-    matrix: Tensor,
+    counts: Answers,
 ) -> tuple[list[Path], list[WidthRow]]:
-    """The files drawn, and a row for each width where there are several. final, matrix: of the last evaluation."""
+    """The files drawn, and a row for each width where there are several. final, counts: of the last evaluation."""
     name, val, test = title.of(folder), recipe.data.val, recipe.data.test
     best = best_step(folder / "checkpoints")
     files = [draw_curves(folder, name, val, reader.count(val), plan.steps_per_epoch, best)]
     named = f"{name}, {test}"
-    files += write_classes(folder / f"classes-{test}.png", matrix.cpu(), class_names(recipe.data), named)
+    files += write_classes(folder / f"classes-{test}.png", counts, class_names(recipe.data), named)
     if len(widths) == 1:
         return files, []
     rows = width_rows(model, widths, {key.removeprefix(f"{test}/"): value for key, value in final.items()})

@@ -33,6 +33,31 @@ class Score:
     """Images that cannot be read."""
 
 
+@dataclass(frozen=True)
+class Answers:
+    """Images counted by what was answered, on the device.
+
+    widths: evaluated. matrix: int64 [Q, Q], by label and answer of the largest width. right: int64 [widths, Q], those
+    that were answered rightly, by label.
+    """
+
+    widths: tuple[Width, ...]
+    matrix: Tensor
+    right: Tensor
+
+    @classmethod
+    def of(cls, widths: Sequence[Width], classes: int, device: torch.device) -> Answers:
+        matrix = torch.zeros(classes, classes, dtype=torch.int64, device=device)
+        return cls(tuple(widths), matrix, torch.zeros(len(widths), classes, dtype=torch.int64, device=device))
+
+    def add(self, place: int, labels: Tensor, logits: Tensor, counted: Tensor) -> None:
+        """The images of a batch, of those that are `counted`, at the width of a place."""
+        labels, answers = labels.clamp(min=0), logits.argmax(1)
+        self.right[place].index_add_(0, labels, (counted & (labels == answers)).long())
+        if self.widths[place] == max(self.widths, key=float):
+            self.matrix.view(-1).index_add_(0, labels * len(self.matrix) + answers, counted.long())
+
+
 @torch.no_grad()
 def evaluate(
     forward: Callable[..., Tensor],
@@ -42,7 +67,7 @@ def evaluate(
     widths: Sequence[Width] = (FULL,),
     runs_differ: Channel | None = None,
     next_batch: Callable[[], None] = lambda: None,
-    matrix: Tensor | None = None,
+    counts: Answers | None = None,
 ) -> dict[str, float]:
     """Score a model as it is now. Collective.
 
@@ -50,8 +75,7 @@ def evaluate(
         forward: computes `module`, an engine or the module itself.
         widths: each image is read and moved once for all of them.
         runs_differ: the ranks that see different batches, for BatchNorm's statistics of smaller widths.
-        next_batch: called before each batch. matrix: int64 [classes, classes] on the device, to which the answers of
-            the largest width are counted, by label and answer.
+        next_batch: called before each batch. counts: what the answers to these widths are added to.
 
     Returns:
         Of the largest width top1 and, of more than five classes, top5 (% of the images that can be read) and loss (mean
@@ -67,9 +91,8 @@ def evaluate(
     with torch.compiler.set_stance("force_eager"):
         recalibrate_widths(forward, module, reader, widths, runs_differ)
         module.eval()
-        place = max(range(len(widths)), key=lambda i: float(widths[i]))
-        scores = _scores(answers, len(widths), reader, split, place, matrix)
-    largest = scores[place]
+        scores = _scores(answers, len(widths), reader, split, counts)
+    largest = scores[max(range(len(widths)), key=lambda i: float(widths[i]))]
     found = {"top1": largest.top1, "loss": largest.loss}
     if reader.facts.classes > BEST:
         found["top5"] = largest.top5
@@ -110,11 +133,9 @@ def _scores(
     count: int,
     reader: Reader,
     split: str,
-    place: int = 0,
-    matrix: Tensor | None = None,
+    counts: Answers | None = None,
 ) -> list[Score]:
-    """Score the `count` logits that `answers` gives, one after the other, for the images of a batch. matrix: see
-    `evaluate`, of the logits at `place`."""
+    """Score the `count` logits that `answers` gives, one after the other, for the images of a batch."""
     grid, facts = reader.grid, reader.facts
     # samples, top1, top5, loss, unreadable
     sums = torch.zeros(count, 5, dtype=torch.float64, device=grid.device)
@@ -122,11 +143,11 @@ def _scores(
         images = augment.normalise(images, facts.mean, facts.std)
         for i, (row, logits) in enumerate(zip(sums, answers(images), strict=True)):
             row += _score(logits.float(), labels, valid)
-            if matrix is not None and i == place:
-                flat = labels.clamp(min=0) * len(matrix) + logits.argmax(1)
-                matrix.view(-1).index_add_(0, flat, (valid & (labels >= 0)).long())
-    if matrix is not None:
-        grid.sum_over_replicas(matrix)
+            if counts is not None:
+                counts.add(i, labels, logits, valid & (labels >= 0))
+    if counts is not None:
+        for tensor in (counts.matrix, counts.right):
+            grid.sum_over_replicas(tensor)
     rows = grid.sum_over_replicas(sums).tolist()
     expected = reader.count(split)
     if any(row[0] + row[4] != expected for row in rows):

@@ -8,9 +8,9 @@ from pathlib import Path
 from statistics import mean
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
-
 from ..errors import counted
+from ..models.slimmable import Width
+from .evaluation import Answers
 from .report import PresentRow, WidthRow
 from .tracking import read_metrics
 
@@ -128,19 +128,23 @@ def _shades(count: int) -> list[Any]:
     return [colours(0.15 + 0.85 * i / max(count - 1, 1)) for i in range(count)]
 
 
-def write_classes(path: Path, matrix: Tensor, names: Sequence[str], title: str) -> list[Path]:
-    """A PNG of the accuracy of each class beside the confusion matrix, and both as CSV.
+def write_classes(path: Path, answers: Answers, names: Sequence[str], title: str) -> list[Path]:
+    """A PNG of the accuracy of each class beside the confusion matrix, of the largest width, and both as CSV, with the
+    accuracy at every width.
 
-    path: of the PNG. matrix: int64 [C, C], images by label and by answer. names: of the classes, or none.
+    path: of the PNG. names: of the classes, or none.
     """
+    matrix = answers.matrix.cpu()
     named = list(names) or [str(label) for label in range(len(matrix))]
     counts, right = matrix.sum(1), matrix.diagonal()
     scores = (100 * right / counts.clamp(min=1)).tolist()
     tables = path.with_suffix(".csv"), path.with_name(f"{path.stem}-confusion.csv")
     with tables[0].open("w", encoding="utf-8", newline="") as file:
         rows = csv.writer(file)
-        rows.writerow(["class", "images", "right", "top-1, %"])
-        rows.writerows(zip(named, counts.tolist(), right.tolist(), (f"{score:.2f}" for score in scores), strict=True))
+        rows.writerow(["class", "images", *(class_column(width) for width in answers.widths)])
+        by_class = (100 * answers.right.cpu() / counts.clamp(min=1)).t().tolist()
+        cells = ([f"{score:.2f}" for score in row] for row in by_class)
+        rows.writerows([name, count, *row] for name, count, row in zip(named, counts.tolist(), cells, strict=True))
     with tables[1].open("w", encoding="utf-8", newline="") as file:
         rows = csv.writer(file)
         rows.writerow(["label, answer", *named])
@@ -165,6 +169,11 @@ def write_classes(path: Path, matrix: Tensor, names: Sequence[str], title: str) 
     figure.colorbar(image, ax=heat, shrink=0.8)
     figure.savefig(path, dpi=120)
     return [path, *tables]
+
+
+def class_column(width: Width) -> str:
+    """What the table of the classes calls the accuracy at a width."""
+    return f"top-1 at width {width}, %"
 
 
 def _figure(width: float, height: float, empty: bool = False) -> tuple[Figure, Axes]:

@@ -32,7 +32,7 @@ from ..tasks.supervised import Supervised
 from ..tasks.teacher import Teacher
 from . import closing, commands, kernels, opening, title
 from . import recipe as recipes
-from .evaluation import evaluate
+from .evaluation import Answers, evaluate
 from .interval import Interval
 from .memory import needed
 from .recipe import Plan, Recipe
@@ -314,8 +314,8 @@ class Trainer:
 
         score = partial(evaluate, engine, engine.module, self.reader, split, widths, engine.runs_differ, next_batch)
         classes = self.reader.facts.classes
-        self._matrix = torch.zeros(classes, classes, dtype=torch.int64, device=self.grid.device)
-        found = {f"{split}/{k}": v for k, v in score(matrix=self._matrix).items()}
+        self._counts = Answers.of(widths, classes, self.grid.device)
+        found = {f"{split}/{k}": v for k, v in score(counts=self._counts).items()}
         if self.ema is not None:
             with self.ema.in_place():
                 averaged = score()
@@ -386,7 +386,7 @@ class Trainer:
         if not self.grid.is_main:
             return
         model: Model = self.engine.module  # type: ignore[assignment]
-        widths, seen = self.task.trained(self.plan.steps), (final, self._matrix)
+        widths, seen = self.task.trained(self.plan.steps), (final, self._counts)
         files, widths_rows = closing.draw(self.folder, self.recipe, self.plan, self.reader, model, widths, *seen)
         for file in [*files, self.folder / "recipe.toml"]:
             self.tracker.artifact(file)

@@ -48,6 +48,10 @@ def test_a_folder_of_photographs_becomes_a_network_that_answers(
     (width,) = re.findall(r"^width ([\d.]+): .+ on val, the best within 100M$", said, re.M)
     export = folder / f"export-{width}"
     assert (export / "classes.txt").read_text().splitlines() == NAMES
+    card = (export / "README.md").read_text()
+    assert "Not measured" not in card
+    assert re.search(rf"^\| \*\*{width}\*\* \| \*\*[\d,]+\*\* \| \*\*0\.\d+\*\* \| .+ \| .+ \|$", card, re.M)
+    assert re.search(r"^\| rote Rose \| 6 \| [\d.]+ \|$", card, re.M), "accuracy by class"
     for asked in (folder, export):
         photos = [str(path) for path in sorted(source.rglob("*.jpg"))]
         rows = json.loads(run("hsvit_ds.cli", "predict", asked, *photos, "--width", width, "--format", "json"))

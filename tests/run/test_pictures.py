@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from hsvit_ds.run import pictures
-from hsvit_ds.run.evaluation import evaluate
+from hsvit_ds.run.evaluation import Answers, evaluate
 
 from ..workers.common import steps, trainer
 
@@ -49,21 +49,27 @@ def test_curves_name_the_split_its_size_the_widths_the_epochs_and_the_best(tmp_p
 
 
 def test_the_matrix_counts_every_image_by_label_and_answer(tmp_path: Path) -> None:
-    run = trainer(tmp_path, ["grid.submodule_ranks=1", "data.eval_batch=50"])
+    run = trainer(tmp_path, ["data.eval_batch=50"], base="scala")
     steps(run, 2)
-    matrix = torch.zeros(10, 10, dtype=torch.int64)
-    found = evaluate(run.engine, run.engine.module, run.reader, "test", matrix=matrix)
+    widths = run.task.trained(2)
+    counts = Answers.of(widths, 10, run.grid.device)
+    found = evaluate(run.engine, run.engine.module, run.reader, "test", widths, counts=counts)
+    matrix = counts.matrix
     assert int(matrix.sum()) == run.reader.count("test")
     assert 100 * int(matrix.diagonal().sum()) / run.reader.count("test") == pytest.approx(found["top1"])
     labels = torch.cat([y[valid] for _, y, valid in run.reader.evaluation("test")])
     assert matrix.sum(1).tolist() == labels.bincount(minlength=10).tolist()
     names = [f"digit {i}" for i in range(10)]
-    files = pictures.write_classes(tmp_path / "classes-test.png", matrix, names, "a run")
+    files = pictures.write_classes(tmp_path / "classes-test.png", counts, names, "a run")
     assert [file.name for file in files] == ["classes-test.png", "classes-test.csv", "classes-test-confusion.csv"]
     with files[1].open() as file:
         rows = list(csv.DictReader(file))
     assert [row["class"] for row in rows] == names
-    assert [int(row["right"]) for row in rows] == matrix.diagonal().tolist()
+    assert torch.equal(counts.right[-1], matrix.diagonal())
+    for width, right in zip(widths, counts.right, strict=True):
+        assert 100 * int(right.sum()) / run.reader.count("test") == pytest.approx(found[f"top1_w{width}"])
+        shares = [float(row[pictures.class_column(width)]) for row in rows]
+        assert shares == pytest.approx((100 * right / matrix.sum(1)).tolist(), abs=0.01)
     with files[2].open() as file:
         _, *rest = csv.reader(file)
     assert [[int(number) for number in row[1:]] for row in rest] == matrix.tolist()

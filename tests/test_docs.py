@@ -363,6 +363,19 @@ def test_quick_commands_print_what_a_page_shows(page: str, tmp_path: Path) -> No
     run_blocks(page, "quick", tmp_path, tolerance=0.0)
 
 
+@pytest.mark.heavy
+def test_the_python_of_a_page_runs(tmp_path: Path) -> None:
+    """That of docs/python.md, block after block."""
+    texts = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs/python.md").read_text(), re.M | re.S)
+    assert len(texts) > 5
+    path = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", "\n".join(texts)], cwd=tmp_path, env=environment(PYTHONPATH=path),
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("page", pages_with("slow"))
 def test_slow_commands_print_what_a_page_shows(page: str, tmp_path: Path) -> None:

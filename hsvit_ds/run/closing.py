@@ -15,7 +15,7 @@ from .evaluation import Answers
 from .pictures import CURVES, accuracy_of, draw_curves, draw_widths, write_classes
 from .recipe import Plan, Recipe
 from .report import WidthRow, duration, width_rows
-from .tracking import read_metrics
+from .tracking import CLASSES, read_metrics
 
 
 def draw(
@@ -33,6 +33,7 @@ def draw(
     best = best_step(folder / "checkpoints")
     files = [draw_curves(folder, name, val, reader.count(val), plan.steps_per_epoch, best)]
     named = f"{name}, {test}"
+    files += filter(Path.exists, [folder / CLASSES])
     files += write_classes(folder / f"classes-{test}.png", counts, class_names(recipe.data), named)
     if len(widths) == 1:
         return files, []

@@ -82,7 +82,7 @@ def test_the_default_recipe_reaches_98_percent_seen_in_mlflow(tmp_path: Path) ->
     assert expected <= tracked.data.metrics.keys()
     assert tracked.data.metrics["comm/exchange_bytes"] == 32 * 64 * 4
     folder = tmp_path / "digits-hsvit-001"
-    assert {"recipe.toml", "curves.png"} <= {a.path for a in client.list_artifacts(tracked.info.run_id)}
+    assert {"recipe.toml", "curves.png", "classes.txt"} <= {a.path for a in client.list_artifacts(tracked.info.run_id)}
     assert (folder / "curves.png").stat().st_size > 10_000
     logged = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     history = client.get_metric_history(tracked.info.run_id, "val/top1")

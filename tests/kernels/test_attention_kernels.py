@@ -225,7 +225,7 @@ def test_a_step_of_eight_layers_is_one_launch_forward_and_three_backward(monkeyp
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_compiled_and_exported_programs_hold_the_operation(dtype: torch.dtype) -> None:
+def test_compiled_programs_hold_the_operation_and_exported_ones_pytorchs_alone(dtype: torch.dtype) -> None:
     case = Case(2, 2, 4, 1, width=16, heads=2, dtype=dtype)
     a = inputs(case)
     draw = Draw.of(1, 2, image=torch.arange(2), device=DEVICE)
@@ -243,8 +243,9 @@ def test_compiled_and_exported_programs_hold_the_operation(dtype: torch.dtype) -
     for ours, theirs in zip(*gradients, strict=True):
         torch.testing.assert_close(ours, theirs)
     exported = torch.export.export(Model(), (a,))
-    assert "hsvit_kernels.grouped_attention" in exported.graph_module.code
-    torch.testing.assert_close(exported.module()(a), eager)
+    assert "hsvit" not in exported.graph_module.code
+    tolerance = {"rtol": 2e-3, "atol": 4e-3} if dtype == torch.float16 else {}  # a step or two of its numbers
+    torch.testing.assert_close(exported.module()(a), eager, **tolerance)
 
 
 @pytest.mark.parametrize("choice", ["triton", "reference", "auto"])

@@ -16,6 +16,7 @@ from hsvit_ds.hosts.cluster import Host
 from hsvit_ds.models.slimmable import Width
 from hsvit_ds.run import folders, pictures, report
 from hsvit_ds.run import recipe as recipes
+from hsvit_ds.run.evaluation import Answers
 from hsvit_ds.run.recipe import Run
 from hsvit_ds.run.tracking import Config, Tracker
 
@@ -99,7 +100,8 @@ def test_names_are_printed_and_drawn_as_they_are(
     rows = [report.WidthRow(Width(4, 4), 1, 1, 50.0)]
     pictures.draw_widths(tmp_path / "widths.png", rows, name, "top-1")
     pictures.draw_present(tmp_path / "present.png", [report.PresentRow(1, (50.0,))], name, "top-1")
-    pictures.write_classes(tmp_path / "classes.png", torch.eye(2, dtype=torch.int64), [name, "b"], name)
+    answers = Answers((Width(4, 4),), torch.eye(2, dtype=torch.int64), torch.ones(1, 2, dtype=torch.int64))
+    pictures.write_classes(tmp_path / "classes.png", answers, [name, "b"], name)
     tracker = Tracker(Config(mlflow=False), tmp_path, name, {}, None)
     tracker.log({"train/loss": 1.0}, 1)
     tracker.close("FINISHED")

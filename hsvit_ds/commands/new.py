@@ -16,7 +16,6 @@ from ..train import check_kernels
 from . import Debug, terminal
 
 if TYPE_CHECKING:
-    from ..new.proposal import Proposal
     from ..new.survey import Survey
 
 SEED = 0
@@ -44,7 +43,7 @@ def make_recipe(
         _refuse(folder, recipe)
         import torch
 
-        from ..new import proposal
+        from ..new import proposal, timing
         from ..new.survey import survey
 
         with terminal.progress("images") as done:
@@ -53,7 +52,8 @@ def make_recipe(
         index = _make(found, folder, shards, name)
         root = folder.resolve() if found.tars else shards.resolve()
         first = proposal.Proposal.of(goal, name, root, index, found, torch.cuda.is_available())
-        timed = _timed(first, recipe)
+        typer.echo("timing the first steps of a trial run …")
+        timed = first.within(timing.images_per_second(first.text()))
         recipe.write_text(timed.text(), "utf-8")
         typer.echo(f"{recipe}: {timed.words}")
         count = torch.cuda.device_count()
@@ -116,17 +116,3 @@ def _make(found: Survey, folder: Path, shards: Path, name: str) -> Path | None:
             made, _ = make_split(source, shards, Options(name, split, seed=SEED), processes, done)
             typer.echo(f"{shards}: {len(made):,} of {split}, {terminal.size(int(made.bytes.sum()))}")
     return None
-
-
-def _timed(first: Proposal, recipe: Path) -> Proposal:
-    """The proposal with epochs and expected minutes, from steps that are timed."""
-    from ..new.timing import images_per_second
-
-    trial = recipe.with_name(f".{recipe.name}.trial.toml")
-    typer.echo("timing the first steps of a trial run …")
-    try:
-        trial.write_text(first.text(), "utf-8")
-        rate = images_per_second(trial)
-    finally:
-        trial.unlink(missing_ok=True)
-    return first.within(rate)

@@ -67,6 +67,7 @@ def predict_images(
 def _files(images: list[str]) -> Iterator[tuple[str, Path | bytes]]:
     """(name, where its content is) of everything that was asked for, folders and patterns in the order of names."""
     from ..data.members import IMAGES
+    from ..data.shards.sources import images_in
 
     for text in images:
         path = Path(text)
@@ -75,10 +76,10 @@ def _files(images: list[str]) -> Iterator[tuple[str, Path | bytes]]:
         elif path.is_file():
             yield text, path
         elif path.is_dir():
-            there = sorted(p for p in path.rglob("*") if p.suffix.lower().endswith(IMAGES) and p.is_file())
-            if not there:
+            inside = sorted(images_in(path))
+            if not inside:
                 raise RefusedError(f"{text}: no images ({', '.join(IMAGES)}) in this folder")
-            yield from ((str(p), p) for p in there)
+            yield from ((name, Path(name)) for name in inside)
         elif there := sorted(Path(p) for p in glob.glob(text, recursive=True) if Path(p).is_file()):
             yield from ((str(p), p) for p in there)
         else:

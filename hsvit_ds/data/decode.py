@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import warnings
 from dataclasses import dataclass
@@ -156,6 +157,11 @@ def open_upright(data: bytes) -> Image.Image:
     except Exception as error:  # damaged files raise nearly anything, SyntaxError and struct.error among it
         raise BadImageError(first_line(error)) from None
     return image
+
+
+def digest(image: Image.Image) -> bytes:
+    """Of its pixels, however a file stores them."""
+    return hashlib.sha256(f"{image.mode} {image.size} ".encode() + image.tobytes()).digest()
 
 
 def _orientation(image: Image.Image) -> int:

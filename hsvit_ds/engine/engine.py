@@ -152,6 +152,23 @@ def _merge(derived: dict[str, Any], expert: dict[str, Any], where: str) -> dict[
     return merged
 
 
+def import_deepspeed(grid: Grid) -> Any:
+    """DeepSpeed on the groups of a grid. Here, as it takes 6 s: a recipe is read and refused without it."""
+    if grid.device.type == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # silences a warning on every rank
+    import deepspeed
+    from deepspeed.utils import groups as deepspeed_groups
+
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # Otherwise DeepSpeed compiles a collective at start-up (30 s, needs g++) that training never uses.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    import_muon()
+    # DeepSpeed would make this group itself, with no timeout that could be set.
+    deepspeed_groups._WORLD_GROUP = grid.world_group
+    deepspeed.init_distributed(grid.backend, dist_init_required=False)
+    return deepspeed
+
+
 def import_muon() -> None:
     """Import an optimizer that ours never is, and which DeepSpeed asks for at every ZeRO stage, without the decorators
     that would load PyTorch's compiler: seconds of every rank's start."""
@@ -186,18 +203,7 @@ class Engine:
             hsvit_kernels.force(config.kernels, grid.device)
         except ValueError as error:
             raise RefusedError(f"engine: {error}") from None
-        if grid.device.type == "cpu":
-            os.environ.setdefault("DS_ACCELERATOR", "cpu")  # silences a warning on every rank
-        import deepspeed  # here, as it takes 6 s: a recipe is read and refused without it
-        from deepspeed.utils import groups as deepspeed_groups
-
-        logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-        # Otherwise DeepSpeed compiles a collective at start-up (30 s, needs g++) that training never uses.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        import_muon()
-        # DeepSpeed would make this group itself, with no timeout that could be set.
-        deepspeed_groups._WORLD_GROUP = grid.world_group
-        deepspeed.init_distributed(grid.backend, dist_init_required=False)
+        deepspeed = import_deepspeed(grid)
         model.to(grid.device)
         prepare(model, config.checkpoint_activations, bf16)
         try:

@@ -287,7 +287,8 @@ def load_model(path: str | Path) -> models.Model:
 
 def read_model(path: str | Path) -> ModelFile:
     """A file of `save_model`, or that in the folder of an export. Errors: see `load_model`."""
-    file = Path(path) / MODEL if Path(path).is_dir() else Path(path)
+    is_folder = Path(path).is_dir()
+    file = Path(path) / MODEL if is_folder else Path(path)
     try:
         with safe_open(file, framework="pt") as opened:
             metadata = opened.metadata() or {}
@@ -298,8 +299,8 @@ def read_model(path: str | Path) -> ModelFile:
         model = models.without_weights(_config(about.pop("config"))).build(**about)
         tensors = {name: tensor for name, tensor in load_file(file).items() if not name.endswith(_COUNT)}
     except FileNotFoundError as error:
-        what = "no folder of an export" if Path(path).is_dir() else "no such file"
-        raise RefusedError(f"{path}: {what}" + (f" ({MODEL} is missing)" if Path(path).is_dir() else "")) from error
+        what = f"no folder of an export ({MODEL} is missing)" if is_folder else "no such file"
+        raise RefusedError(f"{path}: {what}") from error
     except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
         raise RefusedError(f"{file}: not a model file of hsvit-ds ({first_line(error)})") from error
     load_exactly(_net(model), tensors, f"{file} does not fit the model in its metadata")

@@ -22,8 +22,9 @@ def without_weights(config: Config) -> Config:
     return config
 
 
-def parameters(model: Model, width: Width) -> int:
+def parameters(model: Model, width: Width | float) -> int:
     """Numbers of the standalone network at a width."""
+    width = model.width(width)
     with torch.device("meta"):
         small = model.config.at(width).build(
             image_size=model.image_size, channels=model.channels, classes=model.classes
@@ -31,6 +32,7 @@ def parameters(model: Model, width: Width) -> int:
     return sum(p.numel() for p in small.parameters())
 
 
-def macs(model: Model, width: Width) -> int:
+def macs(model: Model, width: Width | float) -> int:
     """Multiply-adds of one image, forward, at a width."""
-    return model.config.macs(model.image_size, model.channels, model.classes, width)
+    found: int = model.config.macs(model.image_size, model.channels, model.classes, model.width(width))
+    return found

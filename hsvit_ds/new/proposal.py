@@ -43,10 +43,9 @@ class Proposal:
     @classmethod
     def of(cls, goal: Goal, name: str, shards: Path, index: Path | None, survey: Survey, has_gpu: bool) -> Proposal:
         """Model, image size and batch, by the number and the size of the images and by the machine."""
-        large = has_gpu or goal == Goal.accurate
         sides = [side for side in (32, 64, 128) if side <= survey.shorter or side == 32]
         side = max(s for s in sides if s < 128 or has_gpu)
-        variant = ("C4A8" if has_gpu else "C3A4") if large and goal == Goal.accurate else "C2A2"
+        variant = "C2A2" if goal != Goal.accurate else "C4A8" if has_gpu else "C3A4"
         images = len(survey.splits["train"].items)
         most = 256 if has_gpu else 64
         batch = 8

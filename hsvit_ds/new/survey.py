@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -13,7 +12,7 @@ from statistics import median
 from typing import NamedTuple
 
 from ..data import index
-from ..data.decode import BadImageError, open_upright
+from ..data.decode import BadImageError, digest, open_upright
 from ..data.layouts import split_shards
 from ..data.members import BLOCK, IMAGES, MOST_BYTES
 from ..data.shards.make import class_names, hold_out
@@ -176,9 +175,8 @@ def look(item: Item) -> Seen:
         image = open_upright(item.read())
     except (BadImageError, RefusedError) as error:
         return Seen(wrong=str(error))
-    pixels = f"{image.mode} {image.size} ".encode() + image.tobytes()
     extension = Path(item.name).suffix.lower().removeprefix(".").replace("jpeg", "jpg").replace("tiff", "tif")
-    return Seen(image.width, image.height, f"{extension.upper()} {image.mode}", hashlib.sha256(pixels).digest())
+    return Seen(image.width, image.height, f"{extension.upper()} {image.mode}", digest(image))
 
 
 def _readable(

@@ -21,15 +21,17 @@ PATIENCE = 120
 _WORDS = "stderr"
 
 
-def images_per_second(recipe: Path) -> float:
-    """The median of some of the first steps, with everything that a run does between them.
+def images_per_second(recipe: str) -> float:
+    """The median of some of the first steps of a recipe's text, with everything that a run does between them.
 
     Raises:
         RefusedError: the run ends before, with its own words.
     """
     with tempfile.TemporaryDirectory() as folder:
         overrides = (f"run.root={folder}", "tracking.mlflow=false", "run.log_every=1", "run.eval_every=1000000")
-        command = [sys.executable, "-m", "hsvit_ds.train", str(recipe), *overrides]
+        file = Path(folder) / "trial.toml"
+        file.write_text(recipe, "utf-8")
+        command = [sys.executable, "-m", "hsvit_ds.train", str(file), *overrides]
         with (
             (Path(folder) / _WORDS).open("w") as words,
             subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=words) as run,

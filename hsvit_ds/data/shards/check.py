@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
@@ -13,7 +12,7 @@ from typing import NamedTuple
 
 from ...errors import RefusedError, counted
 from .. import index
-from ..decode import BadImageError, open_upright
+from ..decode import BadImageError, digest, open_upright
 from ..layouts import NAMES, NONE, name_in, split_shards
 from ..members import MOST_BYTES, Member, Sample, grouped, walk
 from .make import INFO, Done, disagreement, read_info
@@ -103,9 +102,9 @@ class Known:
         for key in checked.keys:
             if (first := self.keys.setdefault(key, shard)) != shard:
                 yield Finding("duplicate key", f"{shard}: {key}: also in {first}")
-        for digest, label, name in checked.images:
+        for pixels, label, name in checked.images:
             this = f"{shard}: {name}"
-            first_label, first, other = self.images.setdefault(digest, (label, this, split))
+            first_label, first, other = self.images.setdefault(pixels, (label, this, split))
             if first != this and first_label != label:
                 yield Finding("one image, two labels", f"{this}: label {label}, but {first} has {first_label}")
             elif first != this:
@@ -181,6 +180,4 @@ def _check_image(file: int, sample: Sample, wanted: str, label: int | None, chec
     except BadImageError as error:
         checked.find("broken image", image.name, str(error))
         return
-    # By its pixels, however the file stores them.
-    digest = hashlib.sha256(f"{pixels.mode} {pixels.size} ".encode() + pixels.tobytes()).digest()
-    checked.images.append((digest, label, image.name))
+    checked.images.append((digest(pixels), label, image.name))

@@ -108,7 +108,7 @@ def _image_folder(folder: Path, names: list[str], known: list[str]) -> Source:
     """Sorted names of sub-folders with images are the classes, as in torchvision's ImageFolder."""
     if SPLITS.keys() >= set(names):
         raise RefusedError(f"{folder}: {', '.join(names)} are splits, not classes; give {folder / names[0]}")
-    found = {name: sorted(_images(folder / name)) for name in names}
+    found = {name: sorted(images_in(folder / name)) for name in names}
     same = {name.casefold(): name for name in names if found[name]}
     if twins := [name for name in names if found[name] and same[name.casefold()] != name]:
         raise RefusedError(
@@ -158,7 +158,7 @@ def _table(path: Path, known: list[str]) -> Source:
     )
 
 
-def _images(folder: Path) -> Iterator[str]:
+def images_in(folder: Path) -> Iterator[str]:
     """Its images, also behind links, but of no folder twice: a link may lead back."""
     seen = {os.path.realpath(folder)}
     for root, folders, files in os.walk(folder, followlinks=True):

@@ -18,7 +18,7 @@ from ..errors import Exit, RefusedError, counted
 from ..run import folders
 from ..run import recipe as recipes
 from ..run.recipe import Recipe
-from ..run.survival import ERRORS
+from ..run.summary import ERRORS
 from . import attempt, doctor
 from .attempt import Attempt, Ended, Stops
 from .cluster import Host, write_hostfile

@@ -9,7 +9,7 @@ from pathlib import Path
 from ..errors import RefusedError
 from . import title
 from .recipe import Run
-from .survival import ERRORS
+from .summary import ERRORS
 from .tracking import METRICS
 
 

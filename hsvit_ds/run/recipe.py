@@ -146,17 +146,7 @@ def to_table(recipe: Recipe) -> dict[str, Any]:
 
 def flat(recipe: Recipe) -> dict[str, Any]:
     """{"model.groups": 16, …}: the recipe as MLflow parameters."""
-
-    def walk(table: dict[str, Any], prefix: str) -> dict[str, Any]:
-        out: dict[str, Any] = {}
-        for key, value in table.items():
-            if isinstance(value, dict):
-                out |= walk(value, f"{prefix}{key}.")
-            else:
-                out[prefix + key] = list(value) if isinstance(value, tuple) else value
-        return out
-
-    return walk(to_table(recipe), "")
+    return tables.flat(to_table(recipe))
 
 
 def dumps(recipe: Recipe) -> str:

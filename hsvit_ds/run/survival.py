@@ -22,9 +22,8 @@ import torch.distributed as dist
 
 from ..errors import Exit, RefusedError, erased, err, first_line, out, tell
 from ..grid.grid import Grid
+from .summary import ERRORS
 
-ERRORS = "errors"
-"""Folder of a run with the last word of every rank that failed."""
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 """What launchers send at their end, Slurm some time before it, and a terminal at Ctrl-C."""
 _HEARD = "hsvit: saves and stops after this step; Ctrl-C again kills\n"

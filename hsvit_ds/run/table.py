@@ -4,12 +4,21 @@ from __future__ import annotations
 
 import os
 import tomllib
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from .. import __version__
 from ..errors import RefusedError, counted, out, read_text
 
+TRAINED: dict[str, Collection[str] | None] = {
+    **dict.fromkeys(("model", "task", "augment", "optimizer", "ema")),
+    "run": ("seed", "epochs", "global_batch", "bn_batch", "step_back"),
+    "data": ("name", "classes", "image_size", "window", "last_batch"),
+    "engine": ("precision",),
+}
+"""The tables that say what is trained, whole; of those that also say where and how, the keys that do. The others say
+where and how alone."""
 _MODELS = {"hsvit": "HSViT", "vit": "ViT", "timm": "timm model"}
 
 
@@ -31,6 +40,23 @@ def read(path: Path, overrides: list[str]) -> dict[str, Any]:
             f"{twice[0]} is given {counted(len(twice), 'time')}; quote its braces, which the shell expands"
         )
     return table
+
+
+def flat(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"model.groups": 16, …}: the values of a nested table by their whole keys."""
+    found: dict[str, Any] = {}
+    for key, value in table.items():
+        if isinstance(value, Mapping):
+            found |= flat(value, f"{prefix}{key}.")
+        else:
+            found[prefix + key] = list(value) if isinstance(value, tuple) else value
+    return found
+
+
+def is_trained(key: str) -> bool:
+    """Whether a key says what is trained, not where and how alone."""
+    top, _, rest = key.partition(".")
+    return top in TRAINED and (TRAINED[top] is None or rest in (TRAINED[top] or ()))
 
 
 def run_name(path: Path) -> str:

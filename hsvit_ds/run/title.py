@@ -12,14 +12,6 @@ from . import table
 from .recipe import Recipe
 
 FILE = "title.txt"
-TRAINED: dict[str, Collection[str] | None] = {
-    **dict.fromkeys(("model", "task", "augment", "optimizer", "ema")),
-    "run": ("seed", "epochs", "global_batch", "bn_batch", "step_back"),
-    "data": ("name", "classes", "image_size", "window", "last_batch"),
-    "engine": ("precision",),
-}
-"""The tables that say what is trained, whole; of those that also say where and how, the keys that do. The others say
-where and how alone."""
 
 
 def changes(path: Path, overrides: list[str], recipe: Recipe) -> str:
@@ -35,7 +27,7 @@ def changes(path: Path, overrides: list[str], recipe: Recipe) -> str:
         before = {}
     given = dict.fromkeys(key for override in overrides for key in _keys(*table.split(override)))
     changed = [
-        key for key in given if key in now and _is_trained(key) and (key not in before or before[key] != now[key])
+        key for key in given if key in now and table.is_trained(key) and (key not in before or before[key] != now[key])
     ]
     return " ".join(f"{_short(key, now)}={_text(now[key])}" for key in changed)
 
@@ -51,11 +43,6 @@ def _keys(parts: list[str], value: Any) -> list[str]:
     if isinstance(value, dict):
         return [key for name, inner in value.items() for key in _keys([*parts, name], inner)]
     return [".".join(parts)]
-
-
-def _is_trained(key: str) -> bool:
-    top, _, rest = key.partition(".")
-    return top in TRAINED and (TRAINED[top] is None or rest in (TRAINED[top] or ()))
 
 
 def _short(key: str, keys: Collection[str]) -> str:

@@ -43,7 +43,7 @@ def test_what_is_trained_in_another_way_is_said_by_the_shortest_key(overrides: t
 
 def test_every_key_that_is_named_as_trained_is_one() -> None:
     keys = recipes.flat(recipes.read(SCALA))
-    for top, names in title.TRAINED.items():
+    for top, names in table.TRAINED.items():
         assert any(key.startswith(f"{top}.") for key in keys)
         assert {f"{top}.{name}" for name in names or ()} <= keys.keys()
 

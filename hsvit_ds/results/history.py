@@ -1,0 +1,111 @@
+"""The metrics of a run as arrays, parsed once and cached beside it."""
+
+from __future__ import annotations
+
+import zipfile
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..run import metrics
+
+CACHE = "metrics.cache.npz"
+
+Floats = NDArray[np.float64]
+Steps = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Curve:
+    """The points of one metric in the order of logging. steps, values, times (Unix, s): [points]."""
+
+    steps: Steps
+    values: Floats
+    times: Floats
+
+
+@dataclass(frozen=True)
+class History:
+    """Every point of a run. lost: the numbers of lines that could not be read."""
+
+    curves: dict[str, Curve]
+    lost: tuple[int, ...] = ()
+
+    @property
+    def last_time(self) -> float | None:
+        """Unix time of the last point, s."""
+        return max((float(curve.times[-1]) for curve in self.curves.values()), default=None)
+
+    def last(self, name: str) -> float | None:
+        return float(self.curves[name].values[-1]) if name in self.curves else None
+
+    def best(self, name: str) -> tuple[float, int] | None:
+        """(The highest finite value, the step that it was measured after)."""
+        if name not in self.curves or not np.isfinite(self.curves[name].values).any():
+            return None
+        curve = self.curves[name]
+        place = int(np.nanargmax(np.where(np.isfinite(curve.values), curve.values, -np.inf)))
+        return float(curve.values[place]), int(curve.steps[place])
+
+
+def read(folder: Path) -> History:
+    """Of a run's folder; a line that cannot be read is left out, and counted.
+
+    Raises:
+        OSError: no metrics there.
+    """
+    file = folder / metrics.FILE
+    state = file.stat()
+    key = np.array([state.st_size, state.st_mtime_ns])
+    cached = _cached(folder / CACHE, key)
+    if cached is not None:
+        return cached
+    lines, lost = metrics.parsed(file.read_bytes().splitlines())
+    steps = np.array([line.pop("step") for line in lines], np.int64)
+    times = np.array([line.pop("time") for line in lines], np.float64)
+    places: dict[str, list[int]] = {}
+    values: dict[str, list[float]] = {}
+    for place, line in enumerate(lines):
+        for name, value in line.items():
+            places.setdefault(name, []).append(place)
+            values.setdefault(name, []).append(value)
+    arrays = {
+        "key": key,
+        "lost": np.array(lost, np.int64),
+        "steps": steps,
+        "times": times,
+        "names": np.array(list(places), np.str_),
+        "counts": np.array([len(points) for points in places.values()], np.int64),
+        "places": np.array([place for points in places.values() for place in points], np.int64),
+        "values": np.array([value for points in values.values() for value in points], np.float64),
+    }
+    with suppress(OSError):  # somebody else's folder: it is parsed again the next time
+        partial = folder / f"{CACHE}.partial"
+        with partial.open("wb") as opened:
+            np.savez(opened, allow_pickle=False, **arrays)
+        partial.rename(folder / CACHE)
+    return _history(arrays)
+
+
+def _cached(path: Path, key: NDArray[Any]) -> History | None:
+    """None where there is none of this very file."""
+    try:
+        with np.load(path, allow_pickle=False) as opened:
+            return _history(opened) if np.array_equal(opened["key"], key) else None
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+        return None
+
+
+def _history(arrays: Any) -> History:
+    steps, times, places, values = (arrays[name] for name in ("steps", "times", "places", "values"))
+    ends = np.cumsum(arrays["counts"])[:-1]
+    pairs = zip(np.split(places, ends), np.split(values, ends), strict=True)
+    curves = {
+        str(name): Curve(steps[where], points, times[where])
+        for name, (where, points) in zip(arrays["names"], pairs, strict=True)
+    }
+    return History(curves, tuple(arrays["lost"].tolist()))

@@ -72,6 +72,8 @@ class Position:
     total: int
     lr_factor: float = 1.0
     """Of the schedule's learning rate, below 1 after steps back (`run.step_back`)."""
+    logged: int | None = None
+    """Bytes of the run's metrics that were logged before it."""
 
 
 class Checkpoints:
@@ -81,6 +83,7 @@ class Checkpoints:
         folder: of the run's checkpoints, on a file system that all ranks share.
         recipe: nested table of the resolved recipe, kept in the manifest.
         mlflow_run: gives the id of the MLflow run, once it is known. classes: what the labels mean, or none.
+        published: told on rank 0, in a thread, of every position whose checkpoint is complete.
     """
 
     def __init__(
@@ -92,10 +95,11 @@ class Checkpoints:
         recipe: Mapping[str, Any],
         mlflow_run: Callable[[], str | None] = lambda: None,
         classes: Sequence[str] = (),
+        published: Callable[[Position], None] = lambda position: None,
     ) -> None:
         self.config, self.folder, self.engine, self.ema = config, folder, engine, ema
         self.recipe, self.mlflow_run, self.grid = recipe, mlflow_run, engine.grid
-        self.classes = tuple(classes)
+        self.classes, self.published = tuple(classes), published
         self._thread: threading.Thread | None = None
         self._failure: str | None = None
         self.grid.agree(self._clean)
@@ -206,6 +210,8 @@ class Checkpoints:
             if failure is None and self.grid.is_main:
                 about["files"] = {file: entry for o in outcomes for file, entry in o["files"].items()}
                 failure = self._publish(name, partial, about)
+                if failure is None:
+                    self.published(Position(**about["position"]))
             box = [failure]
             dist.broadcast_object_list(box, src=0, group=group)
             self._failure = box[0]

@@ -238,6 +238,11 @@ class Grid:
         return self.rank == 0
 
     @property
+    def is_first_of_host(self) -> bool:
+        """Whether this rank does what a host needs once."""
+        return os.environ.get("LOCAL_RANK", "0") == "0"
+
+    @property
     def writes_submodules(self) -> bool:
         """Replica 0 writes the submodules that all replicas hold alike."""
         return self.replica == 0

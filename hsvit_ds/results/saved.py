@@ -28,11 +28,11 @@ from ..grid.grid import Config as GridConfig
 from ..models import Model
 from ..models.hsvit import HSViT
 from ..models.slimmable import Width
+from ..run import metrics
 from ..run import recipe as recipes
 from ..run.evaluation import Answers, Score, evaluate, evaluate_subsets, needs_calibration, recalibrate_widths
 from ..run.pictures import accuracy_of, class_column
 from ..run.recipe import Recipe
-from ..run.tracking import read_metrics
 from ..tasks import scala
 from .budget import Budget, Chosen, cost_of
 from .card import Card, Row
@@ -184,7 +184,7 @@ class SavedRun:
     def measured(self, split: str) -> dict[Width, float]:
         """Top-1, %, of these very weights on a split, of each width where it was measured in training."""
         found: dict[Width, float] = {}
-        for line in read_metrics(self.folder):
+        for line in metrics.read(self.folder):
             for width in self.trained if line["step"] == self.steps else ():
                 score = "top1" if len(self.trained) == 1 else f"top1_w{width}"
                 key = f"ema/{split}_{score}" if self.ema else f"{split}/{score}"
@@ -227,7 +227,7 @@ class SavedRun:
         test = self.recipe.data.test
         name = drawn_name(self, "classes", test)
         files = [self.folder / f"{name}.csv", *self.folder.glob(f"{name}-[01]*.csv")]  # of some widths alone
-        last = max((line["step"] for line in read_metrics(self.folder)), default=-1)
+        last = max((line["step"] for line in metrics.read(self.folder)), default=-1)
         if not self.ema and self.steps == last and self.measured(test):
             files.append(self.folder / f"classes-{test}.csv")
         for file in filter(Path.exists, files):

@@ -10,12 +10,12 @@ from ..data.splits import class_names
 from ..engine.checkpoint_files import best_step
 from ..models import Model
 from ..models.slimmable import Width
-from . import title
+from . import metrics, title
 from .evaluation import Answers
 from .pictures import CURVES, accuracy_of, draw_curves, draw_widths, write_classes
 from .recipe import Plan, Recipe
 from .report import WidthRow, duration, width_rows
-from .tracking import CLASSES, read_metrics
+from .tracking import CLASSES
 
 
 def draw(
@@ -46,7 +46,7 @@ def result(folder: Path, recipe: Recipe, plan: Plan, final: Mapping[str, float],
     """The closing table. final: metrics of the last evaluation."""
     rows = {name: f"{value:.4g}" for name, value in final.items() if "_w" not in name}
     val = f"{recipe.data.val}/top1"
-    scores = [(line[val], line["step"]) for line in read_metrics(folder) if line.get(val) is not None]
+    scores = [(line[val], line["step"]) for line in metrics.read(folder) if line.get(val) is not None]
     if scores:
         best, step = max(scores, key=lambda score: score[0])
         rows[f"best {val}"] = f"{best:.4g}, after epoch {step // plan.steps_per_epoch} of {recipe.run.epochs}"

@@ -7,10 +7,9 @@ import tomllib
 from pathlib import Path
 
 from ..errors import RefusedError
-from . import title
+from . import metrics, title
 from .recipe import Run
 from .summary import ERRORS
-from .tracking import METRICS
 
 
 def newest(run: Run) -> Path | None:
@@ -50,7 +49,7 @@ def open_folder(run: Run, asked: Path | None, resume: bool, recipe_text: str, ch
         if not (folder / "recipe.toml").exists():
             (folder / "recipe.toml").write_text(recipe_text, "utf-8")
             (folder / title.FILE).write_text(f"{folder.name} {changes}".strip() + "\n", "utf-8")
-        (folder / METRICS).open("a").close()
+        (folder / metrics.FILE).open("a").close()
         if (errors := folder / ERRORS).exists():
             errors.rename(_next(errors))
     except OSError as error:

@@ -108,3 +108,16 @@ def activations(recipe: Recipe, plan: Plan) -> int:
         logits = output if isinstance(output, Tensor) else torch.stack(output).sum(0)  # of a distilled model
         F.cross_entropy(logits.float(), torch.zeros(len(images), dtype=torch.int64))
     return alive.most
+
+
+def used_up(recipe: Recipe, plan: Plan, doing: str, error: str) -> str:
+    """What to say of a rank that was out of memory: while it was doing what, by which error."""
+    micro, block = plan.micro_batch, recipe.augment.mix_block if recipe.augment.mixes else 1
+    smaller = [n for n in range(1, micro) if micro % n == 0 and n % block == 0]
+    planned = {name: size for name, size in vars(needed(recipe, plan)).items() if size}
+    parts = ", ".join(f"{name} {size / 2**20:,.1f}" for name, size in planned.items() if name != "in_all")
+    remedy = f"run.micro_batch={smaller[-1]} (now {micro})" if smaller else "a higher engine.zero_stage"
+    return (
+        f"{doing}: out of memory ({error}); planned for each rank, MiB: {parts}, "
+        f"{planned['in_all'] / 2**20:,.1f} in all; try {remedy}"
+    )

@@ -93,6 +93,17 @@ def parsed(lines: Iterable[bytes]) -> tuple[list[dict[str, Any]], list[int]]:
     return found, lost
 
 
+def size_after(folder: Path, step: int) -> int:
+    """Bytes of the lines of the first `step` steps, for a checkpoint of a version that did not note them."""
+    size = 0
+    for line in (folder / FILE).read_bytes().splitlines(keepends=True):
+        found, _ = parsed([line])
+        if found and found[0]["step"] > step:
+            break
+        size += len(line)
+    return size
+
+
 def read(folder: Path) -> list[dict[str, Any]]:
     """Every line of a run's metrics, in the order of logging; {"step": …, "time": …, metric: value}."""
     found, lost = parsed((folder / FILE).read_bytes().splitlines())

@@ -12,7 +12,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..errors import RefusedError, first_line
+from .summary import Summary
 
+ID = "hsvit.run"
+"""Tag with the id of a run, by which it is found again wherever its folder is moved to."""
 FILE = "mlflow.db"
 """In the folder of all runs, where no other URI is set."""
 # What SQLite says where tables are made a second time, or the next ones of them are missing.
@@ -27,34 +30,61 @@ class Opened(NamedTuple):
     lost: str
 
 
-def open_run(
-    uri: str, experiment: str, folder: Path, recipe: Mapping[str, Any], before: str | None, name: str
-) -> Opened:
-    """The MLflow run `before` of a resumed run where MLflow has it, otherwise a new one.
+def open_run(uri: str, experiment: str, folder: Path, summary: Summary, tags: Mapping[str, str], before: str) -> Opened:
+    """The MLflow run of a run: the one that it knows, or that has its id; otherwise a new one.
 
     Args:
-        uri: "" for a file in the folder of all runs.
+        uri: "" for a file in the folder of all runs. folder: of the run. tags: of a new one. before: its id in MLflow,
+        "" where none is known.
 
     Raises:
         RefusedError: what a person has to put right in MLflow. Others: whatever MLflow meets.
+    """
+    client, artifacts = connect(uri, folder.parent)
+    with _understood(uri):
+        if before and _is_there(client, before):
+            client.update_run(before, status="RUNNING")
+            return Opened(client, before, "")
+        place = _experiment(client, experiment, artifacts)
+        found = client.search_runs([place], f"tags.`{ID}` = '{summary.id}'", max_results=1)
+        if found:
+            client.update_run(found[0].info.run_id, status="RUNNING")
+            return Opened(client, found[0].info.run_id, "")
+        started = int(summary.started * 1000)
+        made = client.create_run(place, start_time=started, run_name=summary.title, tags=dict(tags))
+        return Opened(client, made.info.run_id, before)
+
+
+def connect(uri: str, root: Path) -> tuple[Any, str | None]:
+    """(A client of MLflow, where a new experiment's artifacts go or None for where the server says).
+
+    Args:
+        uri: "" for a file in `root`, the folder of all runs.
     """
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # clusters reach no outside host
     from mlflow import MlflowClient
-    from mlflow.entities import Param
 
-    file = _file(uri, folder)
-    client = MlflowClient(uri) if file is None else _open_file(uri or uri_of(file), file)
-    if before and _is_there(client, before):
-        client.update_run(before, status="RUNNING")
-        return Opened(client, before, "")
-    artifacts = (folder.parent / "artifacts").resolve().as_uri() if file is not None else None
-    run = client.create_run(_experiment(client, experiment, artifacts), run_name=name).info.run_id
-    params = [Param(key, str(value)) for key, value in recipe.items()]
-    for start in range(0, len(params), 100):  # MLflow's limit of a call
-        client.log_batch(run, params=params[start : start + 100])
-    return Opened(client, run, before or "")
+    file = _file(uri, root)
+    if file is None:
+        return MlflowClient(uri), None
+    return _open_file(uri or uri_of(file), file), (root / "artifacts").resolve().as_uri()
+
+
+@contextmanager
+def _understood(uri: str) -> Iterator[None]:
+    """Within the block a server that asks for a password is refused with what to set."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        yield
+    except MlflowException as error:
+        if error.error_code not in ("UNAUTHENTICATED", "PERMISSION_DENIED") and " 401 " not in str(error):
+            raise
+        raise RefusedError(
+            f"{uri} asks for a user name and password: set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
+        ) from error
 
 
 def _is_there(client: Any, run: str) -> bool:
@@ -86,13 +116,13 @@ def _experiment(client: Any, name: str, artifacts: str | None) -> str:
     return str(found.experiment_id)
 
 
-def _file(uri: str, folder: Path) -> Path | None:
+def _file(uri: str, root: Path) -> Path | None:
     """Of SQLite; None where MLflow is elsewhere."""
     if uri and not uri.startswith("sqlite"):
         return None
     from sqlalchemy import make_url
 
-    return Path(make_url(uri).database or FILE) if uri else folder.parent.resolve() / FILE
+    return Path(make_url(uri).database or FILE) if uri else root.resolve() / FILE
 
 
 def uri_of(file: Path) -> str:

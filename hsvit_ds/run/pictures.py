@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import counted
 from ..models.slimmable import Width
+from . import metrics
 from .evaluation import Answers
 from .report import PresentRow, WidthRow
-from .tracking import read_metrics
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -69,7 +69,7 @@ def draw_curves(folder: Path, title: str, val: str, images: int, steps_per_epoch
     """
     figure, _ = _figure(11, 7, empty=True)
     figure.suptitle(title, parse_math=False)
-    lines = read_metrics(folder)
+    lines = metrics.read(folder)
     panels: list[tuple[str, Mapping[str, str], str]] = [
         ("cross-entropy, nats", {"train/loss": "training", f"{val}/loss": val}, "log"),
         (accuracy_of(val, images), _accuracies(lines, val), "linear"),

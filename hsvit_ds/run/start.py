@@ -11,6 +11,7 @@ from ..errors import Log, RefusedError
 from ..grid.grid import Grid, world_size
 from . import folders, title
 from . import recipe as recipes
+from .about import Asked
 
 if TYPE_CHECKING:
     from .trainer import Trainer
@@ -26,6 +27,7 @@ def start(path: Path, overrides: list[str], asked: Path | None, resume: bool, lo
     if not folders.names_splits(recipe.run, asked, resume):
         recipe = replace(recipe, data=named_as_before(recipe.data))
     changes = title.changes(path, overrides, recipe)
+    given = Asked.of(path, recipe)
     recipe, plan = recipes.resolve(recipe, world_size())
     grid = Grid(recipe.grid, recipe.model.submodules)
     try:
@@ -37,4 +39,4 @@ def start(path: Path, overrides: list[str], asked: Path | None, resume: bool, lo
     log.open(folder / folders.log_name(grid.rank))
     from .trainer import Trainer  # with DeepSpeed, which has something to say
 
-    return Trainer(recipe, plan, grid, folder, resume or asked is not None)
+    return Trainer(recipe, plan, grid, folder, resume or asked is not None, given)

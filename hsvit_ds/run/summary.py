@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import math
 import os
 import time
 from collections.abc import Iterator, Mapping
@@ -103,6 +104,16 @@ class Summary:
     """The last value of each."""
     best: dict[str, Best] = field(default_factory=dict)
     """Of the accuracies, by metric."""
+
+    def after(self, step: int, found: Mapping[str, float]) -> Summary:
+        """With the metrics that were found after a step; JSON has no number for one that is not finite."""
+        finite = {name: value for name, value in found.items() if math.isfinite(value)}
+        higher = {
+            name: Best(value=value, step=step)
+            for name, value in finite.items()
+            if "top1" in name and (name not in self.best or value > self.best[name].value)
+        }
+        return replace(self, step=step, metrics=self.metrics | finite, best=self.best | higher)
 
     def write(self, folder: Path) -> None:
         """Whole or not at all; a full disk ends no run."""

@@ -1,24 +1,26 @@
-"""Metrics: a JSONL file in the run folder as the truth, and MLflow beside it, never in a step's way."""
+"""What is kept of a run: its metrics and its summary in its folder, and a copy in MLflow, never in a step's way."""
 
 from __future__ import annotations
 
-import json
-import math
-import queue
 import threading
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..errors import RefusedError, first_line, warn
-from . import mlflow_run
+from ..engine.checkpoint import Position
+from ..errors import RefusedError, first_line, tell, warn
+from . import metrics, mlflow_copy, mlflow_run
+from . import summary as summaries
+from .summary import FINISHED, Summary
 
-METRICS = "metrics.jsonl"
 CLASSES = "classes.txt"
 """The names of the classes, one a line, where the data says them."""
-_RUN_ID = "mlflow_run_id"
+BEAT = 10.0
+"""Seconds after which a logged step renews the summary."""
+PAUSE = 30.0
+"""Seconds at most between two questions whether MLflow is back."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +31,8 @@ class Config:
     """MLflow's tracking URI; by default sqlite in the folder of all runs. Several hosts: a server's http URI."""
     experiment: str = "hsvit-ds"
     """MLflow experiment that the run is logged to."""
+    parent: str = ""
+    """Id of the MLflow run that this one belongs to, as `hsvit sweep` sets it."""
 
     def __post_init__(self) -> None:
         # In a query databases take them too.
@@ -40,55 +44,47 @@ class Config:
 
 
 class Tracker:
-    """Rank 0's metrics; every other rank has an `Untracked`.
+    """Rank 0's; every other rank has an `Untracked`.
 
     Args:
-        name: of the MLflow run. recipe: flat recipe keys, MLflow's parameters.
-        resume_step: forget lines of later steps, which will be logged again; None for a new run.
+        recipe: flat recipe keys, MLflow's parameters. summary: of this attempt. start: where it begins; what an
+        earlier one has logged behind it is forgotten.
     """
 
     def __init__(
-        self,
-        config: Config,
-        folder: Path,
-        name: str,
-        recipe: Mapping[str, Any],
-        resume_step: int | None,
+        self, config: Config, folder: Path, recipe: Mapping[str, Any], summary: Summary, start: Position
     ) -> None:
-        self._config, self.folder, self.path = config, folder, folder / METRICS
-        if resume_step is not None:
-            _forget_after(self.path, resume_step)
-        self._file = self.path.open("ab", buffering=0)
-        self._unwritten = b""
-        self._queue: queue.Queue[tuple[str, Any] | None] = queue.Queue()
-        self._thread: threading.Thread | None = None
-        if config.mlflow:
-            self._thread = threading.Thread(target=self._send, args=(config, name, recipe), daemon=True)
-            self._thread.start()
+        self._config, self.folder = config, folder
+        keep = self._covered_by(start)
+        self._lines = metrics.Lines(folder, keep)
+        self.summary = _resumed(summary, folder, start.total)
+        self._began, self._written = time.monotonic() - self.summary.seconds, 0.0
+        self._write()
+        self._sender = _Sender(config, folder, recipe, self.summary, keep) if config.mlflow else None
 
-    def log(self, metrics: Mapping[str, float], step: int) -> None:
-        now = time.time()
-        try:
-            self._write(json.dumps({"step": step, "time": now, **_valid(metrics)}, allow_nan=False) + "\n")
-        except OSError as error:  # a full disk
-            warn(f"{self.path}: {error.strerror}; metrics are kept in memory until there is room")
-        if self._thread is not None:
-            self._queue.put(("metrics", (dict(metrics), step, int(now * 1000))))
+    def log(self, found: Mapping[str, float], step: int) -> None:
+        self._lines.log(found, step, time.time())
+        before, self.summary = self.summary, self.summary.after(step, found)
+        if self.summary.best != before.best or time.monotonic() - self._written > BEAT:
+            self._write()
 
-    def _write(self, text: str) -> None:
-        """Append to the file what it has not taken so far, too: a buffered file loses lines on a full disk."""
-        self._unwritten += text.encode()
-        while self._unwritten:
-            self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
+    def size(self) -> int:
+        """Bytes of the metrics so far, for the checkpoint that covers them."""
+        return self._lines.size
 
-    def artifact(self, path: Path) -> None:
-        if self._thread is not None:
-            self._queue.put(("artifact", path))
+    def covered(self, by: Position) -> None:
+        """A checkpoint is there: what was logged before it will not be again, so that MLflow, which forgets no point,
+        may have it."""
+        if self._sender is not None and by.logged is not None:
+            self._sender.allow(by.logged, self.summary)
+
+    def artifacts(self, paths: Iterable[Path]) -> None:
+        if self._sender is not None:
+            self._sender.artifacts(paths)
 
     def run_id(self) -> str | None:
         """The MLflow run's id, None until the server has given one."""
-        path = self.folder / _RUN_ID
-        return path.read_text("utf-8").strip() if path.exists() else None
+        return mlflow_copy.read_state(self.folder).get("run")
 
     def ui(self) -> str:
         """The URI of the database where this run is, for `mlflow ui`; "" where there is none."""
@@ -97,64 +93,145 @@ class Tracker:
             return ""
         return uri or mlflow_run.uri_of(self.folder.parent.resolve() / mlflow_run.FILE)
 
-    def go_back(self, step: int) -> None:
-        """Forget lines of steps after `step`, which will be logged again."""
-        self._file.close()
-        _forget_after(self.path, step)
-        self._file = self.path.open("ab", buffering=0)
+    def go_back(self, to: Position) -> None:
+        """Forget what was logged since a checkpoint, and will be again."""
+        self._lines.cut(self._covered_by(to))
 
-    def close(self, status: str, seconds: float = 60) -> None:
-        """End with "FINISHED", "KILLED" or "FAILED"; waits so long for what is still queued."""
-        try:
-            self._write("")
-        except OSError as error:
-            warn(f"{self.path}: the last metrics are lost: {error.strerror}")
-        self._file.close()
-        if self._thread is not None:
-            self._queue.put(("status", status))
-            self._queue.put(None)
-            self._thread.join(timeout=seconds)
-            if self._thread.is_alive():
-                warn(f"MLflow did not take the last metrics within {seconds:g} s")
+    def close(self, state: str, why: str = "", seconds: float = 60) -> None:
+        """End as finished, stopped or failed; MLflow gets so long for what it does not have yet."""
+        self._lines.close()
+        self.summary = replace(self.summary, state=state, why=why)
+        self._write()
+        if self._sender is not None:
+            self._sender.end(self.summary, self._lines.size if state == FINISHED else 0, seconds)
 
-    def _send(self, config: Config, name: str, recipe: Mapping[str, Any]) -> None:
-        """In the thread: everything that talks to MLflow. One failure ends it with one warning."""
-        where = config.uri or self.folder.parent / mlflow_run.FILE
-        try:
-            client, run, lost = mlflow_run.open_run(
-                config.uri, config.experiment, self.folder, recipe, self.run_id(), name
+    def _covered_by(self, position: Position) -> int:
+        """Bytes of the metrics."""
+        return metrics.size_after(self.folder, position.total) if position.logged is None else position.logged
+
+    def _write(self) -> None:
+        self._written = time.monotonic()
+        self.summary = replace(self.summary, seconds=self._written - self._began)
+        self.summary.write(self.folder)
+
+
+def _resumed(summary: Summary, folder: Path, step: int) -> Summary:
+    """With what an earlier attempt has reached by the step that is resumed."""
+    try:
+        before = summaries.read(folder)
+    except (OSError, ValueError) as error:
+        warn(f"{folder / summaries.FILE}: cannot be read ({first_line(error)}); it begins anew")
+        return summary
+    if before is None:
+        return summary
+    if before.step > step:  # it has seen steps that will be done again
+        before = replace(before, metrics={}, best={})
+        for line in metrics.read(folder):
+            line.pop("time")
+            before = before.after(line.pop("step"), line)
+    return replace(
+        summary, id=before.id, started=before.started, seconds=before.seconds, metrics=before.metrics, best=before.best
+    )
+
+
+class _Sender:
+    """A thread that keeps MLflow's copy of a run up to date, and waits for a server that is away."""
+
+    def __init__(self, config: Config, folder: Path, recipe: Mapping[str, Any], summary: Summary, covered: int) -> None:
+        self._config, self.folder, self._recipe = config, folder, recipe
+        self._where = config.uri or folder.parent / mlflow_run.FILE
+        self._lock, self._wake = threading.Lock(), threading.Event()
+        self._covered, self._summary, self._paths = covered, summary, list[Path]()
+        self._told: Summary | None = None
+        self._ending = False
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def allow(self, covered: int, summary: Summary) -> None:
+        with self._lock:
+            self._covered, self._summary = covered, summary
+        self._wake.set()
+
+    def artifacts(self, paths: Iterable[Path]) -> None:
+        with self._lock:
+            self._paths += paths
+        self._wake.set()
+
+    def end(self, summary: Summary, covered: int, seconds: float) -> None:
+        """The last words. covered: 0 for what it is."""
+        with self._lock:
+            self._covered, self._summary, self._ending = max(covered, self._covered), summary, True
+        self._wake.set()
+        self._thread.join(timeout=seconds)
+        if self._thread.is_alive():
+            warn(
+                f"MLflow at {self._where} did not take everything within {seconds:g} s; when it is back, "
+                f"`hsvit runs {self.folder.name} --runs {self.folder.parent} --to {self._where}` sends the rest"
             )
-            (self.folder / _RUN_ID).write_text(run, "utf-8")
-            if lost:
-                warn(
-                    f"MLflow at {where} has no run {lost}, as where the folder was moved or the run deleted: "
-                    f"it goes on as run {run}; {METRICS} has the steps before"
-                )
-            while (item := self._queue.get()) is not None:
-                kind, value = item
-                if kind == "metrics":
-                    self._send_metrics(client, run, value)
-                elif kind == "artifact":
-                    client.log_artifact(run, str(value))
-                else:
-                    client.set_terminated(run, value)
-        except Exception as error:  # whatever a remote service does must not touch the run
-            why = str(error) if isinstance(error, RefusedError) else first_line(error)
-            warn(f"MLflow at {where} is not usable, {METRICS} has everything: {why}")
 
-    def _send_metrics(self, client: Any, run: str, value: Any) -> None:
-        from mlflow.entities import Metric
+    def _run(self) -> None:
+        """Everything that talks to MLflow."""
+        copy, away = None, 0
+        while True:
+            try:
+                copy = copy or self._open()
+                ended = self._send(copy)
+                if away:
+                    tell(f"hsvit: MLflow at {self._where} is back")
+                    away = 0
+                if ended:
+                    return
+                self._wake.wait(PAUSE)
+            except RefusedError as error:
+                warn(f"MLflow at {self._where} is not usable, {metrics.FILE} has everything: {error}")
+                return
+            except Exception as error:  # whatever a remote service does must not touch the run
+                if not away:
+                    warn(
+                        f"MLflow at {self._where} is away; what it misses is sent when it is back: {first_line(error)}"
+                    )
+                away += 1
+                self._wake.wait(min(2.0**away, 2.0 if self._ending else PAUSE))
+            self._wake.clear()
 
-        metrics, step, when = value
-        client.log_batch(run, metrics=[Metric(k, float(v), when, step) for k, v in metrics.items()])
+    def _open(self) -> mlflow_copy.Copy:
+        c = self._config
+        copy, lost = mlflow_copy.Copy.open(c.uri, c.experiment, self.folder, self._recipe, self._summary, c.parent)
+        if lost:
+            warn(
+                f"MLflow at {self._where} has no run {lost}, as where the folder was moved or the run deleted: "
+                f"it goes on as run {copy.run}, from its first step"
+            )
+        return copy
+
+    def _send(self, copy: mlflow_copy.Copy) -> bool:
+        """Whether that was all."""
+        with self._lock:
+            covered, summary, paths, ending = self._covered, self._summary, list(self._paths), self._ending
+        copy.send_metrics(covered)
+        for path in paths:
+            copy.artifact(path)
+            with self._lock:
+                self._paths.remove(path)
+        if summary != self._told:
+            copy.tell(summary)
+            self._told = summary
+        if ending:
+            copy.end(summary.state)
+        return ending
 
 
 class Untracked:
     """The tracker of every rank but the first."""
 
-    def log(self, metrics: Mapping[str, float], step: int) -> None: ...
+    def log(self, found: Mapping[str, float], step: int) -> None: ...
 
-    def artifact(self, path: Path) -> None: ...
+    def size(self) -> int:
+        return 0
+
+    def covered(self, by: Position) -> None: ...
+
+    def artifacts(self, paths: Iterable[Path]) -> None: ...
 
     def run_id(self) -> str | None:
         return None
@@ -162,34 +239,6 @@ class Untracked:
     def ui(self) -> str:
         return ""
 
-    def go_back(self, step: int) -> None: ...
+    def go_back(self, to: Position) -> None: ...
 
-    def close(self, status: str, seconds: float = 60) -> None: ...
-
-
-def _valid(metrics: Mapping[str, float]) -> dict[str, Any]:
-    """With null where JSON has no number, and what it was: {…, "not_finite": {"train/loss": "nan"}}."""
-    odd = {name: str(value) for name, value in metrics.items() if not math.isfinite(value)}
-    return {name: None if name in odd else value for name, value in metrics.items()} | (
-        {"not_finite": odd} if odd else {}
-    )
-
-
-def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """Every line of a run's metrics, in the order of logging; numbers that are not finite are there again."""
-    lines = [json.loads(line) for line in (folder / METRICS).read_text("utf-8").splitlines()]
-    return [line | {n: float(text) for n, text in line.pop("not_finite", {}).items()} for line in lines]
-
-
-def _forget_after(path: Path, step: int) -> None:
-    """Drop lines of steps after `step`, and a last line that a killed run had not finished."""
-    kept = []
-    for line in path.read_text("utf-8").splitlines() if path.exists() else []:
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
-        except ValueError:
-            continue
-    temporary = path.with_suffix(".partial")
-    temporary.write_text("".join(kept), "utf-8")
-    temporary.rename(path)
+    def close(self, state: str, why: str = "", seconds: float = 60) -> None: ...

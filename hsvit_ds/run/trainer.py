@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -30,13 +30,15 @@ from ..tasks import Task, scala
 from ..tasks.features import Features
 from ..tasks.supervised import Supervised
 from ..tasks.teacher import Teacher
-from . import closing, commands, kernels, opening, title
+from . import about, closing, commands, kernels, opening, title
 from . import recipe as recipes
+from .about import UNKNOWN, Asked
 from .evaluation import Answers, evaluate
 from .interval import Interval
-from .memory import needed
+from .memory import used_up
 from .recipe import Plan, Recipe
 from .report import Reporter, print_widths
+from .summary import FAILED, FINISHED, STOPPED
 from .survival import StoppedError, StopRequests, Watch, is_out_of_memory, told
 from .tracking import CLASSES, Tracker, Untracked
 
@@ -52,11 +54,14 @@ class Trainer:
     """One run on this rank.
 
     Args:
-        recipe, plan: resolved. folder: of the run. resume: continue its latest checkpoint.
+        recipe, plan: resolved. folder: of the run. resume: continue its latest checkpoint. asked: what it was started
+        from.
     """
 
-    def __init__(self, recipe: Recipe, plan: Plan, grid: Grid, folder: Path, resume: bool) -> None:
-        self.recipe, self.plan, self.grid, self.folder = recipe, plan, grid, folder
+    def __init__(
+        self, recipe: Recipe, plan: Plan, grid: Grid, folder: Path, resume: bool, asked: Asked = UNKNOWN
+    ) -> None:
+        self.recipe, self.plan, self.grid, self.folder, self.asked = recipe, plan, grid, folder, asked
         facts = facts_of(recipe.data)
         model = recipe.model.build(
             image_size=facts.image_size,
@@ -92,17 +97,15 @@ class Trainer:
             recipes.to_table(recipe),
             lambda: self.tracker.run_id(),
             names := class_names(recipe.data),
+            lambda position: self.tracker.covered(position),
         )
         restored = self.checkpoints.load() if resume else None
-        self.at = self.start = restored or Position(0, 0, 0)
+        self.at = self.start = restored or Position(0, 0, 0, logged=0)
         """Where the run stands, and where this process found it."""
         self.saved = restored
         self.stops, self.watch = StopRequests(grid), Watch(folder, grid, recipe.run.watchdog, self.start.total)
-        if grid.is_main:
-            if names:
-                (folder / CLASSES).write_text("\n".join(names) + "\n", "utf-8")
-            last_step = self.start.total if resume else None
-            self.tracker = Tracker(recipe.tracking, folder, title.of(folder), recipes.flat(recipe), last_step)
+        if grid.is_main and names:
+            (folder / CLASSES).write_text("\n".join(names) + "\n", "utf-8")
         self.report = Reporter(grid.is_main, plan.steps, self.start.total, self.watch.state)
         self.interval = Interval(grid.device)
         self.reader.idle = self._waits
@@ -133,7 +136,7 @@ class Trainer:
         where = self.folder, self.start
         for line in opening.lines(self.recipe, self.plan, self.grid, self.engine, self.reader, *where):
             self.report.say(line)
-        with self.stops.heard(), self.watch.kept():
+        with self.stops.heard(), self.watch.kept(), self._recorded() as self.tracker:
             try:
                 final = self._train()
                 self._finish(final, time.perf_counter() - began)
@@ -143,13 +146,20 @@ class Trainer:
                 ended = Exit.STOPPED
             except BaseException as error:
                 self.report.close()
-                self.tracker.close("FAILED", seconds=10)
                 if is_out_of_memory(error):
-                    raise self._out_of_memory(error) from error
-                raise
+                    error = RefusedError(used_up(self.recipe, self.plan, self.watch.now, told(error)))
+                self.tracker.close(FAILED, told(error), seconds=10)
+                raise error
             finally:
                 self.reader.close()
         return ended
+
+    def _recorded(self) -> AbstractContextManager[Tracker | Untracked]:
+        model: Model = self.engine.module  # type: ignore[assignment]
+        widths = self.task.trained(self.plan.steps)
+        where = self.recipe, self.plan, self.grid, self.reader, model, widths
+        summary = about.begin(self.asked, title.of(self.folder), *where)
+        return about.recorded(summary, self.folder, self.recipe, self.grid, self.start)
 
     def _train(self) -> dict[str, float]:
         """From where the run stands to its end; the metrics of the test split."""
@@ -219,7 +229,7 @@ class Trainer:
         if time.monotonic() - self.watch.since > PATIENCE:  # the others may be in a step, so none can save
             self.report.say("stopped as asked while waiting for images; --resume goes on from the last checkpoint")
             self.report.close()
-            self.tracker.close("KILLED")
+            self.tracker.close(STOPPED, "asked to, while it waited for images")
             os._exit(Exit.STOPPED)
 
     def _settle(self) -> None:
@@ -263,7 +273,7 @@ class Trainer:
         self.reader.close()
         self._evaluated = ("", 0, {})
         self.interval = Interval(self.grid.device)
-        self.tracker.go_back(found.total)
+        self.tracker.go_back(found)
         self.report.say(
             f"warning: {error}; back to step {found.total}, the learning rate times {self.at.lr_factor:g} from there"
         )
@@ -278,18 +288,7 @@ class Trainer:
         self._warn_of(self.checkpoints.wait())
         self.report.say(f"stopped as asked after step {self.at.total}; --resume continues")
         self.report.close()
-        self.tracker.close("KILLED")
-
-    def _out_of_memory(self, error: BaseException) -> RefusedError:
-        micro, block = self.plan.micro_batch, self.recipe.augment.mix_block if self.recipe.augment.mixes else 1
-        smaller = [n for n in range(1, micro) if micro % n == 0 and n % block == 0]
-        plan = {name: size for name, size in vars(needed(self.recipe, self.plan)).items() if size}
-        planned = ", ".join(f"{name} {size / 2**20:,.1f}" for name, size in plan.items() if name != "in_all")
-        remedy = f"run.micro_batch={smaller[-1]} (now {micro})" if smaller else "a higher engine.zero_stage"
-        return RefusedError(
-            f"{self.watch.now}: out of memory ({told(error)}); planned for each rank, MiB: {planned}, "
-            f"{plan['in_all'] / 2**20:,.1f} in all; try {remedy}"
-        )
+        self.tracker.close(STOPPED, "asked to")
 
     def _step(self, batches: list[Batch], step: int) -> StepResult:
         return self.engine.step(
@@ -333,6 +332,7 @@ class Trainer:
 
     def _save(self, top1: float | None = None) -> None:
         self.watch.doing(f"saving after step {self.at.total}")
+        self.at = replace(self.at, logged=self.tracker.size())
         self._warn_of(self.checkpoints.save(self.at, top1))
         self.saved, self._steps_back = self.at, 0
 
@@ -388,9 +388,8 @@ class Trainer:
         model: Model = self.engine.module  # type: ignore[assignment]
         widths, seen = self.task.trained(self.plan.steps), (final, self._counts)
         files, widths_rows = closing.draw(self.folder, self.recipe, self.plan, self.reader, model, widths, *seen)
-        for file in [*files, self.folder / "recipe.toml"]:
-            self.tracker.artifact(file)
-        self.tracker.close("FINISHED")
+        self.tracker.artifacts(files)
+        self.tracker.close(FINISHED)
         if widths_rows:
             print_widths(widths_rows, self.recipe.data.test)
         rows = closing.result(self.folder, self.recipe, self.plan, final, seconds)

@@ -21,7 +21,7 @@ from hsvit_ds.engine.checkpoint import Position
 from hsvit_ds.engine.interop import read_model
 from hsvit_ds.results.predict import Predictor, open_predictor
 from hsvit_ds.results.saved import SavedRun, open_run
-from hsvit_ds.run.tracking import METRICS
+from hsvit_ds.run import metrics
 
 from .. import photographs
 from ..new.test_new import NAMES
@@ -80,7 +80,7 @@ def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
     made.checkpoints.save(Position(0, 3, 3))
     assert made.checkpoints.wait() is None
     made.reader.close()
-    (folder / "run" / METRICS).write_text("")
+    (folder / "run" / metrics.FILE).write_text("")
     return open_run(folder / "run")
 
 
@@ -215,8 +215,8 @@ def test_a_budget_takes_the_best_measured_width_and_says_so(run: SavedRun, image
     if len(run.trained) == 1:
         pytest.skip("of one width")
     scores = {f"val/top1_w{width}": 60.0 - place for place, width in enumerate(run.trained)}
-    metrics = run.folder / METRICS
-    metrics.write_text(json.dumps({"step": 3, **scores}) + "\n")
+    file = run.folder / metrics.FILE
+    file.write_text(json.dumps({"step": 3, **scores}) + "\n")
     try:
         for command in (
             ["predict", run.folder, images / "plain.jpg"],
@@ -227,7 +227,7 @@ def test_a_budget_takes_the_best_measured_width_and_says_so(run: SavedRun, image
             assert f"width {run.trained[0]}: " in result.output
             assert "top-1 60.00 % on val, the best within 1G" in result.output
     finally:
-        metrics.write_text("")
+        file.write_text("")
     code, output, _ = predict(run.folder, images / "plain.jpg", "--budget", "1000ms")
     assert (code, f"width {run.trained[-1]}: " in output) == (0, True)
     assert " ms here; the widest within 1000ms, as none was measured at this checkpoint" in output

@@ -14,11 +14,10 @@ from hsvit_ds.errors import RefusedError
 from hsvit_ds.hosts import schedulers
 from hsvit_ds.hosts.cluster import Host
 from hsvit_ds.models.slimmable import Width
-from hsvit_ds.run import folders, pictures, report
+from hsvit_ds.run import folders, metrics, pictures, report
 from hsvit_ds.run import recipe as recipes
 from hsvit_ds.run.evaluation import Answers
 from hsvit_ds.run.recipe import Run
-from hsvit_ds.run.tracking import Config, Tracker
 
 from ..ranks import ROOT
 
@@ -102,7 +101,7 @@ def test_names_are_printed_and_drawn_as_they_are(
     pictures.draw_present(tmp_path / "present.png", [report.PresentRow(1, (50.0,))], name, "top-1")
     answers = Answers((Width(4, 4),), torch.eye(2, dtype=torch.int64), torch.ones(1, 2, dtype=torch.int64))
     pictures.write_classes(tmp_path / "classes.png", answers, [name, "b"], name)
-    tracker = Tracker(Config(mlflow=False), tmp_path, name, {}, None)
-    tracker.log({"train/loss": 1.0}, 1)
-    tracker.close("FINISHED")
+    lines = metrics.Lines(tmp_path)
+    lines.log({"train/loss": 1.0}, 1, 0.0)
+    lines.close()
     pictures.draw_curves(tmp_path, name, "val", 1, 1)

@@ -15,36 +15,47 @@ import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
-from hsvit_ds.run import mlflow_run
-from hsvit_ds.run.tracking import Config, Tracker, read_metrics
+from hsvit_ds.engine.checkpoint import Position
+from hsvit_ds.run import metrics, mlflow_run
+from hsvit_ds.run.tracking import Config, Tracker
 
 from ..ranks import environment
+from ..summaries import summary
 
 CONFIG = Config()
 STARTS = 5
 START = """
 import sys
 from pathlib import Path
+from hsvit_ds.engine.checkpoint import Position
 from hsvit_ds.run.tracking import Config, Tracker
+from tests.summaries import summary
 folder = Path(sys.argv[1])
 folder.mkdir(parents=True)
+(folder / "recipe.toml").write_text("")
 sys.stdin.readline()
-tracker = Tracker(Config(), folder, folder.name, {"a": 1}, None)
+begins = summary(id=folder.name, title=folder.name)
+tracker = Tracker(Config(), folder, {"a": 1}, begins, Position(0, 0, 0, logged=0))
 tracker.log({"train/loss": 1.0}, 1)
-tracker.close("FINISHED", seconds=200)
+tracker.close("finished", seconds=200)
 """
 
 
 def track(folder: Path, step: int, resume: bool = False, config: Config = CONFIG) -> str | None:
     """Track one step of a run; the id of its MLflow run."""
     folder.mkdir(parents=True, exist_ok=True)
-    tracker = Tracker(config, folder, folder.name, {"a": 1}, step - 1 if resume else None)
+    (folder / "recipe.toml").write_text("")
+    file = folder / metrics.FILE
+    start = Position(0, step - 1, step - 1, logged=file.stat().st_size if resume else 0)
+    tracker = Tracker(config, folder, {"a": 1}, summary(id=f"of {folder.name}", title=folder.name), start)
     tracker.log({"train/loss": float(step)}, step)
-    recipe = folder / "recipe.toml"
-    recipe.write_text("")
-    tracker.artifact(recipe)
-    tracker.close("FINISHED", seconds=100)
+    tracker.close("finished", seconds=100)
     return tracker.run_id()
+
+
+def trained(run: Run) -> dict[str, float]:
+    """Its metrics but those that say what it is."""
+    return {name: value for name, value in run.data.metrics.items() if not name.startswith("model/")}
 
 
 def client(root: Path) -> MlflowClient:
@@ -79,7 +90,7 @@ def test_runs_that_start_together_are_all_tracked(tmp_path: Path) -> None:
     output = "".join(start.communicate(timeout=280)[0] for start in starts)
     assert "hsvit: warning:" not in output
     found = tracked(tmp_path)
-    assert {name: found[name].data.metrics for name in names} == {name: {"train/loss": 1.0} for name in names}
+    assert {name: trained(found[name]) for name in names} == {name: {"train/loss": 1.0} for name in names}
     assert {run.info.status for run in found.values()} == {"FINISHED"}
 
 
@@ -162,7 +173,7 @@ def test_a_resumed_run_whose_mlflow_run_is_gone_has_a_new_one(
     warning = f"hsvit: warning: MLflow at {root}/mlflow.db has no run {before}, "
     assert warning in capsys.readouterr().err
     run = tracked(root)["run-001"]
-    assert (run.info.run_id, run.info.status, run.data.metrics) == (after, "FINISHED", {"train/loss": 2.0})
+    assert (run.info.run_id, run.info.status, trained(run)) == (after, "FINISHED", {"train/loss": 2.0})
 
 
 def test_a_deleted_experiment_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -176,17 +187,17 @@ def test_a_deleted_experiment_is_named(tmp_path: Path, capsys: pytest.CaptureFix
 
 
 def test_numbers_that_are_not_finite_are_valid_json_with_a_flag_and_are_read_back(tmp_path: Path) -> None:
-    tracker = Tracker(Config(mlflow=False), tmp_path, "a", {}, None)
+    tracker = Tracker(Config(mlflow=False), tmp_path, {}, summary(), Position(0, 0, 0, logged=0))
     tracker.log({"train/loss": float("nan"), "train/grad_norm": float("inf"), "train/lr": 0.5}, 3)
-    tracker.close("FINISHED")
+    tracker.close("finished")
 
     def refuse(constant: str) -> None:
         raise AssertionError(f"{constant} is no JSON")
 
-    line = json.loads((tmp_path / "metrics.jsonl").read_text(), parse_constant=refuse)
+    line = json.loads((tmp_path / metrics.FILE).read_text(), parse_constant=refuse)
     assert (line["train/loss"], line["train/grad_norm"], line["train/lr"]) == (None, None, 0.5)
     assert line["not_finite"] == {"train/loss": "nan", "train/grad_norm": "inf"}
-    (read,) = read_metrics(tmp_path)
+    (read,) = metrics.read(tmp_path)
     assert math.isnan(read["train/loss"])
     assert read["train/grad_norm"] == math.inf
     assert "not_finite" not in read

@@ -35,7 +35,7 @@ def evaluate_run(
     with shown(2, debug):
         check_kernels()
         from ..results import saved
-        from ..run import pictures, report, title
+        from ..run import mlflow_copy, pictures, report, title
 
         if present and (widths or untrained):
             raise RefusedError(f"--present {present} is of the largest width; leave --widths and --untrained out")
@@ -51,16 +51,18 @@ def evaluate_run(
                 report.print_widths(rows, f"{run}, {split}, {opened.read}")
                 name = _picture(opened, "widths", split, widths)
                 heading, accuracy = f"{title.of(run)}, {split}, {opened.read}", opened.accuracy_of(split)
-                typer.echo(pictures.draw_widths(name, rows, heading, accuracy))
+                files = [pictures.draw_widths(name, rows, heading, accuracy)]
                 heading += f", width {chosen[-1]}" if len(chosen) > 1 else ""
                 name = _picture(opened, "classes", split, widths)
-                for file in pictures.write_classes(name, counts, opened.classes, heading):
+                files += pictures.write_classes(name, counts, opened.classes, heading)
+                for file in files:
                     typer.echo(file)
+                mlflow_copy.add(run, files)
         opened.grid.close()
 
 
 def _evaluate_present(run: SavedRun, present: str, split: str) -> None:
-    from ..run import pictures, report, title
+    from ..run import mlflow_copy, pictures, report, title
 
     subsets = run.subsets(present)
     scores = run.evaluate_subsets(split, subsets)
@@ -72,6 +74,7 @@ def _evaluate_present(run: SavedRun, present: str, split: str) -> None:
         name = _picture(run, "present", split)
         heading, accuracy = f"{title.of(run.folder)}, {split}, {run.read}", run.accuracy_of(split)
         typer.echo(pictures.draw_present(name, rows, heading, accuracy))
+        mlflow_copy.add(run.folder, [name])
     else:
         (subset,), (score,) = subsets, scores
         names = ", ".join(str(number) for number in subset)
@@ -108,6 +111,7 @@ def export_run(
     with shown(2, debug):
         check_kernels()
         from ..results import export, saved
+        from ..run import mlflow_copy
 
         opened = saved.open_run(run, ema, root, checkpoint)
         chosen = opened.choose(width, budget, untrained)
@@ -119,3 +123,4 @@ def export_run(
         opened.grid.close()
         for path in files:
             typer.echo(f"{path}: {path.stat().st_size:,} bytes")
+        mlflow_copy.add(run, [folder])

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import getpass
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..errors import first_line, warn
 from . import metrics, mlflow_run, system
-from .summary import Summary
+from .summary import FINISHED, RUNNING, Summary
 
 STATE = "mlflow.json"
 """In the run's folder: where its copy is, and how far."""
@@ -37,6 +38,8 @@ class Copy:
     uri: str
     folder: Path
     sent: dict[str, int]
+    status: str
+    """When it was opened."""
     _steady: dict[str, Point] = field(default_factory=dict)
 
     @classmethod
@@ -54,8 +57,8 @@ class Copy:
         state = read_state(folder)
         known = state if state.get("uri") == uri else {}
         tags = _tags(folder, summary) | ({"mlflow.parentRunId": parent} if parent else {})
-        client, run, lost = mlflow_run.open_run(uri, experiment, folder, summary, tags, known.get("run", ""))
-        copy = cls(client, run, uri, folder, known.get("sent", {}) if run == known.get("run") else {})
+        client, run, lost, status = mlflow_run.open_run(uri, experiment, folder, summary, tags, known.get("run", ""))
+        copy = cls(client, run, uri, folder, known.get("sent", {}) if run == known.get("run") else {}, status)
         if not copy.sent:
             copy._begin(recipe, summary)
         copy._note()
@@ -149,6 +152,8 @@ class Copy:
 
     def tell(self, summary: Summary) -> None:
         """What is known of the run by now."""
+        if summary.state == RUNNING:
+            self.client.update_run(self.run, status="RUNNING")
         self.client.set_tag(self.run, "mlflow.note.content", _cut(described(summary), TAG))
         self.client.log_artifact(self.run, str(self.folder / "summary.json"))
 
@@ -175,6 +180,39 @@ def _points(lines: Sequence[bytes], prefix: str) -> Iterator[Point]:
     for line in metrics.parsed(lines)[0]:
         step, when = line.pop("step"), int(line.pop("time") * 1000)
         yield from (Point(prefix + name, float(value), step, when) for name, value in line.items())
+
+
+def send(uri: str, experiment: str, folder: Path, recipe: Mapping[str, Any], summary: Summary) -> bool:
+    """Copy a finished run to MLflow; whether it was not there yet. See `Copy.open`."""
+    copy, _ = Copy.open(uri, experiment, folder, recipe, summary)
+    if copy.status == "FINISHED":
+        return False
+    copy.send_metrics((folder / metrics.FILE).stat().st_size)
+    for path in artifacts(folder):
+        copy.artifact(path)
+    copy.tell(summary)
+    copy.end(FINISHED)
+    return True
+
+
+def add(folder: Path, paths: Iterable[Path]) -> None:
+    """Files or folders that were made of a run to its copy, where it has one; what fails is a warning."""
+    state = read_state(folder)
+    where = state.get("uri") or folder.parent / mlflow_run.FILE
+    if not state or (not state["uri"] and not Path(where).exists()):  # untracked, or moved away from its database
+        return
+    try:
+        client, _ = mlflow_run.connect(state["uri"], folder.parent)
+        for path in paths:
+            Copy(client, state["run"], state["uri"], folder, {}, "").artifact(path)
+    except Exception as error:  # the files are there all the same
+        warn(f"MLflow at {where} has not taken them: {first_line(error)}")
+
+
+def artifacts(folder: Path) -> list[Path]:
+    """The pictures, tables and exports of a run."""
+    found = [*folder.glob("*.png"), *folder.glob("*.csv"), *folder.glob("*.txt"), *folder.glob("export-*")]
+    return sorted(path for path in found if not path.name.startswith("log"))
 
 
 def read_state(folder: Path) -> dict[str, Any]:

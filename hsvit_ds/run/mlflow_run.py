@@ -16,6 +16,8 @@ from .summary import Summary
 
 ID = "hsvit.run"
 """Tag with the id of a run, by which it is found again wherever its folder is moved to."""
+SWEEP = "hsvit.sweep"
+"""Tag of the run that those of a sweep belong to, with the sweep's folder."""
 FILE = "mlflow.db"
 """In the folder of all runs, where no other URI is set."""
 # What SQLite says where tables are made a second time, or the next ones of them are missing.
@@ -23,11 +25,13 @@ _HALF_MADE = r"duplicate column|already exists|no such (table|column)"
 
 
 class Opened(NamedTuple):
-    """client: MLflow's. run: id of the MLflow run. lost: the id before it, which MLflow does not have; "" for none."""
+    """client: MLflow's. run: id of the MLflow run. lost: the id before it, which MLflow does not have; "" for none.
+    status: what MLflow said of it before it was opened."""
 
     client: Any
     run: str
     lost: str
+    status: str
 
 
 def open_run(uri: str, experiment: str, folder: Path, summary: Summary, tags: Mapping[str, str], before: str) -> Opened:
@@ -40,19 +44,14 @@ def open_run(uri: str, experiment: str, folder: Path, summary: Summary, tags: Ma
     Raises:
         RefusedError: what a person has to put right in MLflow. Others: whatever MLflow meets.
     """
-    client, artifacts = connect(uri, folder.parent)
-    with _understood(uri):
-        if before and _is_there(client, before):
-            client.update_run(before, status="RUNNING")
-            return Opened(client, before, "")
+    with understood(uri):
+        client, artifacts = connect(uri, folder.parent)
         place = _experiment(client, experiment, artifacts)
-        found = client.search_runs([place], f"tags.`{ID}` = '{summary.id}'", max_results=1)
-        if found:
-            client.update_run(found[0].info.run_id, status="RUNNING")
-            return Opened(client, found[0].info.run_id, "")
+        if found := _find(client, place, summary.id, before):
+            return Opened(client, found.info.run_id, "", found.info.status)
         started = int(summary.started * 1000)
         made = client.create_run(place, start_time=started, run_name=summary.title, tags=dict(tags))
-        return Opened(client, made.info.run_id, before)
+        return Opened(client, made.info.run_id, before, "RUNNING")
 
 
 def connect(uri: str, root: Path) -> tuple[Any, str | None]:
@@ -73,7 +72,7 @@ def connect(uri: str, root: Path) -> tuple[Any, str | None]:
 
 
 @contextmanager
-def _understood(uri: str) -> Iterator[None]:
+def understood(uri: str) -> Iterator[None]:
     """Within the block a server that asks for a password is refused with what to set."""
     from mlflow.exceptions import MlflowException
 
@@ -87,16 +86,38 @@ def _understood(uri: str) -> Iterator[None]:
         ) from error
 
 
-def _is_there(client: Any, run: str) -> bool:
-    """Whether MLflow has a run that was not deleted."""
+def _find(client: Any, experiment: str, id: str, before: str) -> Any:
+    """The MLflow run `before`, or the one of this id in an experiment; None where neither is, or they were deleted."""
     from mlflow.exceptions import MlflowException
 
     try:
-        return bool(client.get_run(run).info.lifecycle_stage == "active")
+        if before and (run := client.get_run(before)).info.lifecycle_stage == "active":
+            return run
     except MlflowException as error:
         if error.error_code != "RESOURCE_DOES_NOT_EXIST":
             raise
-        return False
+    return next(iter(client.search_runs([experiment], f"tags.`{ID}` = '{id}'", max_results=1)), None)
+
+
+def open_sweep(uri: str, experiment: str, root: Path, name: str, text: str) -> str:
+    """The id of the MLflow run that the runs of a sweep belong to, made where there is none.
+
+    Args:
+        root: of all runs. text: of the sweep, in markdown.
+    """
+    with understood(uri):
+        client, artifacts = connect(uri, root)
+        place = _experiment(client, experiment, artifacts)
+        found = client.search_runs([place], f"tags.`{SWEEP}` = '{root.resolve() / name}'", max_results=1)
+        tags = {SWEEP: str(root.resolve() / name), "mlflow.note.content": text}
+        run = found[0] if found else client.create_run(place, run_name=name, tags=tags)
+        client.update_run(run.info.run_id, status="RUNNING")
+        return str(run.info.run_id)
+
+
+def end_sweep(uri: str, root: Path, run: str, status: str) -> None:
+    """status: "FINISHED", "KILLED" or "FAILED"."""
+    connect(uri, root)[0].set_terminated(run, status)
 
 
 def _experiment(client: Any, name: str, artifacts: str | None) -> str:

@@ -19,6 +19,8 @@ CLASSES = "classes.txt"
 """The names of the classes, one a line, where the data says them."""
 BEAT = 10.0
 """Seconds after which a logged step renews the summary."""
+LEAVE = 15.0
+"""Seconds that a run waits at its end for a server that is away."""
 PAUSE = 30.0
 """Seconds at most between two questions whether MLflow is back."""
 
@@ -143,7 +145,7 @@ class _Sender:
         self._lock, self._wake = threading.Lock(), threading.Event()
         self._covered, self._summary, self._paths = covered, summary, list[Path]()
         self._told: Summary | None = None
-        self._ending = False
+        self._ending, self._away = False, 0
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
@@ -162,23 +164,25 @@ class _Sender:
         with self._lock:
             self._covered, self._summary, self._ending = max(covered, self._covered), summary, True
         self._wake.set()
-        self._thread.join(timeout=seconds)
+        until = time.monotonic() + seconds
+        while self._thread.is_alive() and time.monotonic() < (until if not self._away else until - seconds + LEAVE):
+            self._thread.join(timeout=0.2)
         if self._thread.is_alive():
             warn(
-                f"MLflow at {self._where} did not take everything within {seconds:g} s; when it is back, "
+                f"MLflow at {self._where} did not take everything; when it does, "
                 f"`hsvit runs {self.folder.name} --runs {self.folder.parent} --to {self._where}` sends the rest"
             )
 
     def _run(self) -> None:
         """Everything that talks to MLflow."""
-        copy, away = None, 0
+        copy = None
         while True:
             try:
                 copy = copy or self._open()
                 ended = self._send(copy)
-                if away:
+                if self._away:
                     tell(f"hsvit: MLflow at {self._where} is back")
-                    away = 0
+                    self._away = 0
                 if ended:
                     return
                 self._wake.wait(PAUSE)
@@ -186,12 +190,12 @@ class _Sender:
                 warn(f"MLflow at {self._where} is not usable, {metrics.FILE} has everything: {error}")
                 return
             except Exception as error:  # whatever a remote service does must not touch the run
-                if not away:
+                if not self._away:
                     warn(
                         f"MLflow at {self._where} is away; what it misses is sent when it is back: {first_line(error)}"
                     )
-                away += 1
-                self._wake.wait(min(2.0**away, 2.0 if self._ending else PAUSE))
+                self._away += 1
+                self._wake.wait(min(2.0**self._away, 2.0 if self._ending else PAUSE))
             self._wake.clear()
 
     def _open(self) -> mlflow_copy.Copy:

@@ -191,10 +191,10 @@ def test_a_save_that_fails_leaves_the_one_before_and_says_why(tmp_path: Path, mo
 
 def test_a_manifest_tells_where_a_checkpoint_comes_from(tmp_path: Path) -> None:
     run = small(tmp_path)
-    run.checkpoints.save(Position(0, 1, 1), 12.5)
+    run.checkpoints.save(Position(0, 1, 1, logged=77), 12.5)
     run.checkpoints.wait()
     manifest = json.loads((tmp_path / "checkpoints/step-00000001/manifest.json").read_text())
-    assert manifest["position"] == {"epoch": 0, "step": 1, "total": 1, "lr_factor": 1.0}
+    assert manifest["position"] == {"epoch": 0, "step": 1, "total": 1, "lr_factor": 1.0, "logged": 77}
     assert manifest["top1"] == 12.5
     assert manifest["recipe"]["model"]["groups"] == 4
     assert {"python", "hsvit-ds", "torch", "deepspeed"} == manifest["versions"].keys()

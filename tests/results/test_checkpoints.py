@@ -33,8 +33,8 @@ def run(tmp_path: Path) -> Path:
         made.start = made.at = Position(0, step, step)
         made.checkpoints.save(made.at, top1)
         assert made.checkpoints.wait() is None
-        lines.append({"step": step, "val/top1_w0.50": top1, "ema/val_top1_w0.50": top1 + 1})
-    lines.append({"step": 3, "test/top1_w0.50": 51.0})
+        lines.append({"step": step, "time": 0.0, "val/top1_w0.50": top1, "ema/val_top1_w0.50": top1 + 1})
+    lines.append({"step": 3, "time": 0.0, "test/top1_w0.50": 51.0})
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return tmp_path
 

@@ -59,7 +59,7 @@ def saved(folder: Path, base: str, overrides: list[str], count: int) -> SavedRun
     steps(made, count)
     made.checkpoints.save(Position(0, count, count))
     assert made.checkpoints.wait() is None
-    (folder / "metrics.jsonl").write_text(json.dumps({"step": count, "test/top1_w0.50": 43.21}) + "\n")
+    (folder / "metrics.jsonl").write_text(json.dumps({"step": count, "time": 0.0, "test/top1_w0.50": 43.21}) + "\n")
     return open_run(folder)
 
 

@@ -216,7 +216,7 @@ def test_a_budget_takes_the_best_measured_width_and_says_so(run: SavedRun, image
         pytest.skip("of one width")
     scores = {f"val/top1_w{width}": 60.0 - place for place, width in enumerate(run.trained)}
     file = run.folder / metrics.FILE
-    file.write_text(json.dumps({"step": 3, **scores}) + "\n")
+    file.write_text(json.dumps({"step": 3, "time": 0.0, **scores}) + "\n")
     try:
         for command in (
             ["predict", run.folder, images / "plain.jpg"],

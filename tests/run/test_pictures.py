@@ -29,9 +29,9 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 def test_curves_name_the_split_its_size_the_widths_the_epochs_and_the_best(tmp_path: Path, drawn: list[Any]) -> None:
     lines: list[dict[str, float]] = [
-        {"step": s, "train/loss": 2 / s, "train/grad_norm": 1, "train/lr": 0.1} for s in (1, 20)
+        {"step": s, "time": 0.0, "train/loss": 2 / s, "train/grad_norm": 1, "train/lr": 0.1} for s in (1, 20)
     ]
-    lines += [{"step": 20, "dev/loss": 1.0, "dev/top1": 90, "dev/top1_w0.50": 80, "dev/top1_w1.00": 90}]
+    lines += [{"step": 20, "time": 0.0, "dev/loss": 1.0, "dev/top1": 90, "dev/top1_w0.50": 80, "dev/top1_w1.00": 90}]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     pictures.draw_curves(tmp_path, "a $run$", "dev", 1234, 10, best=20)
     (figure,) = drawn

@@ -59,7 +59,7 @@ class Copy:
         tags = _tags(folder, summary) | ({"mlflow.parentRunId": parent} if parent else {})
         client, run, lost, status = mlflow_run.open_run(uri, experiment, folder, summary, tags, known.get("run", ""))
         copy = cls(client, run, uri, folder, known.get("sent", {}) if run == known.get("run") else {}, status)
-        if not copy.sent:
+        if not copy.sent and status != "FINISHED":
             copy._begin(recipe, summary)
         copy._note()
         copy._recall()
@@ -69,7 +69,8 @@ class Copy:
         """Everything that does not change."""
         from mlflow.entities import Dataset, DatasetInput, InputTag, Param
 
-        params = [Param(key, _cut(str(value), PARAMETER)) for key, value in recipe.items()]
+        there = self.client.get_run(self.run).data.params  # which cannot be changed
+        params = [Param(key, _cut(str(value), PARAMETER)) for key, value in recipe.items() if key not in there]
         for part in _parts(params, 100):
             self.client.log_batch(self.run, params=part)
         when = int(summary.started * 1000)

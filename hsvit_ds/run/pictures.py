@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 CURVES = "curves.png"
+PRESENT, ABSENT = "train/submodules_present", "submodules absent"
 MANY = 30
 """Classes from which on a picture names only some of them."""
 
@@ -63,36 +64,55 @@ def draw_present(path: Path, rows: Sequence[PresentRow], title: str, accuracy: s
 
 
 def draw_curves(folder: Path, title: str, val: str, images: int, steps_per_epoch: int, best: int | None = None) -> Path:
-    """A PNG of loss, learning rate, gradient norm and accuracy over the steps and epochs of a run, from its JSONL file.
+    """A PNG of loss, accuracy, gradient norm, learning rate, speed and waiting over the steps and epochs of a run, from
+    its JSONL file.
 
     val, images: the split that is evaluated, and its size. best: the step of the best checkpoint.
     """
-    figure, _ = _figure(11, 7, empty=True)
+    figure, _ = _figure(11, 10, empty=True)
     figure.suptitle(title, parse_math=False)
     lines = metrics.read(folder)
-    panels: list[tuple[str, Mapping[str, str], str]] = [
-        ("cross-entropy, nats", {"train/loss": "training", f"{val}/loss": val}, "log"),
-        (accuracy_of(val, images), _accuracies(lines, val), "linear"),
-        ("gradient norm before clipping", {"train/grad_norm": ""}, "log"),
-        ("learning rate", {"train/lr": ""}, "linear"),
+    accuracy = accuracy_of(val, images)
+    panels: list[tuple[str, Mapping[str, str], str, float]] = [
+        ("cross-entropy, nats", {"train/loss": "training", f"{val}/loss": val}, "log", 1),
+        (accuracy, _accuracies(lines, val), "linear", 1),
+        ("gradient norm before clipping", {"train/grad_norm": ""}, "log", 1),
+        ("learning rate", {"train/lr": ""}, "linear", 1),
+        ("training images a second", {"perf/images_per_sec": ""}, "linear", 1),
+        ("time spent waiting for images, %", {"perf/data_wait": ""}, "linear", 100),
     ]
-    for axes, (label, names, scale) in zip(figure.subplots(2, 2).flat, panels, strict=True):
+    for axes, (label, names, scale, factor) in zip(figure.subplots(3, 2).flat, panels, strict=True):
         shades = _shades(len(names)) if len(names) > 3 else [None] * len(names)
         for (name, called), shade in zip(names.items(), shades, strict=True):
-            points = [(line["step"], line[name]) for line in lines if line.get(name) is not None]
+            points = [(line["step"], factor * line[name]) for line in lines if line.get(name) is not None]
             if points:
                 marker = "o" if len(points) < 30 else None
                 axes.plot(*zip(*points, strict=True), label=called, marker=marker, markersize=3, color=shade)
-        if label == accuracy_of(val, images) and best is not None:
-            axes.axvline(best, color="0.4", linestyle=":", label=f"best checkpoint, step {best:,}")
+        if label == accuracy:
+            _mark(axes, lines, best)
         _readable(axes, label, scale, steps_per_epoch)
         axes.set_xlim(0, 1.02 * max((line["step"] for line in lines), default=1))
+        if scale == "linear" and label != accuracy:
+            axes.set_ylim(bottom=0)
         if len(axes.lines) > 4:
             axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
-        elif len(axes.lines) > 1:
+        elif len(axes.lines) + len(axes.patches) > 1:
             axes.legend(fontsize="small")
     figure.savefig(folder / CURVES, dpi=120)
     return folder / CURVES
+
+
+def _mark(axes: Axes, lines: Sequence[Mapping[str, float]], best: int | None) -> None:
+    """Where the best checkpoint is, and from where to where submodules were absent."""
+    if best is not None:
+        axes.axvline(best, color="0.4", linestyle=":", label=f"best checkpoint, step {best:,}")
+    counts = [(line["step"], line[PRESENT]) for line in lines if PRESENT in line]
+    whole = max((count for _, count in counts), default=0)
+    labelled = False
+    for (start, _), (stop, count) in zip([(0, whole), *counts], counts, strict=False):
+        if count < whole:
+            axes.axvspan(start, stop, alpha=0.15, color="tab:red", linewidth=0, label=None if labelled else ABSENT)
+            labelled = True
 
 
 def _accuracies(lines: Sequence[Mapping[str, float]], val: str) -> dict[str, str]:
@@ -106,6 +126,8 @@ def _readable(axes: Axes, label: str, scale: Any, steps_per_epoch: int) -> None:
     """Ticks as a person writes numbers, and epochs along the top."""
     from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
+    low, high = axes.dataLim.intervaly
+    scale = "linear" if high < 10 * low else scale  # a logarithmic axis would have one tick
     axes.set(xlabel="step", ylabel=label, yscale=scale)
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))

@@ -82,3 +82,24 @@ def test_the_best_five_are_scored_above_five_classes_only(
     run = trainer(tmp_path, ["grid.submodule_ranks=1"])
     monkeypatch.setattr(run.reader, "facts", dataclasses.replace(run.reader.facts, classes=classes))
     assert ("top5" in evaluate(run.engine, run.engine.module, run.reader, "val")) == has
+
+
+def test_curves_show_speed_waiting_and_where_submodules_were_absent(tmp_path: Path, drawn: list[Any]) -> None:
+    present = {1: 4, 2: 3, 3: 3, 4: 4}
+    lines = [
+        {"step": s, "time": 0.0, "perf/images_per_sec": 100 * s, "perf/data_wait": 0.5, "train/submodules_present": n}
+        for s, n in present.items()
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    pictures.draw_curves(tmp_path, "a run", "val", 10, 2)
+    (figure,) = drawn
+    panels = {axes.get_ylabel(): axes for axes in figure.axes}
+    (speed,) = panels["training images a second"].lines
+    assert list(speed.get_ydata()) == [100, 200, 300, 400]
+    (waiting,) = panels["time spent waiting for images, %"].lines
+    assert list(waiting.get_ydata()) == [50] * 4
+    absent = panels["top-1 on val (10 images), %"].patches
+    assert [
+        tuple(span.get_extents().transformed(panels["top-1 on val (10 images), %"].transData.inverted()).intervalx)
+        for span in absent
+    ] == [pytest.approx((1, 2)), pytest.approx((2, 3))]

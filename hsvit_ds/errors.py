@@ -6,6 +6,7 @@ from __future__ import annotations
 import codecs
 import io
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -34,6 +35,15 @@ class Exit(IntEnum):
 
 class RefusedError(Exception):
     """Bad input, or a run that cannot go on: the thing, its value, and what would be right."""
+
+
+LOGIN = re.compile(r"://[^/\s:@]+:[^/\s]*@")
+_ASSIGNED = re.compile(r"(\S*(?:password|token|secret|credential|key)[^\s=]*=)\S+", re.IGNORECASE)
+
+
+def masked(text: str) -> str:
+    """Without the logins in URLs and the values of what is called a password, token, secret, credential or key."""
+    return _ASSIGNED.sub(r"\1***", LOGIN.sub("://***@", text))
 
 
 def counted(number: int, noun: str, plural: str = "") -> str:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..engine.checkpoint_files import pointed, read_manifest
-from ..errors import Exit, RefusedError, counted
+from ..errors import Exit, RefusedError, counted, masked
 from ..run import folders
 from ..run import recipe as recipes
 from ..run.recipe import Recipe
@@ -23,7 +23,7 @@ from . import attempt, doctor
 from .attempt import Attempt, Ended, Stops
 from .cluster import Host, write_hostfile
 from .layout import fitted, whole
-from .secrets import VARIABLE, Secrets, masked
+from .secrets import VARIABLE, Secrets
 
 FAILURES = 3
 """In a row without a newer checkpoint, after which a run is given up."""

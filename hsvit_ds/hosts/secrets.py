@@ -8,20 +8,13 @@ import re
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 
-from ..errors import RefusedError
+from ..errors import LOGIN, RefusedError, masked
 from .cluster import Host, on_all
 
 VARIABLE = "HSVIT_SECRETS"
 """Names the file on every host that the ranks read."""
 _NAME = re.compile(r"PASSWORD|TOKEN|SECRET|CREDENTIAL|KEY|^AWS_|^MLFLOW_TRACKING_USERNAME$", re.IGNORECASE)
-_LOGIN = re.compile(r"://[^/\s:@]+:[^/\s]*@")
-_ASSIGNED = re.compile(r"(\S*(?:password|token|secret|credential|key)[^\s=]*=)\S+", re.IGNORECASE)
 _EXPORTED = ("NCCL", "PYTHON", "MLFLOW", "MV2", "UCX")  # DeepSpeed puts such variables on the ranks' command line
-
-
-def masked(text: str) -> str:
-    """Without the logins in URLs and the values of what is called a password, token, secret, credential or key."""
-    return _ASSIGNED.sub(r"\1***", _LOGIN.sub("://***@", text))
 
 
 def check_overrides(overrides: Iterable[str]) -> None:
@@ -39,7 +32,7 @@ def in_environment(environment: Mapping[str, str]) -> dict[str, str]:
     return {
         name: value
         for name, value in environment.items()
-        if _NAME.search(name) or (name.startswith(_EXPORTED) and _LOGIN.search(value))
+        if _NAME.search(name) or (name.startswith(_EXPORTED) and LOGIN.search(value))
     }
 
 
@@ -48,7 +41,7 @@ def in_lines(lines: Iterable[str]) -> tuple[dict[str, str], list[str]]:
     found, others = {}, []
     for line in lines:
         name, sign, value = line.strip().partition("=")
-        if _NAME.search(name) or _LOGIN.search(value):
+        if _NAME.search(name) or LOGIN.search(value):
             found[name] = value
         elif sign and not name.startswith("#"):
             others.append(f"{name}={value}")

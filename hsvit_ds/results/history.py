@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zipfile
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +33,7 @@ class Curve:
 class History:
     """Every point of a run. lost: the numbers of lines that could not be read."""
 
-    curves: dict[str, Curve]
+    curves: Mapping[str, Curve]
     lost: tuple[int, ...] = ()
 
     @property

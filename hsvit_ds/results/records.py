@@ -1,96 +1,96 @@
-"""Runs as they are found, whatever became of them: in folders."""
+"""Runs as they are found, whatever became of them: in folders, on a tracking server, or by what a person calls them."""
 
 from __future__ import annotations
 
+import difflib
 import json
-import time
 import tomllib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-from ..errors import RefusedError
+from ..errors import RefusedError, masked, warn
 from ..run import metrics, summary, table
 from ..run.summary import ERRORS, FAILED, FINISHED, RUNNING, Summary
-from . import history
+from . import history, mlflow_records
 from .history import History
+from .record import GONE, Latest, Record
 
-GONE = "gone"
-"""The state of a run that ended without a word: killed, or its host is lost."""
 DEPTH = 3
 """Folders below one of runs in which others are looked for, as a sweep makes them."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Record:
-    """One run.
-
-    name: its folder's path below the folder of runs, or its name in MLflow. where: the folder, or MLflow's URI with the
-    run's id. recipe: flat, {} where it is not known. summary: None of a run that never began or is of an older version.
-    state: running, finished, stopped, failed, or gone. why: of those that did not finish. touched: Unix time of its
-    last sign, s.
-    """
-
-    name: str
-    where: str
-    title: str
-    recipe: dict[str, Any]
-    summary: Summary | None
-    state: str
-    why: str
-    touched: float
-    read: Callable[[], History]
-    """Its metrics. Raises RefusedError where there are none."""
-
-    @property
-    def age(self) -> float:
-        """Seconds since its last sign."""
-        return max(0.0, time.time() - self.touched)
-
-    @property
-    def splits(self) -> tuple[str, str]:
-        """The names of the splits that choose the best checkpoint and give the result."""
-        return str(self.recipe.get("data.val", "val")), str(self.recipe.get("data.test", "test"))
-
-
 def is_run(folder: Path) -> bool:
-    return (folder / "recipe.toml").is_file() and (folder / metrics.FILE).is_file()
+    """Also one that has lost a part: its recipe, or its metrics."""
+    return any((folder / name).is_file() for name in (metrics.FILE, summary.FILE)) or (
+        (folder / "recipe.toml").is_file() and (folder / "checkpoints").is_dir()
+    )
 
 
 def of_folder(folder: Path, name: str = "") -> Record:
-    """name: to call it by; its folder's name by default.
+    """What cannot be read of it is said in a warning, and unknown.
+
+    Args:
+        name: to call it by; its folder's name by default.
 
     Raises:
         RefusedError: no run there.
     """
     if not is_run(folder):
         raise RefusedError(f"{folder}: no run there; one has a recipe.toml and a {metrics.FILE}")
-    try:
-        recipe = table.flat(tomllib.loads((folder / "recipe.toml").read_text("utf-8")))
-    except (OSError, ValueError) as error:
-        raise RefusedError(f"{folder / 'recipe.toml'}: cannot be read ({error})") from error
-    try:
-        found = summary.read(folder)
-    except (OSError, ValueError) as error:
-        raise RefusedError(f"{folder / summary.FILE}: cannot be read ({error})") from error
+    found = _summary(folder)
     state, why = _state(folder, found)
-
-    def read() -> History:
-        return history.read(folder)
-
-    touched = (folder / metrics.FILE).stat().st_mtime
+    signs = [path for path in (folder / metrics.FILE, folder / summary.FILE) if path.is_file()]
     return Record(
         name=name or folder.resolve().name,
         where=str(folder),
         title=found.title if found else folder.resolve().name,
-        recipe=recipe,
+        recipe=_recipe(folder),
         summary=found,
         state=state,
         why=why,
-        touched=touched,
-        read=read,
+        touched=max(path.stat().st_mtime for path in signs or [folder]),
+        read=_reader(folder),
+        latest=Latest(found.metrics, found.step) if found and state not in (RUNNING, GONE) else None,
     )
+
+
+def _recipe(folder: Path) -> dict[str, Any]:
+    path = folder / "recipe.toml"
+    try:
+        return table.flat(tomllib.loads(path.read_text("utf-8")))
+    except FileNotFoundError:
+        warn(f"{path}: is not there; what was trained is not known")
+    except (OSError, ValueError) as error:
+        warn(f"{path}: cannot be read ({error}); what was trained is not known")
+    return {}
+
+
+def _summary(folder: Path) -> Summary | None:
+    try:
+        return summary.read(folder)
+    except (OSError, ValueError) as error:
+        warn(f"{folder / summary.FILE}: cannot be read ({error}); {metrics.FILE} is read instead")
+        return None
+
+
+def _reader(folder: Path) -> Callable[[], History]:
+    said = False
+
+    def read() -> History:
+        nonlocal said
+        try:
+            found = history.read(folder)
+        except OSError as error:
+            raise RefusedError(f"{folder / metrics.FILE}: cannot be read ({error.strerror})") from error
+        if not said:
+            metrics.tell_lost(folder, list(found.lost))
+            said = True
+        return found
+
+    return read
 
 
 def _state(folder: Path, found: Summary | None) -> tuple[str, str]:
@@ -98,7 +98,7 @@ def _state(folder: Path, found: Summary | None) -> tuple[str, str]:
     if summary.is_held(folder):
         return RUNNING, ""
     if found is None:
-        return GONE, ""
+        return GONE, _first_error(folder)
     if found.state == RUNNING:
         return GONE, _first_error(folder)
     return found.state, "" if found.state == FINISHED else (found.state == FAILED and _first_error(folder)) or found.why
@@ -119,21 +119,100 @@ def _first_error(folder: Path) -> str:
 
 
 def in_folder(root: Path) -> list[Record]:
-    """All below a folder of runs, those that were touched last first.
+    """All below a folder of runs, those that were touched last first; one that cannot be read is said in a warning.
 
     Raises:
         RefusedError: no such folder.
     """
     if not root.is_dir():
-        raise RefusedError(f"--runs {root}: no such folder")
-    found = [of_folder(folder, str(folder.relative_to(root))) for folder in _folders(root, DEPTH)]
+        remedy = f"; a database of MLflow is named --runs sqlite:///{root}" if root.is_file() else ""
+        raise RefusedError(f"--runs {root}: no such folder{remedy}")
+    found = []
+    for folder in _folders(root, DEPTH):
+        try:
+            found.append(of_folder(folder, str(folder.relative_to(root))))
+        except OSError as error:
+            warn(f"{folder}: cannot be read ({error.strerror}); it is left out")
     return sorted(found, key=lambda record: -record.touched)
 
 
 def _folders(root: Path, depth: int) -> Iterator[Path]:
-    for path in sorted(root.iterdir()):
-        if path.is_dir():
-            if is_run(path):
-                yield path
-            elif depth > 1:
-                yield from _folders(path, depth - 1)
+    try:
+        inner = sorted(path for path in root.iterdir() if path.is_dir())
+    except OSError as error:
+        warn(f"{root}: cannot be listed ({error.strerror}); what is in it is left out")
+        return
+    for path in inner:
+        try:
+            is_one = is_run(path)
+        except OSError as error:
+            warn(f"{path}: cannot be read ({error.strerror}); it is left out")
+            continue
+        if is_one:
+            yield path
+        elif depth > 1:
+            yield from _folders(path, depth - 1)
+
+
+def all_in(root: str) -> list[Record]:
+    """Of a folder of runs, or of an MLflow server or database by its URI; those that were touched last first.
+
+    Raises:
+        RefusedError: no such folder, or MLflow is not to be had there.
+    """
+    return mlflow_records.at(root) if mlflow_records.is_uri(root) else in_folder(Path(root))
+
+
+def find(names: list[str], root: str) -> list[Record]:
+    """The runs that a person names, each once, in the order of the names.
+
+    Args:
+        names: a run's folder, a folder of runs, an MLflow URI (all in it); or of those in `root`: a run's name, that of
+            a folder there, a glob of such (`digits-*`), or an MLflow run's id.
+        root: see `all_in`; looked into where a name is none of a folder.
+
+    Raises:
+        RefusedError: no such run; the nearest names are told.
+    """
+
+    @cache
+    def known() -> list[Record]:
+        return all_in(root)
+
+    found: dict[str, Record] = {}
+    for name in names:
+        for record in _named(name, root, known):
+            found.setdefault(record.where if record.id else str(Path(record.where).resolve()), record)
+    return list(found.values())
+
+
+def _named(name: str, root: str, known: Callable[[], list[Record]]) -> list[Record]:
+    path = Path(name)
+    if mlflow_records.is_uri(name):
+        found = mlflow_records.at(name)
+    elif is_run(path):
+        return [of_folder(path)]
+    elif path.is_dir():
+        found = in_folder(path)
+    else:
+        found = [record for record in known() if _is_called(record, name.rstrip("/"))]
+        if not found:
+            names = [record.name for record in known()]
+            near = difflib.get_close_matches(name, names) or names[:3]
+            raise RefusedError(
+                f"{name}: no run is called so in {masked(root)}; "
+                + (f"near: {', '.join(near)}" if near else "none is there")
+            )
+        return found
+    if not found:
+        raise RefusedError(f"{masked(name)}: no run is there")
+    return found
+
+
+def _is_called(record: Record, name: str) -> bool:
+    ids = [record.id, *([record.summary.id] if record.summary else [])]
+    return (
+        name in ids
+        or record.name.startswith(f"{name}/")
+        or any(fnmatchcase(called, name) or called == name for called in (record.name, record.where))
+    )

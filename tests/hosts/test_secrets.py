@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from hsvit_ds.errors import Exit, RefusedError
+from hsvit_ds.errors import Exit, RefusedError, masked
 from hsvit_ds.hosts import secrets
 
 from .launcher import FAILS, Runs
@@ -73,5 +73,5 @@ def test_a_password_on_the_command_line_is_refused_and_not_repeated(
     assert runs.launch([{"code": 0}], "tracking.uri=http://me:s3cr3t@host") == Exit.REFUSED
     assert "override tracking.uri=http://***@host: every user" in (err := capfd.readouterr().err)
     assert "s3cr3t" not in err
-    assert secrets.masked("x --api_key=abc PASSWORD=a lr=1") == "x --api_key=*** PASSWORD=*** lr=1"
-    assert secrets.masked("git@host:2 http://host:80/a@b") == "git@host:2 http://host:80/a@b"
+    assert masked("x --api_key=abc PASSWORD=a lr=1") == "x --api_key=*** PASSWORD=*** lr=1"
+    assert masked("git@host:2 http://host:80/a@b") == "git@host:2 http://host:80/a@b"

@@ -1,0 +1,204 @@
+"""Runs as MLflow has them, on a server or in a database."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import re
+import tempfile
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..errors import RefusedError, first_line, masked, warn
+from ..run import mlflow_run, summary
+from ..run.summary import FAILED, FINISHED, RUNNING, STOPPED, Summary
+from .history import Curve, History
+from .record import Latest, Record
+
+RUN, SWEEP = "hsvit.run", "hsvit.sweep"
+"""Tags of a run of this program, and of one that holds the runs of a sweep."""
+STATES = {"RUNNING": RUNNING, "SCHEDULED": RUNNING, "FINISHED": FINISHED, "KILLED": STOPPED, "FAILED": FAILED}
+# Ours by their tag, or, of an older version, by a parameter that every recipe has.
+_FILTERS = (f"tags.`{RUN}` LIKE '%'", "params.`model.kind` LIKE '%'")
+_AT_ONCE = 8
+"""Requests that wait for a server beside each other."""
+
+
+def is_uri(text: str) -> bool:
+    return "://" in text or text.startswith("sqlite:")
+
+
+def at(uri: str) -> list[Record]:
+    """All runs of this program there, those that were touched last first; of a sweep its cells alone.
+
+    Raises:
+        RefusedError: nothing answers there, or it wants a password.
+    """
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR", "1")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    from mlflow import MlflowClient
+
+    place = _database(uri) if uri.startswith("sqlite") else uri
+    try:
+        client = MlflowClient(place)
+        runs = [run for run in _runs(client) if run.data.metrics or SWEEP not in run.data.tags]
+        with ThreadPoolExecutor(_AT_ONCE) as pool:
+            summaries = list(pool.map(lambda run: _summary(client, run.info.run_id), runs))
+    except Exception as error:  # whatever a remote service does
+        raise _refused(uri, error) from error
+    found = [_record(client, uri, *pair) for pair in zip(runs, summaries, strict=True)]
+    return sorted(found, key=lambda record: -record.touched)
+
+
+def _database(uri: str) -> str:
+    """Of a file that is there: MLflow would make one."""
+    from sqlalchemy import make_url
+    from sqlalchemy.exc import ArgumentError
+
+    with suppress(ArgumentError):
+        file = Path(make_url(uri).database or "")
+        if file.is_file():
+            return mlflow_run.uri_of(file)
+    raise RefusedError(f"{masked(uri)}: no such file; a database is named sqlite:///runs/mlflow.db, or sqlite:////…")
+
+
+def _refused(uri: str, error: Exception) -> RefusedError:
+    """What a person can do about it."""
+    where, said = masked(uri), masked(first_line(error))
+    # MLflow has the number in its text alone where the answer is no JSON.
+    if "error code 401" in said or "error code 403" in said:
+        given = "MLFLOW_TRACKING_USERNAME" in os.environ
+        return RefusedError(
+            f"{where}: asks for a user name and password{', other ones' if given else ''}; set "
+            "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
+        )
+    causes = list(_causes(error))
+    if any(isinstance(cause, OSError) for cause in causes):  # as those of requests are
+        why = masked(re.sub(r"^<[^>]*>: |.*object at 0x\w+>: |\(?Caused by .*", "", str(causes[-1])))[:200]
+        return RefusedError(f"{where}: does not answer ({why}); is the server started, and the address right?")
+    return RefusedError(f"{where}: MLflow cannot be read there ({said})")
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """The error, what it came from, and so on."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _runs(client: Any) -> list[Any]:
+    """Of all experiments that were not deleted, each once."""
+    experiments = [found.experiment_id for found in _pages(client.search_experiments)]
+    found = {
+        run.info.run_id: run
+        for wanted in _FILTERS
+        for run in _pages(client.search_runs, experiment_ids=experiments, filter_string=wanted)
+    }
+    return list(found.values())
+
+
+def _pages(search: Any, **arguments: Any) -> Iterator[Any]:
+    token = None
+    while True:
+        page = search(**arguments, max_results=1000, page_token=token)
+        yield from page
+        token = page.token
+        if not token:
+            return
+
+
+def _summary(client: Any, run: str) -> Summary | None:
+    """None where it has none, or one that cannot be read."""
+    if all(file.path != summary.FILE for file in client.list_artifacts(run)):
+        return None
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            return summary.of(json.loads(Path(client.download_artifacts(run, summary.FILE, folder)).read_text("utf-8")))
+    except (OSError, ValueError) as error:
+        warn(f"MLflow run {run}: its {summary.FILE} cannot be read ({masked(first_line(error))})")
+        return None
+
+
+def _record(client: Any, uri: str, run: Any, found: Summary | None) -> Record:
+    info, points = run.info, run.data.to_proto().metrics
+    state = STATES[info.status]
+    times = [point.timestamp for point in points] or [info.start_time]
+    page = f"{masked(uri).rstrip('/')}/#/experiments/{info.experiment_id}/runs/{info.run_id}"
+    latest = Latest({point.key: point.value for point in points}, max((point.step for point in points), default=0))
+    curves = Curves(client, uri, info.run_id, tuple(sorted(latest.values)))
+    name = info.run_name or info.run_id
+
+    def read() -> History:
+        if not latest.values:
+            raise RefusedError(f"{name}: its run in MLflow, {info.run_id}, has no metrics")
+        return History(curves)
+
+    return Record(
+        name=name,
+        where=page if uri.startswith("http") else f"{masked(uri)}#{info.run_id}",
+        title=found.title if found else name,
+        recipe={key: parsed(value) for key, value in run.data.params.items()},
+        summary=found,
+        state=state,
+        why=found.why if found and state in (FAILED, STOPPED) else "",
+        touched=(info.end_time or max(times)) / 1000,
+        read=read,
+        latest=latest,
+        id=info.run_id,
+    )
+
+
+def parsed(text: str) -> Any:
+    """The value of a recipe that MLflow has as `str` wrote it: "True", "[1, 2]", "0.5", or a string as it is."""
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+        return text
+    return value if isinstance(value, bool | int | float | list) else text
+
+
+class Curves(Mapping[str, Curve]):
+    """By metric; fetched when one is asked for, once.
+
+    Args:
+        names: of the metrics that the run has.
+    """
+
+    def __init__(self, client: Any, uri: str, run: str, names: tuple[str, ...]) -> None:
+        self._client, self._uri, self._run = client, uri, run
+        self._names = names
+        self._known: dict[str, Curve] = {}
+
+    def __getitem__(self, name: str) -> Curve:
+        if name not in self._names:
+            raise KeyError(name)
+        if name not in self._known:
+            try:
+                points = self._client.get_metric_history(self._run, name)
+            except Exception as error:  # whatever a remote service does
+                raise _refused(self._uri, error) from error
+            points = sorted(points, key=lambda point: (point.timestamp, point.step))
+            self._known[name] = Curve(
+                np.array([point.step for point in points], np.int64),
+                np.array([point.value for point in points], np.float64),
+                np.array([point.timestamp / 1000 for point in points], np.float64),
+            )
+        return self._known[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)

@@ -97,14 +97,14 @@ def _cached(path: Path, key: NDArray[Any]) -> History | None:
     try:
         with np.load(path, allow_pickle=False) as opened:
             return _history(opened) if np.array_equal(opened["key"], key) else None
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         return None
 
 
 def _history(arrays: Any) -> History:
     steps, times, places, values = (arrays[name] for name in ("steps", "times", "places", "values"))
-    ends = np.cumsum(arrays["counts"])[:-1]
-    pairs = zip(np.split(places, ends), np.split(values, ends), strict=True)
+    ends = np.cumsum(arrays["counts"])
+    pairs = zip(np.split(places, ends)[:-1], np.split(values, ends)[:-1], strict=True)  # nothing is behind the last
     curves = {
         str(name): Curve(steps[where], points, times[where])
         for name, (where, points) in zip(arrays["names"], pairs, strict=True)

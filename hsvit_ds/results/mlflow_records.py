@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import json
 import os
-import re
 import tempfile
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -16,16 +15,16 @@ from typing import Any
 import numpy as np
 
 from ..errors import RefusedError, first_line, masked, warn
-from ..run import mlflow_run, summary
-from ..run.summary import FAILED, FINISHED, RUNNING, STOPPED, Summary
+from ..run import mlflow_copy, mlflow_run, summary
+from ..run.summary import FAILED, RUNNING, STOPPED, Summary
 from .history import Curve, History
 from .record import Latest, Record
 
-RUN, SWEEP = "hsvit.run", "hsvit.sweep"
-"""Tags of a run of this program, and of one that holds the runs of a sweep."""
-STATES = {"RUNNING": RUNNING, "SCHEDULED": RUNNING, "FINISHED": FINISHED, "KILLED": STOPPED, "FAILED": FAILED}
+SWEEP = "hsvit.sweep"
+"""Tag of the MLflow run that holds those of a sweep."""
+_STATES = {status: state for state, status in mlflow_copy.STATUS.items()}
 # Ours by their tag, or, of an older version, by a parameter that every recipe has.
-_FILTERS = (f"tags.`{RUN}` LIKE '%'", "params.`model.kind` LIKE '%'")
+_FILTERS = (f"tags.`{mlflow_run.ID}` LIKE '%'", "params.`model.kind` LIKE '%'")
 _AT_ONCE = 8
 """Requests that wait for a server beside each other."""
 
@@ -42,17 +41,15 @@ def at(uri: str) -> list[Record]:
     """
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR", "1")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-    from mlflow import MlflowClient
-
     place = _database(uri) if uri.startswith("sqlite") else uri
     try:
-        client = MlflowClient(place)
+        client, _ = mlflow_run.connect(place, Path())
         runs = [run for run in _runs(client) if run.data.metrics or SWEEP not in run.data.tags]
         with ThreadPoolExecutor(_AT_ONCE) as pool:
             summaries = list(pool.map(lambda run: _summary(client, run.info.run_id), runs))
+    except RefusedError:
+        raise
     except Exception as error:  # whatever a remote service does
         raise _refused(uri, error) from error
     found = [_record(client, uri, *pair) for pair in zip(runs, summaries, strict=True)]
@@ -74,16 +71,14 @@ def _database(uri: str) -> str:
 def _refused(uri: str, error: Exception) -> RefusedError:
     """What a person can do about it."""
     where, said = masked(uri), masked(first_line(error))
-    # MLflow has the number in its text alone where the answer is no JSON.
-    if "error code 401" in said or "error code 403" in said:
-        given = "MLFLOW_TRACKING_USERNAME" in os.environ
+    code = getattr(error, "error_code", "")
+    if code in ("UNAUTHENTICATED", "PERMISSION_DENIED") or " 401 " in said:  # the latter of what answers no JSON
         return RefusedError(
-            f"{where}: asks for a user name and password{', other ones' if given else ''}; set "
-            "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
+            f"{where} asks for a user name and password: set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
         )
     causes = list(_causes(error))
     if any(isinstance(cause, OSError) for cause in causes):  # as those of requests are
-        why = masked(re.sub(r"^<[^>]*>: |.*object at 0x\w+>: |\(?Caused by .*", "", str(causes[-1])))[:200]
+        why = masked(getattr(causes[-1], "strerror", None) or str(causes[-1]))
         return RefusedError(f"{where}: does not answer ({why}); is the server started, and the address right?")
     return RefusedError(f"{where}: MLflow cannot be read there ({said})")
 
@@ -130,10 +125,11 @@ def _summary(client: Any, run: str) -> Summary | None:
 
 def _record(client: Any, uri: str, run: Any, found: Summary | None) -> Record:
     info, points = run.info, run.data.to_proto().metrics
-    state = STATES[info.status]
+    state = _STATES.get(info.status, RUNNING)
     times = [point.timestamp for point in points] or [info.start_time]
     page = f"{masked(uri).rstrip('/')}/#/experiments/{info.experiment_id}/runs/{info.run_id}"
-    latest = Latest({point.key: point.value for point in points}, max((point.step for point in points), default=0))
+    steps = [point.step for point in points if not point.key.startswith("system/")]
+    latest = Latest({point.key: point.value for point in points}, max(steps, default=0))
     curves = Curves(client, uri, info.run_id, tuple(sorted(latest.values)))
     name = info.run_name or info.run_id
 

@@ -83,8 +83,10 @@ def _reader(folder: Path) -> Callable[[], History]:
         nonlocal said
         try:
             found = history.read(folder)
-        except OSError as error:
-            raise RefusedError(f"{folder / metrics.FILE}: cannot be read ({error.strerror})") from error
+        except FileNotFoundError:
+            raise RefusedError(f"{folder}: has no {metrics.FILE}; what it measured is not known") from None
+        except (OSError, ValueError) as error:
+            raise RefusedError(f"{folder / metrics.FILE}: cannot be read ({error})") from error
         if not said:
             metrics.tell_lost(folder, list(found.lost))
             said = True

@@ -11,7 +11,9 @@ from typing import Any
 import tomli_w
 
 from hsvit_ds.run.metrics import Lines
-from hsvit_ds.run.summary import ERRORS, FINISHED, Best, Cost, Data, Summary
+from hsvit_ds.run.summary import ERRORS, FINISHED, Best, Cost
+
+from ..summaries import summary
 
 STEPS_PER_EPOCH = 10
 EPOCHS = 10
@@ -82,22 +84,12 @@ def run(
         for name, value in line.items():
             if "top1" in name and (name not in best or value > best[name].value):
                 best[name] = Best(value=value, step=int(line["step"]))
-    Summary(
+    summary(
         id=f"id-of-{folder.name}",
         title=folder.name,
         recipe=file,
         changed=dict(changes or {}),
-        data=Data(name="digits", fingerprint="", counts={}, val="val", test="test", classes=10, image_size=8),
         costs=tuple(Cost(width=width, parameters=1, macs=1) for width in widths or ("1.00",)),
-        ranks=2,
-        cores=2,
-        gpus=0,
-        hosts=("node17",),
-        device="CPU",
-        launcher="python",
-        commit="",
-        dirty=False,
-        versions={},
         started=now - 100,
         steps=EPOCHS * STEPS_PER_EPOCH,
         steps_per_epoch=STEPS_PER_EPOCH,

@@ -24,10 +24,12 @@ if TYPE_CHECKING:
 
 _UNLIMITED = 10_000
 """Columns of a file or a pipe: a line a run."""
-_DROPPED = ("recipe", "images/s", "best")
+_DROPPED = ("recipe", "images/s", "best", "epoch")
 """Columns that a narrow terminal lacks, the first to go first."""
 _LEAST = {"name": 24, "state": 15}
 """Characters of columns that are folded where there is no room."""
+_NARROW = 10
+"""Of those on a terminal so narrow that nothing else helps."""
 _REASON = 32
 """Those of a state that says why, before a long name gets more."""
 _GAP = 2
@@ -133,16 +135,17 @@ def _print_table(rows: list[Row], extra: list[Key]) -> None:
     if any(_has_widths(row) for row in rows):
         typer.echo("of several widths: the smallest, the one nearest to half, the largest")
     if left_out:
-        typer.echo(f"left out: {', '.join(left_out)}; a wider terminal or --format csv has them")
+        typer.echo(f"left out: {', '.join(left_out)}; --format csv has every column")
 
 
 def _widths(columns: list[_Column], width: int) -> dict[str, int]:
     """By column; what can be folded shares what is left, a reason first."""
-    spare = max(0, width - _width(columns))
+    spare = width - _width(columns)
     found = {column.name: column.least for column in columns}
     whole = {column.name: column.width for column in columns}
     for name, most in (("state", _REASON), ("name", whole["name"]), ("state", whole["state"])):
         more = min(spare, max(0, min(most, whole[name]) - found[name]))
+        more = max(more, min(0, _NARROW - found[name]))
         found[name] += more
         spare -= more
     return found

@@ -23,9 +23,10 @@ DEPTH = 3
 
 
 def is_run(folder: Path) -> bool:
-    """Also one that has lost a part: its recipe, or its metrics."""
-    return any((folder / name).is_file() for name in (metrics.FILE, summary.FILE)) or (
-        (folder / "recipe.toml").is_file() and (folder / "checkpoints").is_dir()
+    """Also one that has lost its recipe or its metrics. MLflow's artifacts are a recipe and a summary alone."""
+    return (folder / metrics.FILE).is_file() or (
+        any((folder / name).is_file() for name in ("recipe.toml", summary.FILE))
+        and ((folder / summary.LOCK).is_file() or (folder / "checkpoints").is_dir())
     )
 
 

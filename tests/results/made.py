@@ -11,7 +11,7 @@ from typing import Any
 import tomli_w
 
 from hsvit_ds.run.metrics import Lines
-from hsvit_ds.run.summary import ERRORS, FINISHED, Best, Cost
+from hsvit_ds.run.summary import ERRORS, FINISHED, Best, Cost, held
 
 from ..summaries import summary
 
@@ -72,6 +72,8 @@ def run(
     for line in lines:
         made.log({name: value for name, value in line.items() if name != "step"}, int(line["step"]), now)
     made.close()
+    with held(folder):
+        pass
     if error:
         (folder / ERRORS).mkdir()
         word = {"rank": 1, "host": "node17", "time": now, "kind": "failed", "error": error}

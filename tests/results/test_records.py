@@ -38,10 +38,10 @@ def half_a_cache(folder: Path) -> None:
     (folder / history.CACHE).write_bytes(data[: len(data) // 2])
 
 
-def no_metrics_but_checkpoints(folder: Path) -> None:
+def no_more_than_checkpoints(folder: Path) -> None:
     (folder / "checkpoints").mkdir()
-    (folder / "metrics.jsonl").unlink()
-    (folder / "summary.json").unlink()
+    for name in ("metrics.jsonl", "summary.json", "lock"):
+        (folder / name).unlink()
 
 
 @pytest.mark.parametrize(
@@ -51,7 +51,7 @@ def no_metrics_but_checkpoints(folder: Path) -> None:
         (append("[1]\nnull\n"), "metrics.jsonl: 2 lines cannot be read (16, 17)"),
         (append('{"step": 51, "time": 1, "train/loss": "low"}\n'), "metrics.jsonl: cannot be read (could not convert"),
         (remove("metrics.jsonl"), "has no metrics.jsonl"),
-        (no_metrics_but_checkpoints, "has no metrics.jsonl"),
+        (no_more_than_checkpoints, "has no metrics.jsonl"),
         (write("summary.json", "{"), "summary.json: cannot be read (Expecting"),
         (write("summary.json", "{}"), "summary.json: cannot be read (no summary of a run"),
         (write("summary.json", "[]"), "summary.json: cannot be read (no summary of a run"),
@@ -76,6 +76,15 @@ def test_a_broken_run_is_listed_and_said_once_and_hides_no_other(
     told = capsys.readouterr().err
     assert told.count(f"{tmp_path / 'broken-001'}") == (1 if said else 0)
     assert said in told
+
+
+def test_artifacts_are_no_run(tmp_path: Path) -> None:
+    run(tmp_path / "a-001", points(2, 80.0))
+    artifacts = tmp_path / "artifacts" / "0" / "artifacts"
+    artifacts.mkdir(parents=True)
+    for name in ("recipe.toml", "summary.json"):
+        (artifacts / name).write_bytes((tmp_path / "a-001" / name).read_bytes())
+    assert [record.name for record in records.in_folder(tmp_path)] == ["a-001"]
 
 
 def test_lost_lines_are_said_once_however_often_they_are_read(

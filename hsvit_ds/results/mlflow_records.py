@@ -25,6 +25,8 @@ SWEEP = "hsvit.sweep"
 _STATES = {status: state for state, status in mlflow_copy.STATUS.items()}
 # Ours by their tag, or, of an older version, by a parameter that every recipe has.
 _FILTERS = (f"tags.`{mlflow_run.ID}` LIKE '%'", "params.`model.kind` LIKE '%'")
+PAGE = 1000
+"""Runs of an answer."""
 _AT_ONCE = 8
 """Requests that wait for a server beside each other."""
 
@@ -105,7 +107,7 @@ def _runs(client: Any) -> list[Any]:
 def _pages(search: Any, **arguments: Any) -> Iterator[Any]:
     token = None
     while True:
-        page = search(**arguments, max_results=1000, page_token=token)
+        page = search(**arguments, max_results=PAGE, page_token=token)
         yield from page
         token = page.token
         if not token:

@@ -8,7 +8,7 @@ import os
 import tempfile
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,6 @@ from ..run.summary import FAILED, RUNNING, STOPPED, Summary
 from .history import Curve, History
 from .record import Latest, Record
 
-SWEEP = "hsvit.sweep"
-"""Tag of the MLflow run that holds those of a sweep."""
 _STATES = {status: state for state, status in mlflow_copy.STATUS.items()}
 # Ours by their tag, or, of an older version, by a parameter that every recipe has.
 _FILTERS = (f"tags.`{mlflow_run.ID}` LIKE '%'", "params.`model.kind` LIKE '%'")
@@ -46,15 +44,11 @@ def at(uri: str) -> list[Record]:
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     place = _database(uri) if uri.startswith("sqlite") else uri
-    try:
+    with _readable(uri):
         client, _ = mlflow_run.connect(place, Path())
-        runs = [run for run in _runs(client) if run.data.metrics or SWEEP not in run.data.tags]
+        runs = [run for run in _runs(client) if run.data.metrics or mlflow_run.SWEEP not in run.data.tags]
         with ThreadPoolExecutor(_AT_ONCE) as pool:
             summaries = list(pool.map(lambda run: _summary(client, run.info.run_id), runs))
-    except RefusedError:
-        raise
-    except Exception as error:  # whatever a remote service does
-        raise _refused(uri, error) from error
     found = [_record(client, uri, *pair) for pair in zip(runs, summaries, strict=True)]
     return sorted(found, key=lambda record: -record.touched)
 
@@ -71,19 +65,23 @@ def _database(uri: str) -> str:
     raise RefusedError(f"{masked(uri)}: no such file; a database is named sqlite:///runs/mlflow.db, or sqlite:////…")
 
 
-def _refused(uri: str, error: Exception) -> RefusedError:
-    """What a person can do about it."""
-    where, said = masked(uri), masked(first_line(error))
-    code = getattr(error, "error_code", "")
-    if code in ("UNAUTHENTICATED", "PERMISSION_DENIED") or " 401 " in said:  # the latter of what answers no JSON
-        return RefusedError(
-            f"{where} asks for a user name and password: set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
-        )
-    causes = list(_causes(error))
-    if any(isinstance(cause, OSError) for cause in causes):  # as those of requests are
-        why = masked(getattr(causes[-1], "strerror", None) or str(causes[-1]))
-        return RefusedError(f"{where}: does not answer ({why}); is the server started, and the address right?")
-    return RefusedError(f"{where}: MLflow cannot be read there ({said})")
+@contextmanager
+def _readable(uri: str) -> Iterator[None]:
+    """Within the block whatever MLflow meets is refused with what a person can do about it."""
+    where = masked(uri)
+    try:
+        with mlflow_run.understood(where):
+            yield
+    except RefusedError:
+        raise
+    except Exception as error:  # whatever a remote service does
+        causes = list(_causes(error))
+        if any(isinstance(cause, OSError) for cause in causes):  # as those of requests are
+            why = masked(getattr(causes[-1], "strerror", None) or str(causes[-1]))
+            raise RefusedError(
+                f"{where}: does not answer ({why}); is the server started, and the address right?"
+            ) from error
+        raise RefusedError(f"{where}: MLflow cannot be read there ({masked(first_line(error))})") from error
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
@@ -181,10 +179,8 @@ class Curves(Mapping[str, Curve]):
         if name not in self._names:
             raise KeyError(name)
         if name not in self._known:
-            try:
+            with _readable(self._uri):
                 points = self._client.get_metric_history(self._run, name)
-            except Exception as error:  # whatever a remote service does
-                raise _refused(self._uri, error) from error
             points = sorted(points, key=lambda point: (point.timestamp, point.step))
             self._known[name] = Curve(
                 np.array([point.step for point in points], np.int64),

@@ -213,9 +213,10 @@ def _named(name: str, root: str, known: Callable[[], list[Record]]) -> list[Reco
 
 
 def _is_called(record: Record, name: str) -> bool:
+    called = [record.name, record.where]
+    if record.id:  # MLflow's name of a run goes on with what its command line changed
+        called.append(record.name.partition(" ")[0])
     ids = [record.id, *([record.summary.id] if record.summary else [])]
     return (
-        name in ids
-        or record.name.startswith(f"{name}/")
-        or any(fnmatchcase(called, name) or called == name for called in (record.name, record.where))
+        name in (*ids, *called) or record.name.startswith(f"{name}/") or any(fnmatchcase(text, name) for text in called)
     )

@@ -97,7 +97,7 @@ def uri(folder: Path) -> Iterator[str]:
             send(path, uri)
         client = MlflowClient(uri)
         (experiment,) = [found.experiment_id for found in client.search_experiments() if found.name == "hsvit-ds"]
-        client.create_run(experiment, run_name="a sweep", tags={mlflow_records.SWEEP: "1", mlflow_run.ID: "s"})
+        client.create_run(experiment, run_name="a sweep", tags={mlflow_run.SWEEP: "1", mlflow_run.ID: "s"})
         other = client.create_run(experiment, run_name="somebody else's").info.run_id
         client.log_metric(other, "accuracy", 1.0)
         yield uri
@@ -178,9 +178,10 @@ def test_many_runs_are_all_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(mlflow_records, "PAGE", 2)
     client = MlflowClient(uri := f"sqlite:///{tmp_path}/mlflow.db")
     for number in range(5):
-        client.create_run("0", run_name=f"a-{number}", tags={mlflow_run.ID: str(number)})
+        client.create_run("0", run_name=f"a-{number} seed={number}", tags={mlflow_run.ID: str(number)})
         client.create_experiment(str(number))
-    assert {record.name for record in records.all_in(uri)} == {f"a-{number}" for number in range(5)}
+    assert {record.name for record in records.all_in(uri)} == {f"a-{number} seed={number}" for number in range(5)}
+    assert [record.name for record in records.find(["a-3", "a-1 seed=1"], uri)] == ["a-3 seed=3", "a-1 seed=1"]
 
 
 class Answer(BaseHTTPRequestHandler):

@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,7 @@ def at(uri: str) -> list[Record]:
         client, _ = mlflow_run.connect(place, Path())
         runs = [run for run in _runs(client) if run.data.metrics or mlflow_run.SWEEP not in run.data.tags]
         with ThreadPoolExecutor(_AT_ONCE) as pool:
-            summaries = list(pool.map(lambda run: _summary(client, run.info.run_id), runs))
+            summaries = list(pool.map(partial(_summary, place), runs))
     found = [_record(client, uri, *pair) for pair in zip(runs, summaries, strict=True)]
     return sorted(found, key=lambda record: -record.touched)
 
@@ -112,15 +113,19 @@ def _pages(search: Any, **arguments: Any) -> Iterator[Any]:
             return
 
 
-def _summary(client: Any, run: str) -> Summary | None:
-    """None where it has none, or one that cannot be read."""
-    if all(file.path != summary.FILE for file in client.list_artifacts(run)):
+def _summary(place: str, run: Any) -> Summary | None:
+    """None of a run of an older version, or where it cannot be read, which is said."""
+    from mlflow.artifacts import download_artifacts
+
+    if mlflow_run.ID not in run.data.tags:
         return None
+    uri = f"{run.info.artifact_uri}/{summary.FILE}"  # a client's own way asks for the run again, three times
     try:
         with tempfile.TemporaryDirectory() as folder:
-            return summary.of(json.loads(Path(client.download_artifacts(run, summary.FILE, folder)).read_text("utf-8")))
-    except (OSError, ValueError) as error:
-        warn(f"MLflow run {run}: its {summary.FILE} cannot be read ({masked(first_line(error))})")
+            file = download_artifacts(artifact_uri=uri, dst_path=folder, tracking_uri=place)
+            return summary.of(json.loads(Path(file).read_text("utf-8")))
+    except Exception as error:  # of whatever keeps the artifacts
+        warn(f"MLflow run {run.info.run_id}: its {summary.FILE} cannot be read ({masked(first_line(error))})")
         return None
 
 

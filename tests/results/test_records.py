@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -148,6 +149,15 @@ def test_the_state_of_a_run_is_told_with_why(tmp_path: Path) -> None:
         "killed-001": ("gone", ""),
         "running-001": ("running", ""),
     }
+
+
+def test_the_best_of_a_run_that_goes_on_is_that_of_its_points(tmp_path: Path) -> None:
+    """MLflow's copy of a summary may be older than its points."""
+    record = records.of_folder(run(tmp_path / "a-001", points(3, 90.0)))
+    assert record.summary is not None
+    old = replace(record, summary=replace(record.summary, best={}))
+    assert rows.of(replace(old, state="running")).values["best"] == 90.0
+    assert rows.of(old).values["best"] is None
 
 
 def test_runs_are_found_by_what_they_are_called(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

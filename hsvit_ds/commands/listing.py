@@ -228,7 +228,7 @@ def _accuracy(name: str, rows: list[Row]) -> _Column:
     for row in rows:
         cell = _scores(row, name)
         if len(splits) > 1:
-            cell += f" {row.values[f'{name}_split'] or '':{longest}}"
+            cell += f" {_clean(row.values[f'{name}_split'] or ''):{longest}}"
         cells.append(cell)
     return _Column(name, f"{name}, {_clean(min(splits))}" if len(splits) == 1 else name, cells)
 

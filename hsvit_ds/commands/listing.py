@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..errors import counted, masked, shown, tell
+from ..errors import RefusedError, counted, masked, shown, tell
 from . import Debug
 
 if TYPE_CHECKING:
@@ -57,6 +57,7 @@ def list_runs(
     form: Annotated[
         Format, typer.Option("--format", help="json and csv have every column, not rounded.")
     ] = Format.TABLE,
+    to: Annotated[str, typer.Option(help="Send those that are finished to this MLflow URI; what is there stays.")] = "",
     debug: Debug = False,
 ) -> None:
     """List runs: how each stands, its best and last top-1, its speed, and its age.
@@ -75,6 +76,9 @@ def list_runs(
         found = [rows.of(record) for record in records.all_in(runs)]
         kept, named = selection.keep(found, filters or [])
         kept, order = selection.ordered(kept, sort)
+        if to:
+            _send(kept, runs, to)
+            return
         extra = list({key.name: key for key in (*named, *order) if not key.is_column}.values())
         if form is Format.TABLE:
             if kept:
@@ -92,6 +96,26 @@ def list_runs(
             writer = csv.DictWriter(sys.stdout, [*names, *(key.name for key in extra)], lineterminator="\n")
             writer.writeheader()
             writer.writerows(table)
+
+
+def _send(rows: list[Row], runs: str, to: str) -> None:
+    from pathlib import Path
+
+    from ..results import mlflow_records
+    from ..run import mlflow_copy
+    from ..run.summary import FINISHED
+
+    if mlflow_records.is_uri(runs) or not mlflow_records.is_uri(to):
+        raise RefusedError(f"--runs {masked(runs)} --to {masked(to)}: runs are sent from a folder to a URI")
+    for row in rows:
+        record = row.record
+        if record.state != FINISHED or record.summary is None:
+            typer.echo(f"{record.name}: not sent, as it is {record.state}")
+            continue
+        experiment = str(record.recipe.get("tracking.experiment", "hsvit-ds"))
+        with mlflow_records.readable(to):
+            is_new = mlflow_copy.send(to, experiment, Path(record.where), record.recipe, record.summary)
+        typer.echo(f"{record.name}: {'sent' if is_new else 'is there already'}")
 
 
 def _plain(value: Any) -> Any:

@@ -43,9 +43,8 @@ def at(uri: str) -> list[Record]:
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR", "1")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
-    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     place = _database(uri) if uri.startswith("sqlite") else uri
-    with _readable(uri):
+    with readable(uri):
         client, _ = mlflow_run.connect(place, Path())
         runs = [run for run in _runs(client) if run.data.metrics or mlflow_run.SWEEP not in run.data.tags]
         with ThreadPoolExecutor(_AT_ONCE) as pool:
@@ -67,7 +66,7 @@ def _database(uri: str) -> str:
 
 
 @contextmanager
-def _readable(uri: str) -> Iterator[None]:
+def readable(uri: str) -> Iterator[None]:
     """Within the block whatever MLflow meets is refused with what a person can do about it."""
     where = masked(uri)
     try:
@@ -184,7 +183,7 @@ class Curves(Mapping[str, Curve]):
         if name not in self._names:
             raise KeyError(name)
         if name not in self._known:
-            with _readable(self._uri):
+            with readable(self._uri):
                 points = self._client.get_metric_history(self._run, name)
             points = sorted(points, key=lambda point: (point.timestamp, point.step))
             self._known[name] = Curve(

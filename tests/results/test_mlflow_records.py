@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 import threading
-import time
 import tomllib
 import urllib.request
 from collections.abc import Iterator
@@ -27,7 +24,8 @@ from hsvit_ds.results import mlflow_records, records, rows
 from hsvit_ds.run import mlflow_copy, mlflow_run, summary, table
 from hsvit_ds.run.summary import held
 
-from ..ranks import ROOT, environment, free_port
+from ..mlflow_server import served
+from ..ranks import free_port
 from .made import points, run
 
 WIDTHS = ("0.25", "0.50", "1.00")
@@ -36,34 +34,6 @@ SAME = (
     *("top1", "top1_split", "images_per_sec"),
     *(f"{name}_w{width}" for name in ("best", "top1") for width in WIDTHS),
 )
-
-
-@contextmanager
-def served(root: Path) -> Iterator[str]:
-    """A tracking server of its own."""
-    uri = f"http://127.0.0.1:{(port := free_port())}"
-    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
-    command += [
-        "--backend-store-uri",
-        f"sqlite:///{root}/server.db",
-        "--artifacts-destination",
-        str(root / "artifacts"),
-    ]
-    log = (root / "log").open("w")
-    process = subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=log, stderr=log)
-    try:
-        while True:
-            try:
-                urllib.request.urlopen(f"{uri}/health", timeout=5).close()
-                break
-            except OSError:
-                assert process.poll() is None, (root / "log").read_text()
-                time.sleep(0.2)
-        yield uri
-    finally:
-        process.terminate()
-        process.wait(30)
-        log.close()
 
 
 def send(folder: Path, uri: str) -> None:
@@ -92,7 +62,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def uri(folder: Path) -> Iterator[str]:
-    with served(folder.parent) as uri:
+    with served(folder.parent) as server:
+        uri = server.uri
         for path in sorted(folder.iterdir()):
             send(path, uri)
         client = MlflowClient(uri)
@@ -136,6 +107,26 @@ def test_runs_of_a_server_are_found_by_name_and_id_and_listed(uri: str) -> None:
     assert urllib.request.urlopen(one.where.partition("#")[0], timeout=20).status == 200
     done = CliRunner().invoke(app, ["runs", "--runs", uri, "state=failed", "--format", "json"])
     assert [row["name"] for row in json.loads(done.stdout)] == ["a-003"]
+
+
+@pytest.mark.heavy
+def test_finished_runs_of_a_folder_are_sent_once_and_others_are_named(tmp_path: Path) -> None:
+    run(tmp_path / "runs/a-001", points(2, 71.0))
+    run(tmp_path / "runs/a-002", points(2, 72.0), state="stopped", why="SIGTERM")
+    uri = f"sqlite:///{tmp_path}/all.db"
+    said = []
+    for _ in range(2):
+        done = CliRunner().invoke(app, ["runs", "name=a-*", "--runs", str(tmp_path / "runs"), "--to", uri])
+        assert done.exit_code == 0, done.output
+        said.append(sorted(done.stdout.splitlines()))
+    assert said[0] == ["a-001: sent", "a-002: not sent, as it is stopped"]
+    assert said[1] == ["a-001: is there already", "a-002: not sent, as it is stopped"]
+    (record,) = records.all_in(uri)
+    there, history = records.of_folder(tmp_path / "runs/a-001").read(), record.read()
+    for name, curve in there.curves.items():
+        assert np.array_equal(history.curves[name].values, curve.values)
+    done = CliRunner().invoke(app, ["runs", "--runs", uri, "--to", uri])
+    assert (done.exit_code, "runs are sent from a folder to a URI" in done.stderr) == (2, True)
 
 
 @pytest.mark.heavy

@@ -185,8 +185,8 @@ def _config(path: Path) -> Config:
     for key in values:
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1)
-            hint = f'did you mean "{near[0]}"?' if near else f"known: {', '.join(known)}"
-            raise RefusedError(f'{path}: unknown key "{key}"; {hint} Keys of recipes stand in [keys] or [grid]')
+            hint = f'did you mean "{near[0]}"' if near else f"known: {', '.join(known)}"
+            raise RefusedError(f'{path}: unknown key "{key}"; {hint}; what is of a recipe stands in [keys] or [grid]')
     try:
         config = TypeAdapter(Config).validate_json(json.dumps(values), strict=True)
     except ValidationError as error:

@@ -54,7 +54,7 @@ def estimate(cells: Sequence[Cell], share: Share) -> Estimate:
     seconds = {cell.name: timed.start + _left(cell) / rate for cell in left}
     return Estimate(
         seconds,
-        f"as {timing.STEPS} steps of {first.name} took ({timed.images_per_second:,.0f} images/s), and its start "
+        f"as {counted(timing.STEPS, 'step')} of {first.name} took ({timed.images_per_second:,.0f} images/s), and its start "
         f"({timed.start:.0f} s); without evaluations",
     )
 

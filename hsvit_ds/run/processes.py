@@ -70,7 +70,7 @@ def shares(jobs: int, ranks: int) -> list[Share]:
             most, needed = there // ranks, counted(jobs * ranks, kind)
             remedy = f"--jobs {most} is the most" if most else "give the cells fewer ranks, or a --hostfile"
             raise RefusedError(
-                f"--jobs {jobs}: {counted(jobs, 'run')} of {counted(ranks, 'rank')} need {needed}, "
+                f"--jobs {jobs} with runs of {counted(ranks, 'rank')} takes {needed}, "
                 f"here {'is' if there == 1 else 'are'} {there}; {remedy}"
             )
     each = len(cores) // jobs

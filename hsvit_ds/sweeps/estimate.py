@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from statistics import mean
 from typing import NamedTuple
 
 from ..data import splits
@@ -39,24 +40,28 @@ def estimate(cells: Sequence[Cell], share: Share) -> Estimate:
         RefusedError: no cell is finished, and the steps of one cannot be timed.
     """
     left = [cell for cell in cells if not cell.is_finished]
-    done = [(cell, found.seconds) for cell in cells if cell.is_finished and (found := cell.summary)]
-    if done:
-        of_recipe = {cell.path: [pair for pair in done if pair[0].path == cell.path] or done for cell in left}
-        seconds = {
-            cell.name: _left(cell) * sum(s for _, s in pairs) / sum(_work(c) for c, _ in pairs)
-            for cell in left
-            for pairs in (of_recipe[cell.path],)
-        }
-        return Estimate(seconds, f"as {counted(len(done), 'finished cell')} took")
+    if done := [(cell, _seconds(cell, share)) for cell in cells if cell.is_finished]:
+        seconds = {cell.name: _left(cell) * _pace(done, cell) for cell in left}
+        return Estimate(seconds, f"as {counted(len(done), 'finished cell')} took from the first step on")
     first = left[0]
     timed = timing.first_steps(recipes.dumps(first.recipe), first.plan.ranks, share)
     rate = timed.images_per_second * _macs(first)
     seconds = {cell.name: timed.start + _left(cell) / rate for cell in left}
-    return Estimate(
-        seconds,
-        f"as {counted(timing.STEPS, 'step')} of {first.name} took ({timed.images_per_second:,.0f} images/s), and its start "
-        f"({timed.start:.0f} s); without evaluations",
-    )
+    steps = f"{counted(timing.STEPS, 'step')} of {first.name} took ({timed.images_per_second:,.0f} images/s)"
+    return Estimate(seconds, f"as {steps}, and its start ({timed.start:.0f} s); without evaluations")
+
+
+def _seconds(cell: Cell, share: Share) -> float:
+    """That a finished cell would take with this share of the machine."""
+    found = cell.summary
+    assert found is not None
+    return found.seconds * max(1.0, found.cores / len(share.cores) if share.cores else 1.0)
+
+
+def _pace(done: Sequence[tuple[Cell, float]], cell: Cell) -> float:
+    """Seconds for a multiply-add, of finished cells of the same recipe where there are such."""
+    same = [pair for pair in done if pair[0].path == cell.path] or done
+    return sum(seconds for _, seconds in same) / sum(_work(other) for other, _ in same)
 
 
 def _left(cell: Cell) -> float:
@@ -79,9 +84,4 @@ def _macs(cell: Cell) -> float:
     sampler = scala.Sampler(recipe.task, recipe.model.widths, recipe.run.seed, plan.steps_per_epoch)
     steps = range(0, plan.steps, max(1, plan.steps // _DRAWS))
     shape = facts.image_size, facts.channels, facts.classes
-    return _mean(sum(recipe.model.macs(*shape, width) for width in sampler.draw(step)) for step in steps)
-
-
-def _mean(values: Iterable[float]) -> float:
-    found = list(values)
-    return sum(found) / len(found)
+    return mean(sum(recipe.model.macs(*shape, width) for width in sampler.draw(step)) for step in steps)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def run_sweep(
-    file: Annotated[Path, typer.Argument(metavar="SWEEP.toml", help="Recipes, keys and seeds to combine.")],
+    file: Annotated[Path, typer.Argument(metavar="SWEEP", help="Recipes, keys and seeds to combine, in TOML.")],
     jobs: Annotated[int, typer.Option(min=1, help="Cells at a time; they share the cores and GPUs out.")] = 1,
     hostfile: Annotated[Path | None, typer.Option(help="Hosts, `NAME slots=N`, for one cell after another.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the cells, and how long they will take.")] = False,
@@ -101,7 +101,8 @@ def _print_result(sweep: Sweep, ended: Mapping[str, Ended]) -> Exit:
         top1 = "-" if cell.top1 is None else f"{cell.top1:.2f}"
         state = FAILED if cell.name in ended and ended[cell.name].state == FAILED else cell.state
         rows.append((cell.folder.name, state, top1, duration(found.seconds) if found else "-"))
-    terminal.table(("run", "state", "test top-1", "time"), rows, title=str(sweep.folder))
+    split = " or ".join(dict.fromkeys(cell.recipe.data.test for cell in sweep.cells))
+    terminal.table(("run", "state", f"{split} top-1", "time"), rows, title=str(sweep.folder))
     failed = sum(row[1] == FAILED for row in rows)
     complete = all(cell.is_finished for cell in sweep.cells)
     if not complete:

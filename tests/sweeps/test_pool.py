@@ -48,9 +48,10 @@ if plan.get("refused"):
 
 def write(state, why=""):
     data = Data(name="digits", fingerprint="", counts={}, val="val", test="test", classes=10, image_size=32)
-    Summary(id=seed, title="", recipe="", changed={}, data=data, costs=(), ranks=1, cores=1, gpus=0,
-            hosts=(), device="", launcher="", commit="", dirty=False, versions={}, started=0.0, steps=78,
-            steps_per_epoch=39, epochs=2, state=state, why=why, seconds=3.0, metrics={"test/top1": 90.0 + int(seed)}).write(folder)
+    place = dict(ranks=1, cores=1, gpus=0, hosts=(), device="", launcher="", commit="", dirty=False, versions={})
+    how_far = dict(started=0.0, steps=78, steps_per_epoch=39, epochs=2, seconds=3.0)
+    found = dict(state=state, why=why, metrics={"test/top1": 90.0 + int(seed)})
+    Summary(id=seed, title="", recipe="", changed={}, data=data, costs=(), **place, **how_far, **found).write(folder)
 
 def stop(*_):
     write("stopped")

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from pydantic import TypeAdapter, ValidationError
 
-from ..errors import RefusedError, counted
+from ..errors import RefusedError, counted, read_text
 from ..run import folders, summary, table, title
 from ..run import recipe as recipes
 from ..run.recipe import Plan, Recipe
@@ -83,11 +83,6 @@ class Cell:
         return self.state == FINISHED
 
     @property
-    def is_tracked(self) -> bool:
-        """In the MLflow that the whole sweep has, not in one that its recipe names."""
-        return self.recipe.tracking.mlflow and not self.recipe.tracking.uri
-
-    @property
     def top1(self) -> float | None:
         """Of the test split, once there is one."""
         found = self.summary
@@ -112,15 +107,21 @@ class Cell:
 
 @dataclass(frozen=True)
 class Sweep:
-    """root: of all runs. folder: of this sweep's."""
+    """text: of its file. root: of all runs. folder: of this sweep's."""
 
     path: Path
+    text: str
     root: Path
     cells: tuple[Cell, ...]
 
     @property
     def folder(self) -> Path:
         return self.root / self.path.stem
+
+    @property
+    def logs(self) -> Path:
+        """Folder with what its cells printed."""
+        return self.folder / "logs"
 
 
 class _Wanted(NamedTuple):
@@ -161,7 +162,7 @@ def read(path: Path, ranks: int = 0) -> Sweep:
         lines = [f"  {name}: {why}" for name, why in wrong]
         count = counted(len(found) + len(wrong), "cell")
         raise RefusedError("\n".join([f"{path}: {len(wrong)} of {count} cannot run, and none was started:", *lines]))
-    return Sweep(path, root, tuple(map(_placed, _told_apart(path, found))))
+    return Sweep(path, read_text(path), root, tuple(map(_placed, _told_apart(path, found))))
 
 
 def check_unchanged(sweep: Sweep) -> None:

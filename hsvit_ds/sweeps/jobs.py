@@ -16,9 +16,8 @@ from ..run import metrics, summary
 from ..run.processes import Processes, Share, command, complaint
 from ..run.summary import FAILED, FINISHED, RUNNING, STOPPED
 from .cells import Cell
+from .parents import Parents
 
-LOGS = "logs"
-"""Folder of a sweep with what its cells printed."""
 _TAIL = 1 << 14
 """Bytes at the end of a run's metrics that hold its last line."""
 
@@ -40,13 +39,13 @@ class Progress(NamedTuple):
 
 @dataclass(frozen=True)
 class Launcher:
-    """What starts cells. hostfile: of other hosts, None for this one. shared: overrides of every cell."""
+    """What starts cells. hostfile: of other hosts, None for this one."""
 
     hostfile: Path | None
-    shared: tuple[str, ...]
+    parents: Parents
 
     def start(self, cell: Cell, share: Share, output: IO[bytes]) -> Processes:
-        arguments = [*cell.overrides, *(self.shared if cell.is_tracked else ()), "--resume"]
+        arguments = [*cell.overrides, *self.parents.overrides(cell), "--resume"]
         if self.hostfile is None:
             ranks = cell.plan.ranks
             return Processes(command(cell.path, arguments, ranks, share.gpus), output, ranks, share)

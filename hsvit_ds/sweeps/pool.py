@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Protocol
 
 from ..errors import RefusedError
-from ..run import mlflow_run
 from ..run.processes import Share, Stops
+from ..run.summary import FAILED
 from .cells import Cell, Sweep
-from .jobs import LOGS, Ended, Job, Launcher
+from .jobs import Ended, Job, Launcher
+from .parents import Parents
 
 LOCK = "sweep.lock"
 STOP_SECONDS = 300
@@ -36,11 +37,6 @@ class Screen(Protocol):
     def going_on(self, jobs: Sequence[Job]) -> None: ...
 
 
-def shared(sweep: Sweep) -> tuple[str, ...]:
-    """Overrides of every cell that is tracked: what its sweep has in MLflow. Once, before the first cell starts."""
-    return (f"tracking.uri={mlflow_run.uri_of(sweep.root.resolve() / mlflow_run.FILE)}",)
-
-
 @contextmanager
 def held(sweep: Sweep) -> Iterator[None]:
     """Within the block, and at most until this process's end, no other sweep starts these cells.
@@ -49,7 +45,7 @@ def held(sweep: Sweep) -> Iterator[None]:
         RefusedError: another one is at it, or the folder cannot be made.
     """
     try:
-        (sweep.folder / LOGS).mkdir(parents=True, exist_ok=True)
+        sweep.logs.mkdir(parents=True, exist_ok=True)
         lock = (sweep.folder / LOCK).open("a")
     except OSError as error:
         raise RefusedError(f"{sweep.folder}: {error.strerror}; set run.root in [keys]") from error
@@ -72,18 +68,29 @@ class Pool:
 
     def __init__(self, sweep: Sweep, shares: Sequence[Share], hostfile: Path | None, screen: Screen) -> None:
         self.sweep, self._free, self._screen = sweep, list(shares), screen
-        self._launcher = Launcher(hostfile, shared(sweep))
+        self._hostfile = hostfile
         self._going_on: list[Job] = []
         self.ended: dict[str, Ended] = {}
         """By the cell's name, in the order of their ends."""
 
     def run(self, stops: Stops) -> None:
         """Until all have ended, or those that go on have stopped as asked."""
+        parents, status = Parents(self.sweep), "KILLED"
+        try:
+            self._run(Launcher(self._hostfile, parents), stops)
+            if any(ended.state == FAILED for ended in self.ended.values()):
+                status = "FAILED"
+            elif all(cell.is_finished for cell in self.sweep.cells):
+                status = "FINISHED"
+        finally:
+            parents.end(status)
+
+    def _run(self, launcher: Launcher, stops: Stops) -> None:
         waiting = deque(cell for cell in self.sweep.cells if not cell.is_finished)
         requests = 0
         while waiting or self._going_on:
             while waiting and self._free and not stops.count:
-                self._start(waiting.popleft())
+                self._start(waiting.popleft(), launcher)
             if stops.count:
                 waiting.clear()
                 late = time.monotonic() - stops.since > STOP_SECONDS
@@ -99,8 +106,8 @@ class Pool:
             self._screen.going_on(self._going_on)
             time.sleep(_LOOK)
 
-    def _start(self, cell: Cell) -> None:
-        job = Job(cell, self._free.pop(0), self._launcher, self.sweep.folder / LOGS)
+    def _start(self, cell: Cell, launcher: Launcher) -> None:
+        job = Job(cell, self._free.pop(0), launcher, self.sweep.logs)
         ended = job.advance()
         if ended:
             self._free.insert(0, job.share)

@@ -13,8 +13,7 @@ from typer.testing import CliRunner
 from hsvit_ds.cli import app
 from hsvit_ds.errors import RefusedError
 from hsvit_ds.run import recipe as recipes
-from hsvit_ds.run import table
-from hsvit_ds.sweeps import cells, pool
+from hsvit_ds.sweeps import cells
 from hsvit_ds.sweeps.cells import Sweep
 
 from ..ranks import ROOT, STUDIES
@@ -174,16 +173,6 @@ def test_a_run_of_another_recipe_is_refused_and_not_mixed(tmp_path: Path) -> Non
     (before.cells[0].folder / "recipe.toml").write_text("[")
     with pytest.raises(RefusedError, match="cannot be read"):
         cells.check_unchanged(before)
-
-
-def test_all_cells_have_one_mlflow_unless_a_recipe_names_its_own(tmp_path: Path) -> None:
-    own = [{}, {"tracking.uri": "sqlite:///own.db"}, {"tracking.mlflow": False}]
-    made = sweep(tmp_path, cells=own)
-    assert [cell.is_tracked for cell in made.cells] == [True, False, False]
-    (override,) = pool.shared(made)
-    uri = table.flat(table.read(Path(HSVIT), [override]))["tracking.uri"]
-    assert uri.startswith("sqlite")
-    assert uri.endswith(str(tmp_path / "runs/mlflow.db"))
 
 
 def test_a_recipe_is_found_beside_the_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

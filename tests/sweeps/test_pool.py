@@ -97,7 +97,7 @@ class Sweeps:
         (self.folder / "wait").write_text(" ".join(map(str, seeds)))
 
     def sweep(self, seeds: int) -> Sweep:
-        keys = {"grid.submodule_ranks": 1}
+        keys = {"grid.submodule_ranks": 1, "tracking.mlflow": False}
         return cells.read(written(self.folder, recipes=[HSVIT], seeds=[*range(seeds)], keys=keys))
 
     def run(self, sweep: Sweep, shares: Sequence[Share] = (Share(),)) -> Exit:

@@ -103,7 +103,7 @@ def _print_result(sweep: Sweep, ended: Mapping[str, Ended]) -> Exit:
         rows.append((cell.folder.name, state, top1, duration(found.seconds) if found else "-"))
     split = " or ".join(dict.fromkeys(cell.recipe.data.test for cell in sweep.cells))
     terminal.table(("run", "state", f"{split} top-1", "time"), rows, title=str(sweep.folder))
-    failed = sum(row[1] == FAILED for row in rows)
+    failed = sum(how.state == FAILED for how in ended.values())
     complete = all(cell.is_finished for cell in sweep.cells)
     if not complete:
         why = f"{counted(failed, 'cell')} failed; to try again" if failed else "stopped; to go on"

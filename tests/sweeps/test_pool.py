@@ -43,6 +43,8 @@ with Path("started").open("a") as file:
     threads = os.environ["OMP_NUM_THREADS"]
     file.write(f"{seed} {','.join(map(str, sorted(os.sched_getaffinity(0))))} {threads} {os.getpid()}\\n")
 
+if plan.get("silent"):
+    time.sleep(30)
 if plan.get("refused"):
     sys.exit(2)
 
@@ -60,7 +62,8 @@ def stop(*_):
 if not plan.get("deaf"):
     signal.signal(signal.SIGTERM, stop)
 write("running")
-while Path("wait").exists() and seed in Path("wait").read_text().split():
+until = time.monotonic() + 30
+while time.monotonic() < until and Path("wait").exists() and seed in Path("wait").read_text().split():
     time.sleep(0.05)
 if plan.get("kill"):
     os.kill(os.getpid(), signal.SIGKILL)
@@ -166,6 +169,11 @@ def test_a_cell_is_not_judged_by_what_an_earlier_attempt_left(
     assert sweeps.run(made) == Exit.FAILED
     assert "failed: exit code 2;" in capfd.readouterr().out
     assert made.cells[0].state == "stopped"
+    sweeps.plan(s0={"code": 1})
+    assert sweeps.run(made) == Exit.FAILED
+    sweeps.plan(s0={"silent": True})
+    sweeps.when(lambda: len(sweeps.seeds()) == 4, sweeps.ask)
+    assert sweeps.run(made) == Exit.STOPPED
 
 
 def test_cells_at_the_same_time_share_no_core(sweeps: Sweeps) -> None:

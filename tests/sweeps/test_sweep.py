@@ -43,7 +43,7 @@ def start(folder: Path, *options: str) -> subprocess.Popen[str]:
 
 
 def finish(sweep: subprocess.Popen[str], code: int = 0) -> str:
-    said = sweep.communicate(timeout=900)[0]
+    said = sweep.communicate(timeout=1800)[0]
     assert sweep.returncode == code, said
     return said
 

@@ -17,6 +17,10 @@ from pathlib import Path
 from typing import IO, Any
 
 ROOT = Path(__file__).parent.parent
+STUDIES = sorted((ROOT / "recipes/studies").glob("*.toml"))
+"""Every sweep of the tree."""
+RECIPES = sorted({*(ROOT / "recipes").rglob("*.toml")} - {*STUDIES})
+"""Every recipe of the tree."""
 allowed = True
 """Whether the test that runs is marked for what it costs."""
 

@@ -43,8 +43,9 @@ def make_recipe(
         _refuse(folder, recipe)
         import torch
 
-        from ..new import proposal, timing
+        from ..new import proposal
         from ..new.survey import survey
+        from ..run import timing
 
         with terminal.progress("images") as done:
             found = survey(folder, SEED, terminal.cores(0), done)
@@ -53,7 +54,7 @@ def make_recipe(
         root = folder.resolve() if found.tars else shards.resolve()
         first = proposal.Proposal.of(goal, name, root, index, found, torch.cuda.is_available())
         typer.echo("timing the first steps of a trial run …")
-        timed = first.within(timing.images_per_second(first.text()))
+        timed = first.within(timing.first_steps(first.text()).images_per_second)
         recipe.write_text(timed.text(), "utf-8")
         typer.echo(f"{recipe}: {timed.words}")
         count = torch.cuda.device_count()

@@ -10,16 +10,15 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
-from types import FrameType
 from typing import NamedTuple
 
 from ..errors import Exit, RefusedError, warn
+from ..run.processes import Stops
 from .cluster import SSH_OPTIONS, Host, on_all
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 STOP_SECONDS = 300
 """That the ranks may take to save and end."""
 _GRACE = {255: 2, Exit.STOPPED: STOP_SECONDS}
@@ -36,32 +35,6 @@ class Ended(NamedTuple):
 
     code: int
     first: str
-
-
-class Stops:
-    """Signals that ask for an end of the run, counted."""
-
-    def __init__(self) -> None:
-        self.count, self.since = 0, 0.0
-
-    @contextmanager
-    def heard(self) -> Iterator[None]:
-        """Within the block the signals are requests."""
-        # A hangup that is ignored (nohup) stays so.
-        before = {number: signal.getsignal(number) for number in SIGNALS}
-        asked = [number for number, handler in before.items() if handler is not signal.SIG_IGN]
-        for number in asked:
-            signal.signal(number, self._hear)
-        try:
-            yield
-        finally:
-            for number in asked:
-                signal.signal(number, before[number])
-
-    def _hear(self, _number: int, _frame: FrameType | None) -> None:
-        self.count += 1
-        if self.count == 1:
-            self.since = time.monotonic()
 
 
 def deepspeed_command(

@@ -17,10 +17,11 @@ from ..engine.checkpoint_files import pointed, read_manifest
 from ..errors import Exit, RefusedError, counted, masked
 from ..run import folders
 from ..run import recipe as recipes
+from ..run.processes import Stops
 from ..run.recipe import Recipe
 from ..run.summary import ERRORS
 from . import attempt, doctor
-from .attempt import Attempt, Ended, Stops
+from .attempt import Attempt, Ended
 from .cluster import Host, write_hostfile
 from .layout import fitted, whole
 from .secrets import VARIABLE, Secrets

@@ -29,7 +29,7 @@ def changes(path: Path, overrides: list[str], recipe: Recipe) -> str:
     changed = [
         key for key in given if key in now and table.is_trained(key) and (key not in before or before[key] != now[key])
     ]
-    return " ".join(f"{_short(key, now)}={_text(now[key])}" for key in changed)
+    return " ".join(f"{short(key, now)}={text(now[key])}" for key in changed)
 
 
 def of(folder: Path) -> str:
@@ -45,7 +45,7 @@ def _keys(parts: list[str], value: Any) -> list[str]:
     return [".".join(parts)]
 
 
-def _short(key: str, keys: Collection[str]) -> str:
+def short(key: str, keys: Collection[str]) -> str:
     """The shortest end of a key that no other key has."""
     parts = key.split(".")
     for first in range(len(parts) - 1, 0, -1):
@@ -55,11 +55,12 @@ def _short(key: str, keys: Collection[str]) -> str:
     return key
 
 
-def _text(value: Any) -> str:
+def text(value: Any) -> str:
+    """A key's value in a few letters: of a path its end."""
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, float):
         return f"{value:g}"
     if isinstance(value, list):
-        return ",".join(map(_text, value))
+        return ",".join(map(text, value))
     return Path(value).name if isinstance(value, str) and "/" in value else str(value)

@@ -15,7 +15,7 @@ import pytest
 from hsvit_ds.data.splits import facts
 from hsvit_ds.models import hsvit
 from hsvit_ds.run import recipe as recipes
-from tests.ranks import ROOT
+from tests.ranks import RECIPES, ROOT
 from tools.compiled import attention_shapes
 
 pytestmark = pytest.mark.heavy
@@ -121,7 +121,7 @@ def test_a_kernel_that_nothing_launches_is_an_error(tmp_path: Path) -> None:
     assert "kernels that no call of tools/compiled.py launches: linear_kernels.forgotten" in found.stderr
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "recipes").rglob("*.toml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_what_a_recipe_trains_is_compiled(path: Path) -> None:
     """So that its launches are compiled to machine code above."""
     recipe = recipes.read(path, [])

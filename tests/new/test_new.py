@@ -20,6 +20,7 @@ from hsvit_ds.new.goals import Goal
 from hsvit_ds.new.proposal import EPOCHS, Proposal
 from hsvit_ds.run import recipe as recipes
 from hsvit_ds.run.recipe import Recipe
+from hsvit_ds.run.timing import Timed
 
 from .. import photographs
 
@@ -29,7 +30,7 @@ NAMES = sorted(photographs.CLASSES)
 @pytest.fixture(autouse=True)
 def _timed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """No trial run: as if 50 images a second were trained here."""
-    monkeypatch.setattr("hsvit_ds.new.timing.images_per_second", lambda recipe: 50.0)
+    monkeypatch.setattr("hsvit_ds.run.timing.first_steps", lambda recipe: Timed(50.0, 5.0))
     (tmp_path / "work").mkdir()
     monkeypatch.chdir(tmp_path / "work")
 

@@ -18,14 +18,13 @@ from hsvit_ds.run import recipe as recipes
 from hsvit_ds.run.trainer import Trainer
 
 from .. import tars
-from ..ranks import ROOT
+from ..ranks import RECIPES, ROOT
 
 DIGITS = ROOT / "recipes/digits/hsvit.toml"
-ALL = sorted((ROOT / "recipes").rglob("*.toml"))
 
 
 @pytest.mark.heavy
-@pytest.mark.parametrize("path", ALL, ids=lambda p: str(p.relative_to(ROOT / "recipes")))
+@pytest.mark.parametrize("path", RECIPES, ids=lambda p: str(p.relative_to(ROOT / "recipes")))
 def test_every_recipe_resolves_builds_and_steps(path: Path, tmp_path: Path) -> None:
     recipe, plan = recipes.resolve(recipes.read(path), recipes.read(path).grid.submodule_ranks)
     facts = splits.facts(recipe.data)

@@ -12,11 +12,9 @@ from hsvit_ds.run import folders, table, title
 from hsvit_ds.run import recipe as recipes
 from hsvit_ds.run.recipe import Run
 
-from ..ranks import ROOT, environment
+from ..ranks import RECIPES, ROOT, environment
 
 SCALA = ROOT / "recipes/digits/scala.toml"
-RECIPES = sorted((ROOT / "recipes").glob("*/*.toml"))
-RECIPES = [path for path in RECIPES if path.parent.name != "studies"]
 
 
 def changes(*overrides: str) -> str:

@@ -48,7 +48,9 @@ def open_folder(run: Run, asked: Path | None, resume: bool, recipe_text: str, ch
         folder.mkdir(parents=True, exist_ok=True)
         if not (folder / "recipe.toml").exists():
             (folder / "recipe.toml").write_text(recipe_text, "utf-8")
-            (folder / title.FILE).write_text(f"{folder.name} {changes}".strip() + "\n", "utf-8")
+            named = f"{folder.name.rpartition('-')[0]},"  # a sweep's run is named by its keys
+            added = [word for word in changes.split() if f",{word}," not in named]
+            (folder / title.FILE).write_text(" ".join([folder.name, *added]) + "\n", "utf-8")
         (folder / metrics.FILE).open("a").close()
         if (errors := folder / ERRORS).exists():
             errors.rename(_next(errors))

@@ -100,3 +100,9 @@ train.main(["recipes/digits/scala.toml"])
     )
     said = "hsvit-ds 0.1.0: digits-scala: a slimmable ViT on digits, 2 ranks\n" if rank == "0" else ""
     assert done.stdout == f"{said}then []\n", done.stderr
+
+
+def test_a_title_does_not_repeat_what_the_folder_is_named_by(tmp_path: Path) -> None:
+    run = Run(name="digits-hsvit,seed=4", root=str(tmp_path))
+    folder = folders.open_folder(run, None, False, "", "epochs=2 seed=4")
+    assert title.of(folder) == "digits-hsvit,seed=4-001 epochs=2"

@@ -133,7 +133,8 @@ def test_finished_runs_of_a_folder_are_sent_once_and_others_are_named(tmp_path: 
 def test_a_run_of_an_older_version_is_told_without_a_summary(tmp_path: Path) -> None:
     uri = f"sqlite:///{tmp_path}/mlflow.db"
     client = MlflowClient(uri)
-    made = client.create_run("0", run_name="old-001").info.run_id
+    place = client.create_experiment("hsvit-ds", (tmp_path / "artifacts").as_uri())  # not in the current folder
+    made = client.create_run(place, run_name="old-001").info.run_id
     client.log_param(made, "model.kind", "hsvit")
     client.log_param(made, "run.epochs", "10")
     for step, top1 in ((1, 60.0), (2, 70.0), (3, 65.0)):
@@ -143,7 +144,7 @@ def test_a_run_of_an_older_version_is_told_without_a_summary(tmp_path: Path) -> 
     assert (values["best"], values["best_step"], values["top1"]) == (70.0, 2, 65.0)
     assert (record.state, record.touched, values["epochs"], values["step"]) == ("running", 1_700_000_000.003, 10, 3)
     assert record.where == f"{uri}#{made}"
-    empty = client.create_run("0", run_name="new-001", tags={mlflow_run.ID: "n"}).info.run_id
+    empty = client.create_run(place, run_name="new-001", tags={mlflow_run.ID: "n"}).info.run_id
     client.log_artifact(empty, str(_text(tmp_path / "summary.json", "{")))
     (found,) = records.find(["new-001"], uri)
     with pytest.raises(RefusedError, match="has no metrics"):

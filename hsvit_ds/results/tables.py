@@ -40,16 +40,17 @@ class Column:
         if found is None:
             return MISSING
         few = f" (n = {found.n})" if found.n < runs else ""
-        if found.std is None or (self.exact and not found.std):
+        std = found.std if found.std is None or found.std > 1e-9 * abs(found.mean) else 0.0  # or it is rounding alone
+        if std is None or (self.exact and not std):
             return self.form(found.mean) + few
         form = self.form
-        if form is number and 0 < found.std < 10:  # to two digits of the deviation
-            places = 1 - math.floor(math.log10(found.std))
+        if form is number and 0 < std < 10:  # to two digits of the deviation
+            places = 1 - math.floor(math.log10(std))
 
             def form(value: float) -> str:
                 return f"{value:.{places}f}"
 
-        return f"{form(found.mean)} ± {form(found.std)}{few}"
+        return f"{form(found.mean)} ± {form(std)}{few}"
 
     def cell(self, group: Group) -> str:
         return self.text(group.mean(self.value), len(group.runs))

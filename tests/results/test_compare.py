@@ -141,6 +141,13 @@ def test_keys_that_are_asked_for_make_the_groups(seeds: Path) -> None:
     assert dict((d.key, d.values) for d in found.trained)["optimizer.lr"] == ("0.002", "0.01, 0.002", "0.01, 0.002")
 
 
+def test_what_is_the_same_in_every_run_has_no_deviation(tmp_path: Path) -> None:
+    costs = (Cost(width="1.00", parameters=630_090, macs=29_758_080),)
+    for seed in range(3):
+        folders.run(tmp_path, f"a-{seed}", overrides=[f"run.seed={seed}"], said=folders.summary(costs=costs))
+    assert "| 0.02976 | 630,090 |" in tables.markdown(compared(tmp_path))
+
+
 def test_nothing_is_tested_below_three_runs(seeds: Path) -> None:
     assert "p" not in tables.tested(compared(seeds).sections[0])
     for seed, top1 in enumerate((85.0, 86.5, 84.0), 2):

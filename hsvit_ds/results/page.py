@@ -127,10 +127,12 @@ def _notes(found: Comparison) -> str:
             notes.append(f"{run.name}: {counted(len(run.lost), 'line')} of its metrics cannot be read ({which})")
     if len(found.sections) > 1:
         notes.append("runs of different data or splits stand apart, and are not averaged")
-    if where := dict.fromkeys(run.latency.where for run in found.runs if run.latency):
-        notes.append(f"latencies were measured on {'; '.join(where)}, one image at a time")
     items = "".join(f"<li>{escape(note)}</li>" for note in notes)
-    return f'<ul class="notes">{items}</ul>' if notes else ""
+    where = dict.fromkeys(run.latency.where for run in found.runs if run.latency)
+    measured = f"latencies were measured on {'; '.join(where)}, one image at a time"
+    return (f'<ul class="notes">{items}</ul>' if notes else "") + (
+        f'<p class="soft">{escape(measured)}</p>' if where else ""
+    )
 
 
 def _section(found: Comparison, section: Section, number: int, drawn: dict[str, list[page_plots.Plot]]) -> str:

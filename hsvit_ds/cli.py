@@ -7,12 +7,13 @@ from typing import Annotated
 import typer
 
 from . import __version__
-from .commands import clusters, listing, new, predict, recipes, runs, shards, sweep, weights
+from .commands import clusters, compare, listing, new, predict, recipes, runs, shards, sweep, weights
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 app.command("new")(new.make_recipe)
 app.command("recipe")(recipes.show_recipe)
 app.command("runs")(listing.list_runs)
+app.command("compare")(compare.compare_runs)
 app.command("evaluate")(runs.evaluate_run)
 app.command("export")(runs.export_run)
 app.command("predict")(predict.predict_images)

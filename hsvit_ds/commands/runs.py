@@ -62,6 +62,7 @@ def evaluate_run(
 
 
 def _evaluate_present(run: SavedRun, present: str, split: str) -> None:
+    from ..results import present as sweeps
     from ..run import mlflow_copy, pictures, report, title
 
     subsets = run.subsets(present)
@@ -74,7 +75,9 @@ def _evaluate_present(run: SavedRun, present: str, split: str) -> None:
         name = _picture(run, "present", split)
         heading, accuracy = f"{title.of(run.folder)}, {split}, {run.read}", run.accuracy_of(split)
         typer.echo(pictures.draw_present(name, rows, heading, accuracy))
-        mlflow_copy.add(run.folder, [name])
+        table = sweeps.write(name.with_suffix(".csv"), subsets, [score.top1 for score in scores])
+        typer.echo(table)
+        mlflow_copy.add(run.folder, [name, table])
     else:
         (subset,), (score,) = subsets, scores
         names = ", ".join(str(number) for number in subset)

@@ -66,30 +66,44 @@ def read(folder: Path) -> History:
     if cached is not None:
         return cached
     lines, lost = metrics.parsed(file.read_bytes().splitlines())
-    steps = np.array([line.pop("step") for line in lines], np.int64)
-    times = np.array([line.pop("time") for line in lines], np.float64)
-    places: dict[str, list[int]] = {}
-    values: dict[str, list[float]] = {}
-    for place, line in enumerate(lines):
-        for name, value in line.items():
-            places.setdefault(name, []).append(place)
-            values.setdefault(name, []).append(value)
-    arrays = {
-        "key": key,
-        "lost": np.array(lost, np.int64),
-        "steps": steps,
-        "times": times,
-        "names": np.array(list(places), np.str_),
-        "counts": np.array([len(points) for points in places.values()], np.int64),
-        "places": np.array([place for points in places.values() for place in points], np.int64),
-        "values": np.array([value for points in values.values() for value in points], np.float64),
-    }
+    arrays = {"key": key, "lost": np.array(lost, np.int64), **_columns(lines)}
     with suppress(OSError):  # somebody else's folder: it is parsed again the next time
         partial = folder / f"{CACHE}.partial"
         with partial.open("wb") as opened:
             np.savez(opened, allow_pickle=False, **arrays)
         partial.rename(folder / CACHE)
     return _history(arrays)
+
+
+def _columns(lines: list[dict[str, Any]]) -> dict[str, NDArray[Any]]:
+    """The points of every metric, one metric after another. Lines of the same metrics are read as one table."""
+    alike: dict[tuple[str, ...], list[int]] = {}
+    for place, line in enumerate(lines):
+        alike.setdefault(tuple(line), []).append(place)
+    found: dict[str, list[tuple[Steps, Floats]]] = {"step": [], "time": []}
+    for names, where in alike.items():
+        values = np.array([list(lines[place].values()) for place in where], np.float64)
+        for name, column in zip(names, values.T, strict=True):
+            found.setdefault(name, []).append((np.array(where, np.int64), column))
+    joined = {name: _in_order(parts) for name, parts in found.items()}
+    (_, steps), (_, times) = joined.pop("step"), joined.pop("time")
+    return {
+        "steps": steps.astype(np.int64),
+        "times": times,
+        "names": np.array(list(joined), np.str_),
+        "counts": np.array([len(places) for places, _ in joined.values()], np.int64),
+        "places": np.concatenate([places for places, _ in joined.values()] or [np.array([], np.int64)]),
+        "values": np.concatenate([values for _, values in joined.values()] or [np.array([], np.float64)]),
+    }
+
+
+def _in_order(parts: list[tuple[Steps, Floats]]) -> tuple[Steps, Floats]:
+    """(The lines of a metric's points, its values)."""
+    if not parts:
+        return np.array([], np.int64), np.array([], np.float64)
+    places, values = (np.concatenate(column) for column in zip(*parts, strict=True))
+    order = np.argsort(places)
+    return places[order], values[order]
 
 
 def _cached(path: Path, key: NDArray[Any]) -> History | None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import os
+import re
 import tomllib
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -57,6 +59,51 @@ def is_trained(key: str) -> bool:
     """Whether a key says what is trained, not where and how alone."""
     top, _, rest = key.partition(".")
     return top in TRAINED and (TRAINED[top] is None or rest in (TRAINED[top] or ()))
+
+
+def short(key: str, keys: Collection[str]) -> str:
+    """The shortest end of a key that no other key has."""
+    parts = key.split(".")
+    for first in range(len(parts) - 1, 0, -1):
+        end = ".".join(parts[first:])
+        if sum(f".{other}".endswith(f".{end}") for other in keys) == 1:
+            return end
+    return key
+
+
+def text(value: Any) -> str:
+    """A key's value as a person writes it: of a path its last part."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, float):
+        return f"{value:g}"
+    if isinstance(value, list):
+        return ",".join(map(text, value))
+    return Path(value).name if isinstance(value, str) and "/" in value else str(value)
+
+
+def find(name: str, names: Collection[str], asked: str) -> str:
+    """The one of some keys or metrics that is called so, or ends so: "lr" for "optimizer.lr".
+
+    Args:
+        asked: how it was asked for, as a refusal repeats it: "--by lr".
+
+    Raises:
+        RefusedError: none, with the nearest, or several.
+    """
+    ends = {full: re.split(r"[./]", full) for full in names}
+    words = re.split(r"[./]", name)
+    found = [full for full, parts in ends.items() if full == name] or [
+        full for full, parts in ends.items() if parts[-len(words) :] == words
+    ]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise RefusedError(f"{asked}: ends several names: {', '.join(sorted(found))}; give one of them")
+    near = difflib.get_close_matches(name, names, 3, 0.5)
+    near += [full for full, parts in ends.items() if difflib.get_close_matches(words[-1], parts[-1:], 1, 0.7)]
+    offered = ", ".join(list(dict.fromkeys(near))[:3]) or ", ".join(sorted(names)[:5])
+    raise RefusedError(f"{asked}: none of these runs has it; nearest: {offered}")
 
 
 def run_name(path: Path) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,7 @@ def changes(path: Path, overrides: list[str], recipe: Recipe) -> str:
     changed = [
         key for key in given if key in now and table.is_trained(key) and (key not in before or before[key] != now[key])
     ]
-    return " ".join(f"{short(key, now)}={text(now[key])}" for key in changed)
+    return " ".join(f"{table.short(key, now)}={table.text(now[key])}" for key in changed)
 
 
 def of(folder: Path) -> str:
@@ -43,24 +42,3 @@ def _keys(parts: list[str], value: Any) -> list[str]:
     if isinstance(value, dict):
         return [key for name, inner in value.items() for key in _keys([*parts, name], inner)]
     return [".".join(parts)]
-
-
-def short(key: str, keys: Collection[str]) -> str:
-    """The shortest end of a key that no other key has."""
-    parts = key.split(".")
-    for first in range(len(parts) - 1, 0, -1):
-        end = ".".join(parts[first:])
-        if sum(f".{other}".endswith(f".{end}") for other in keys) == 1:
-            return end
-    return key
-
-
-def text(value: Any) -> str:
-    """A key's value in a few letters: of a path its end."""
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, float):
-        return f"{value:g}"
-    if isinstance(value, list):
-        return ",".join(map(text, value))
-    return Path(value).name if isinstance(value, str) and "/" in value else str(value)

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from pydantic import TypeAdapter, ValidationError
 
 from ..errors import RefusedError, counted, read_text
-from ..run import folders, summary, table, title
+from ..run import folders, summary, table
 from ..run import recipe as recipes
 from ..run.recipe import Plan, Recipe
 from ..run.summary import FINISHED, RUNNING
@@ -234,7 +234,7 @@ def _wanted(config: Config, path: Path) -> Iterator[_Wanted]:
 
 def _name(path: Path, varied: dict[str, Any], keys: dict[str, Any] | tuple[()]) -> str:
     """Of a cell, from itself alone, so that it stays when others are added. keys: of its whole recipe."""
-    parts = [f"{title.short(key, keys)}={title.text(value)}" for key, value in varied.items()]
+    parts = [f"{table.short(key, keys)}={table.text(value)}" for key, value in varied.items()]
     return re.sub(r"[^\w.,=+-]+", "-", ",".join([table.run_name(path), *parts]))
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import operator
 import re
 from collections.abc import Callable
@@ -12,7 +11,7 @@ from typing import Any
 
 from ..errors import RefusedError
 from ..run import table
-from .rows import COLUMNS, Row, columns, recipe_name
+from .rows import Row, columns, recipe_name
 
 _FORM = re.compile(r"(?P<key>[^=!<>]+)(?P<sign>!=|<=|>=|==?|<|>)(?P<value>.*)", re.DOTALL)
 _ORDERS: dict[str, Callable[[float, float], bool]] = {
@@ -43,24 +42,13 @@ def key(name: str, rows: list[Row], asked: str) -> Key:
     Raises:
         RefusedError: no row has such a one, or more than one is meant.
     """
-    shown = columns(rows)
-    if name in shown:
-        return Key(name, lambda row: row.values.get(name), True)
     keys = {known for row in rows for known in row.record.recipe}
     metrics = {known for row in rows for known in row.metrics}
-    ends = [f".{known}" for known in keys] + [f"/{known}" for known in metrics]
-    whole = [end for end in ends if end[1:] == name] or [end for end in ends if end.endswith((f".{name}", f"/{name}"))]
-    if len(whole) > 1:
-        raise RefusedError(f"{asked}: {name} may be {' or '.join(sorted(end[1:] for end in whole))}; name one whole")
-    if not whole:
-        short = {re.split(r"[./]", known)[-1] for known in keys | metrics}
-        near = difflib.get_close_matches(name, sorted({*shown, *keys, *metrics, *short}))
-        raise RefusedError(
-            f"{asked}: no run has a column, recipe key or metric {name}; "
-            + (f"near: {', '.join(near)}" if near else f"the columns are {', '.join(COLUMNS)}")
-        )
-    found = whole[0][1:]
-    if whole[0].startswith("."):
+    shown = columns(rows)
+    found = table.find(name, {*shown, *keys, *metrics}, asked)
+    if found in shown:
+        return Key(found, lambda row: row.values.get(found), True)
+    if found in keys:
         return Key(found, lambda row: row.record.recipe.get(found), False)
     return Key(found, lambda row: row.metrics.get(found), False)
 

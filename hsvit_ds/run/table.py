@@ -99,11 +99,18 @@ def find(name: str, names: Collection[str], asked: str) -> str:
     if len(found) == 1:
         return found[0]
     if found:
-        raise RefusedError(f"{asked}: ends several names: {', '.join(sorted(found))}; give one of them")
-    near = difflib.get_close_matches(name, names, 3, 0.5)
-    near += [full for full, parts in ends.items() if difflib.get_close_matches(words[-1], parts[-1:], 1, 0.7)]
-    offered = ", ".join(list(dict.fromkeys(near))[:3]) or ", ".join(sorted(names)[:5])
-    raise RefusedError(f"{asked}: none of these runs has it; nearest: {offered}")
+        raise RefusedError(f"{asked}: {name} may be {' or '.join(sorted(found))}; name one whole")
+    likeness = {
+        full: max(_alike(name, full), _alike(words[-1], parts[-1]) if len(words) == 1 else 0.0)
+        for full, parts in ends.items()
+    }
+    near = [full for full in sorted(names, key=lambda full: (-likeness[full], full)) if likeness[full] > 0.6]
+    offered = f"near: {', '.join(near[:3])}" if near else f"there are {', '.join(sorted(names)[:5])} and others"
+    raise RefusedError(f"{asked}: no run here has {name}; {offered}")
+
+
+def _alike(first: str, second: str) -> float:
+    return difflib.SequenceMatcher(None, first, second).ratio()
 
 
 def run_name(path: Path) -> str:

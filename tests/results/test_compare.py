@@ -187,9 +187,9 @@ def test_a_run_without_metrics_is_said_to_have_none(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--by", "optimiser.lr"], ["--by optimiser.lr", "nearest: optimizer.lr"]),
+        (["--by", "optimiser.lr"], ["--by optimiser.lr", "near: optimizer.lr"]),
         (["--by", "name"], ["--by name", "data.name", "run.name"]),
-        (["--metric", "val/top5"], ["--metric val/top5", "nearest: val/top1"]),
+        (["--metric", "val/top5"], ["--metric val/top5", "near: val/top1"]),
         (["--format", "pdf"], ["--format pdf", "md, csv, json"]),
         (["-o", "report.pdf"], ["report.pdf", ".html"]),
     ],
@@ -361,5 +361,5 @@ def test_a_short_end_of_a_key_is_enough_where_it_is_unique() -> None:
     keys = ["optimizer.lr", "model.groups", "data.name", "run.name"]
     assert table.find("lr", keys, "--by lr") == "optimizer.lr"
     assert table.find("data.name", keys, "") == "data.name"
-    with pytest.raises(RefusedError, match=r"nearest: model\.groups"):
+    with pytest.raises(RefusedError, match=r"near: model\.groups"):
         table.find("group", keys, "--by group")

@@ -150,9 +150,9 @@ def test_runs_are_listed_that_all_filters_hold_of(root: Path, filters: list[str]
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["depht=2"], 'filter "depht=2": no run has a column, recipe key or metric depht; near: depth'),
+        (["depht=2"], 'filter "depht=2": no run here has depht; near: model.depth'),
         (["train/los<1"], "near: train/loss"),
-        (["zzzz=1"], "the columns are name, title, recipe, state"),
+        (["zzzz=1"], "no run here has zzzz; there are age, best, "),
         (["loss<1"], "loss may be dev/loss or train/loss or val/loss; name one whole"),
         (["kind=scala"], "kind may be model.kind or task.kind"),
         (["state<3"], "no number; use = or !="),
@@ -160,7 +160,7 @@ def test_runs_are_listed_that_all_filters_hold_of(root: Path, filters: list[str]
         (["age<2weeks"], "2weeks is no number, as in age<2h"),
         (["depth"], 'filter "depth": must be key=value'),
         (["=2"], "must be key=value"),
-        (["--sort", "-tpo1"], "--sort -tpo1: no run has a column, recipe key or metric tpo1; near: top1"),
+        (["--sort", "-tpo1"], "--sort -tpo1: no run here has tpo1; near: "),
         (["state=failed", "val/top=1"], "near: val/top1"),
     ],
 )

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import counted, warn
+from ..run import system
 
 FILE = "latency.json"
 
@@ -52,17 +53,7 @@ def devices() -> list[str]:
     gpus = sorted(Path("/proc/driver/nvidia/gpus").glob("*/information"))
     texts = [path.read_text("utf-8") for path in gpus] if os.environ.get("CUDA_VISIBLE_DEVICES") != "" else []
     lines = [line for text in texts for line in text.splitlines() if line.startswith("Model:")]
-    return [*dict.fromkeys(line.partition(":")[2].strip() for line in lines), _cpu()]
-
-
-def _cpu() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text("utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return "CPU"
+    return [*dict.fromkeys(line.partition(":")[2].strip() for line in lines), system.cpu()]
 
 
 def measure(folder: Path) -> Latency:
@@ -84,7 +75,7 @@ def measure(folder: Path) -> Latency:
         run.grid.close()
     on_gpu = device.type == "cuda"
     found = Latency(
-        torch.cuda.get_device_name(device) if on_gpu else _cpu(), 0 if on_gpu else torch.get_num_threads(), ms
+        torch.cuda.get_device_name(device) if on_gpu else system.cpu(), 0 if on_gpu else torch.get_num_threads(), ms
     )
     _keep(folder, found)
     return found

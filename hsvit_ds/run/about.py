@@ -139,7 +139,7 @@ def begin(
         cores=0 if cuda else torch.get_num_threads() * grid.size,
         gpus=grid.size if cuda else 0,
         hosts=hosts,
-        device=torch.cuda.get_device_name(grid.device) if cuda else _cpu(),
+        device=torch.cuda.get_device_name(grid.device) if cuda else system.cpu(),
         launcher=_launcher(),
         commit=commit,
         dirty=dirty,
@@ -164,15 +164,6 @@ def checkout(package: Path) -> tuple[str, bool]:
     except (OSError, subprocess.CalledProcessError):
         return "", False
     return commit.stdout.strip(), bool(changes.stdout.strip())
-
-
-def _cpu() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
-    except OSError:
-        lines = []
-    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(named, platform.machine())
 
 
 def _launcher() -> str:

@@ -1,8 +1,10 @@
-"""What the host of a rank is busy with, measured by MLflow's monitors into a file of the run's folder."""
+"""The host of a rank: its processor, and what it is busy with, measured by MLflow's monitors into a file of the run's
+folder."""
 
 from __future__ import annotations
 
 import json
+import platform
 import socket
 import threading
 import time
@@ -23,6 +25,16 @@ def files(folder: Path) -> list[tuple[str, Path]]:
     before, after = _NAMES.split("{}")
     found = sorted(folder.glob(_NAMES.format("*")))
     return [(path.name.removeprefix(before).removesuffix(after), path) for path in found]
+
+
+def cpu() -> str:
+    """The processor's name."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
+    except OSError:
+        lines = []
+    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(named, platform.machine())
 
 
 @contextmanager

@@ -1,4 +1,5 @@
-"""How long a comparison of many long runs takes, beside pandas without a cache: `python -m tools.benchmark compare`."""
+"""How long a comparison of many long runs takes, beside pandas without a cache, and what tracking takes of a step:
+`python -m tools.benchmark compare`."""
 
 from __future__ import annotations
 
@@ -18,6 +19,7 @@ import torch
 from hsvit_ds.results import history
 from hsvit_ds.run.summary import FINISHED, Cost, Data, Summary
 
+from . import tracking
 from .start import BIN, ENVIRONMENT
 from .steps import machine, show
 
@@ -109,3 +111,4 @@ def run(repeats: int, out: Path | None) -> None:
     ]
     title = f"{RUNS} runs of {STEPS:,} logged steps, {size / 1e9:.1f} GB; report {report / 1e6:.1f} MB"
     show(rows, f"{title}; median of {repeats}: {machine(torch.device('cpu'))}", out)
+    show(tracking.rows(repeats), f"tracking, median of {repeats}", None)

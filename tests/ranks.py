@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import IO, Any
 
 ROOT = Path(__file__).parent.parent
-STUDIES = sorted((ROOT / "recipes/studies").glob("*.toml"))
+STUDIES = sorted((ROOT / "recipes/studies").rglob("*.toml"))
 """Every sweep of the tree."""
 RECIPES = sorted({*(ROOT / "recipes").rglob("*.toml")} - {*STUDIES})
 """Every recipe of the tree."""

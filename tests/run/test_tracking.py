@@ -8,6 +8,7 @@ import shutil
 import sqlite3
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 
 from hsvit_ds.engine.checkpoint import Position
-from hsvit_ds.run import metrics, mlflow_run
+from hsvit_ds.run import metrics, mlflow_copy, mlflow_run, system
+from hsvit_ds.run import summary as summaries
 from hsvit_ds.run.tracking import Config, Tracker
 
 from ..ranks import environment
@@ -26,6 +28,7 @@ CONFIG = Config()
 STARTS = 5
 START = """
 import sys
+import time
 from pathlib import Path
 from hsvit_ds.engine.checkpoint import Position
 from hsvit_ds.run.tracking import Config, Tracker
@@ -201,3 +204,86 @@ def test_numbers_that_are_not_finite_are_valid_json_with_a_flag_and_are_read_bac
     assert math.isnan(read["train/loss"])
     assert read["train/grad_norm"] == math.inf
     assert "not_finite" not in read
+
+
+def test_what_is_made_of_a_run_later_is_an_artifact_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "runs/run-001"
+    run = track(folder, 1)
+    export = folder / "export-0.50"
+    export.mkdir()
+    (export / "model.safetensors").write_bytes(b"weights")
+    (folder / "widths.png").write_bytes(b"a picture")
+    mlflow_copy.add(folder, [folder / "widths.png", export])
+    there = client(tmp_path / "runs")
+    names = {file.path for path in ("", "export-0.50") for file in there.list_artifacts(str(run), path)}
+    assert {"widths.png", "export-0.50/model.safetensors", "summary.json", "recipe.toml"} <= names
+    assert "hsvit: " not in capsys.readouterr().err
+    shutil.move(folder, tmp_path / "run-001")
+    mlflow_copy.add(tmp_path / "run-001", [export])  # away from its database: no other is made
+    assert not (tmp_path / mlflow_run.FILE).exists()
+    mlflow_copy.add(tmp_path, [export])  # no run, or an untracked one
+    assert "hsvit: " not in capsys.readouterr().err
+    state = json.loads((tmp_path / "run-001" / mlflow_copy.STATE).read_text())
+    (tmp_path / "run-001" / mlflow_copy.STATE).write_text(json.dumps(state | {"uri": "sqlite:////nowhere/mlflow.db"}))
+    mlflow_copy.add(tmp_path / "run-001", [export])
+    assert "MLflow at sqlite:////nowhere/mlflow.db has not taken them: " in capsys.readouterr().err
+
+
+def test_a_resumed_run_goes_on_with_its_summary(tmp_path: Path) -> None:
+    folder = tmp_path / "run-001"
+    folder.mkdir()
+    config = Config(mlflow=False)
+    first = Tracker(config, folder, {}, summary(id="first"), Position(0, 0, 0, logged=0))
+    first.log({"val/top1": 50.0, "train/loss": 1.0}, 1)
+    saved = Position(0, 1, 1, logged=first.size())
+    first.log({"val/top1": 90.0, "train/loss": 0.1}, 2)  # and then it is killed
+    first._write()
+    again = Tracker(config, folder, {}, summary(id="second"), saved)
+    assert (again.summary.id, again.summary.metrics["train/loss"]) == ("first", 1.0)
+    assert again.summary.best["val/top1"].value == 50.0
+    again.log({"val/top1": 60.0}, 2)
+    again.close("stopped", "asked to")
+    read = summaries.read(folder)
+    assert read is not None
+    assert (read.state, read.why, read.step, read.best["val/top1"].step) == ("stopped", "asked to", 2, 2)
+    assert [line["val/top1"] for line in metrics.read(folder)] == [50.0, 60.0]
+    assert read.seconds > 0
+
+
+@pytest.mark.parametrize("keep", ["all", "more than there is"])
+def test_a_line_that_was_cut_off_is_forgotten_at_a_resume(keep: str, tmp_path: Path) -> None:
+    whole = b'{"step": 1, "time": 1.0, "train/loss": 2.0}\n'
+    (tmp_path / metrics.FILE).write_bytes(whole + b'{"step": 2, "ti')
+    lines = metrics.Lines(tmp_path, 10**6 if keep != "all" else len(whole) + 15)
+    lines.log({"train/loss": 1.0}, 2, 2.0)
+    lines.close()
+    assert [line["step"] for line in metrics.read(tmp_path)] == [1, 2]
+
+
+def test_a_checkpoint_of_an_older_version_keeps_the_lines_of_its_steps(tmp_path: Path) -> None:
+    text = "".join(json.dumps({"step": step, "time": 0.0, "train/loss": 1.0}) + "\n" for step in (1, 2, 2, 3))
+    (tmp_path / metrics.FILE).write_text(text)
+    Tracker(Config(mlflow=False), tmp_path, {}, summary(), Position(0, 2, 2)).close("finished")
+    assert [line["step"] for line in metrics.read(tmp_path)] == [1, 2, 2]
+
+
+def test_a_run_is_seen_to_go_on_while_its_lock_is_held(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert not summaries.is_held(tmp_path)
+    with summaries.held(tmp_path):
+        assert summaries.is_held(tmp_path)
+        with summaries.held(tmp_path):
+            assert "another process holds its lock" in capsys.readouterr().err
+    assert not summaries.is_held(tmp_path)
+
+
+def test_a_host_is_measured_into_a_file_that_mlflow_has_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(system, "INTERVAL", 0.05)
+    folder = tmp_path / "run-001"
+    folder.mkdir()
+    with system.watched(folder):
+        while not system.files(folder) or len(system.files(folder)[0][1].read_bytes().splitlines()) < 3:
+            time.sleep(0.05)
+    ((host, _),) = system.files(folder)
+    run = track(folder, 1)
+    points = client(tmp_path).get_metric_history(str(run), f"system/{host}/cpu_utilization_percentage")
+    assert [point.step for point in points][:3] == [0, 1, 2]

@@ -24,8 +24,7 @@ from hsvit_ds.tasks import scala
 from hsvit_ds.tasks.supervised import Supervised
 
 from ..fake_gpu import GPU, Watched
-
-RECIPES = sorted(Path("recipes").rglob("*.toml"))
+from ..ranks import RECIPES
 
 
 class OneGPU:

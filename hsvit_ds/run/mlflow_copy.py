@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..errors import first_line, warn
+from ..errors import counted, first_line, warn
 from . import metrics, mlflow_run, system
 from .summary import FINISHED, RUNNING, Summary
 
@@ -255,9 +255,10 @@ def _user() -> str:
 def described(summary: Summary) -> str:
     """A run in markdown: what it is and what it has reached."""
     data = summary.data
+    devices = counted(summary.gpus, "GPU") if summary.gpus else counted(summary.cores, "core")
     lines = [
-        f"**{summary.title}**, from `{summary.recipe}`: {summary.data.name} at {data.image_size} px, "
-        f"{summary.epochs} epochs on {summary.device} x {summary.gpus or summary.cores}.",
+        f"**{summary.title}**, from `{summary.recipe}`: {data.name} at {data.image_size} px, "
+        f"{counted(summary.epochs, 'epoch')} on {devices} ({summary.device}).",
         "",
     ]
     if summary.changed:

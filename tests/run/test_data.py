@@ -109,8 +109,9 @@ def test_ctrl_c_stops_a_run_and_its_workers_without_a_trace(line: str, data: Pat
     assert "Traceback" not in output
     assert "KeyboardInterrupt" not in output
     assert "a data worker died" not in output
-    assert run.returncode == (75 if line else -signal.SIGINT), output
-    assert ("; --resume continues" in output) == bool(line)
+    begun = line != "hsvit-ds "
+    assert run.returncode == (75 if begun else -signal.SIGINT), output
+    assert ("; --resume continues" in output) == begun
 
 
 @pytest.mark.parametrize("ranks", [1, 2])

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from . import __version__
-from .commands import clusters, compare, listing, new, predict, recipes, runs, shards, sweep, weights
+from .commands import clusters, compare, explain, listing, new, predict, recipes, runs, shards, sweep, weights
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 app.command("new")(new.make_recipe)
@@ -17,6 +17,7 @@ app.command("compare")(compare.compare_runs)
 app.command("evaluate")(runs.evaluate_run)
 app.command("export")(runs.export_run)
 app.command("predict")(predict.predict_images)
+app.command("explain")(explain.explain_images)
 app.command("import")(weights.import_weights)
 app.command("doctor")(clusters.examine_hosts)
 app.command("launch")(clusters.launch_run)

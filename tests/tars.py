@@ -14,11 +14,11 @@ from hsvit_ds.data.index import build
 from hsvit_ds.data.layouts import split_shards
 
 
-def picture(number: int, side: int | tuple[int, int] = 32) -> Image.Image:
-    """An RGB image whose pixels follow from its number: a few smooth blobs, so that JPEG keeps them."""
+def picture(number: int, side: int | tuple[int, int] = 32, channels: int = 3) -> Image.Image:
+    """An RGB or grey image whose pixels follow from its number: a few smooth blobs, so that JPEG keeps them."""
     size = (side, side) if isinstance(side, int) else side
     coarse = np.random.default_rng(number).integers(0, 256, (4, 4, 3), dtype=np.uint8)
-    return Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC)
+    return Image.fromarray(coarse if channels == 3 else coarse[:, :, 0]).resize(size, Image.Resampling.BICUBIC)
 
 
 def encoded(image: Image.Image, kind: str = "JPEG", **options: object) -> bytes:
@@ -42,12 +42,21 @@ def sample(number: int, data: bytes, label: int, extension: str = "jpg") -> list
 
 
 def write_split(
-    folder: Path, split: str, count: int, *, shards: int = 3, classes: int = 10, side: int = 32, name: str = "tiny"
+    folder: Path,
+    split: str,
+    count: int,
+    *,
+    shards: int = 3,
+    classes: int = 10,
+    side: int = 32,
+    channels: int = 3,
+    name: str = "tiny",
 ) -> None:
     """`count` pictures, numbered over the split, in shards of nearly equal length; sample i has label i % classes."""
     folder.mkdir(parents=True, exist_ok=True)
     for shard, numbers in enumerate(np.array_split(np.arange(count), shards)):
-        members = [m for i in numbers.tolist() for m in sample(i, encoded(picture(i, side)), i % classes)]
+        pictures = ((i, encoded(picture(i, side, channels))) for i in numbers.tolist())
+        members = [member for i, data in pictures for member in sample(i, data, i % classes)]
         write_tar(folder / f"{name}-{split}-{shard:04d}.tar", members)
 
 

@@ -37,7 +37,7 @@ def compare_runs(
     with shown(2, debug):
         form = _format(out, form)
         from ..results import comparison, outcome, page, records, tables
-        from .terminal import progress
+        from .terminal import progress, write_report
 
         found = records.find(runs, root)
         if latency:
@@ -51,7 +51,7 @@ def compare_runs(
         compared = comparison.compare(reduced, keys, metrics)
         if form:
             makers = {"html": page.html, "md": tables.markdown, "csv": tables.as_csv, "json": tables.as_json}
-            _write(makers[form](compared), out, tables.MARKS[form])
+            write_report(makers[form](compared), out, tables.MARKS[form], "hsvit compare")
         else:
             _print(compared)
 
@@ -79,22 +79,6 @@ def _measure(found: list[Record]) -> None:
             typer.echo(f"{record.name}: ms by width on {measured.where}: {ms}", err=True)
         except RefusedError as error:
             warn(f"{record.name}: its latency is not measured: {error}")
-
-
-def _write(text: str, out: Path | None, mark: str) -> None:
-    """To a file, over one that this command wrote, or to standard output."""
-    if out is None:
-        typer.echo(text, nl=False)
-        return
-    try:
-        if out.exists():
-            with out.open(encoding="utf-8", errors="replace") as file:
-                if mark not in file.read(1000):
-                    raise RefusedError(f"--out {out}: is no report of hsvit compare; name another, or move it away")
-        out.write_text(text, "utf-8")
-    except OSError as error:
-        raise RefusedError(f"--out {out}: cannot be written ({error.strerror})") from error
-    typer.echo(out)
 
 
 def _print(compared: Comparison) -> None:

@@ -48,7 +48,7 @@ def predict_images(
     """
     with shown(2, debug):
         check_kernels()
-        files = list(_files(images))
+        files = list(named_files(images))
         from ..results.predict import open_predictor
 
         opened = open_predictor(model, width, budget, checkpoint, ema, root)
@@ -64,7 +64,7 @@ def predict_images(
             raise typer.Exit(1)
 
 
-def _files(images: list[str]) -> Iterator[tuple[str, Path | bytes]]:
+def named_files(images: list[str]) -> Iterator[tuple[str, Path | bytes]]:
     """(name, where its content is) of everything that was asked for, folders and patterns in the order of names."""
     from ..data.members import IMAGES
     from ..data.shards.sources import images_in

@@ -29,7 +29,9 @@ Image = Annotated[
 
 @app.command("make")
 def make_shards(
-    source: Annotated[Path, typer.Argument(help="One sub-folder a class, or the folder of ImageNet's own archives.")],
+    source: Annotated[
+        Path, typer.Argument(help="One sub-folder a class, a CSV, or a set as it is published: docs/data.md.")
+    ],
     out: Annotated[Path, typer.Argument(help="Folder for the shards.")],
     split: Annotated[str, typer.Option(help="What SOURCE is: train, val, … Of ImageNet's archives: which.")],
     name: Annotated[str, typer.Option(help="Of the data set, as imagenet1k.")],

@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 import typer
 
@@ -49,6 +50,22 @@ def lines(texts: Sequence[str], most: int) -> None:
         typer.echo(text if text.isprintable() else ascii(text))  # names in a tar may hold anything
     if len(texts) > most:
         typer.echo(f"… and {len(texts) - most:,} more")
+
+
+def write_report(text: str, out: Path | None, mark: str, command: str) -> None:
+    """To a file, over one that has the command's mark near its beginning, or to standard output."""
+    if out is None:
+        typer.echo(text, nl=False)
+        return
+    try:
+        if out.exists():
+            with out.open(encoding="utf-8", errors="replace") as file:
+                if mark not in file.read(1000):
+                    raise RefusedError(f"--out {out}: is no report of {command}; name another, or move it away")
+        out.write_text(text, "utf-8")
+    except OSError as error:
+        raise RefusedError(f"--out {out}: cannot be written ({error.strerror})") from error
+    typer.echo(out)
 
 
 @contextmanager

@@ -179,13 +179,13 @@ VIEW = 8
 
 
 def _cut_out(canvas: Tensor, views: Tensor, size: int, mean: Tensor, std: Tensor) -> Tensor:
-    """uint8 [B, 3, K, K] and views [B, 8] to normalised fp32 [B, 3, size, size]: crop, flip, colours."""
+    """uint8 [B, C, K, K] and views [B, 8] to normalised fp32 [B, C, size, size]: crop, flip, colours."""
     top, left, height, width, flip = views[:, :5].unbind(1)
     across = width * (1 - 2 * flip)
     zero = torch.zeros_like(top)
     # From [-1, 1] of the view to [-1, 1] of the canvas.
     rows = torch.stack((across, zero, 2 * left + width - 1, zero, height, 2 * top + height - 1), 1)
-    grid = F.affine_grid(rows.view(-1, 2, 3), [len(views), 3, size, size], align_corners=False)
+    grid = F.affine_grid(rows.view(-1, 2, 3), [len(views), canvas.shape[1], size, size], align_corners=False)
     x = F.grid_sample(canvas.float(), grid, mode="bilinear", padding_mode="border", align_corners=False)
     brightness, contrast, saturation = views[:, 5:].view(-1, 3, 1, 1, 1).unbind(1)
     x = (x * brightness).clamp(0, 255)
@@ -197,7 +197,9 @@ def _cut_out(canvas: Tensor, views: Tensor, size: int, mean: Tensor, std: Tensor
 
 
 def grey(x: Tensor) -> Tensor:
-    """[B, 3, H, W] to [B, 1, H, W], by the weights of ITU-R 601-2."""
+    """[B, C, H, W] to [B, 1, H, W], by the weights of ITU-R 601-2; of one channel itself."""
+    if x.shape[1] == 1:
+        return x
     red, green, blue = x.split(1, 1)
     return red * 0.299 + green * 0.587 + blue * 0.114
 

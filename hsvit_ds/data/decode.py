@@ -5,16 +5,21 @@ from __future__ import annotations
 import hashlib
 import io
 import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError, features
 
-from ..errors import RefusedError, first_line
+from ..errors import RefusedError, counted, first_line
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 """What Pillow may take a file for, whatever it is called: it would hand PostScript to Ghostscript, which runs it."""
+FIRST = 16
+"""Images of a set that tell its channels."""
+GREY = ("1", "L", "LA", "La", "I", "I;16", "I;16B", "I;16L", "I;16N", "F")
+"""Pillow's modes of one channel, transparency apart."""
 MOST_PIXELS = 2**28 // 3
 """Of an image, 256 MiB as RGB: a file of a few bytes can claim any size, and would be given the memory."""
 _TURNS = {
@@ -76,12 +81,15 @@ def resolved(decoder: str) -> str:
 class Picture:
     """An image file whose header has been read: `height` and `width` are those after its EXIF rotation.
 
+    Args:
+        channels: of its pixels: 3, RGB, or 1, to which colours are converted by luminance.
+
     Raises:
         BadImageError: it cannot be read.
     """
 
-    def __init__(self, data: bytes, decoder: str) -> None:
-        self._data = data
+    def __init__(self, data: bytes, decoder: str, channels: int = 3) -> None:
+        self._data, self._channels = data, channels
         self._pillow: Image.Image | None = None
         if decoder.startswith("simplejpeg") and data[:3] == b"\xff\xd8\xff" and not _may_be_turned(data):
             import simplejpeg
@@ -92,15 +100,17 @@ class Picture:
                 space = "unknown"
             if space in ("YCbCr", "RGB", "Gray"):
                 check_size(self.height, self.width)
+                self.is_grey = space == "Gray"
                 return
         self._open()
 
     def _open(self) -> None:
         image = open_upright(self._data)
         self._pillow, self.height, self.width = image, image.height, image.width
+        self.is_grey = image.mode in GREY
 
     def pixels(self, box: Box, size: int) -> np.ndarray:
-        """uint8 [height, width, 3] of a box that will be resized to `size`.
+        """uint8 [height, width, channels] of a box that will be resized to `size`.
 
         A JPEG with more than twice the pixels is halved, quartered or divided by eight while it is decoded, which skips
         most of the work: the box is then that much smaller, and never smaller than `size`.
@@ -113,15 +123,43 @@ class Picture:
                 {"min_height": -(-self.height // factor), "min_width": -(-self.width // factor)} if factor > 1 else {}
             )
             try:
-                whole = simplejpeg.decode_jpeg(self._data, "RGB", **small)
+                whole = simplejpeg.decode_jpeg(self._data, "RGB" if self._channels == 3 else "GRAY", **small)
                 return _cut(whole, box, factor)
             except ValueError:  # also of what Pillow only warns of, as of stray bytes
                 self._open()
         assert self._pillow is not None
         try:
-            return _cut(_rgb(self._pillow), box, 1)
+            return _cut(_array(self._pillow, self._channels), box, 1)
         except Exception as error:  # as above
             raise BadImageError(first_line(error)) from None
+
+
+def check_channels(images: Iterable[tuple[str, bytes]], channels: int, decoder: str) -> None:
+    """Refuse a set by some of its images, each a name and a file, for a model of so many `channels`; 0: any.
+
+    Raises:
+        RefusedError: one in colours for a model of one channel, or nothing but grey ones for a model of three.
+    """
+    grey = list[str]()
+    for name, data in images if channels else ():
+        try:
+            picture = Picture(data, decoder)
+        except BadImageError:  # told when it is its turn
+            continue
+        if picture.is_grey:
+            grey.append(name)
+        elif channels == 1:
+            raise RefusedError(
+                f"{name}: has three channels, but the data set one; is data.root right? data.channels=3 is for images "
+                "in colours"
+            )
+        else:
+            return
+    if channels == 3 and grey:
+        raise RefusedError(
+            f"{grey[0]}: has one channel, as all {counted(len(grey), 'image')} looked at, but the data set three; is "
+            "data.root right? data.channels=1 is for a model of one, data.channels=3 reads grey as RGB"
+        )
 
 
 def check_size(height: int, width: int) -> None:
@@ -193,12 +231,15 @@ def _cut(whole: np.ndarray, box: Box, factor: int) -> np.ndarray:
     return whole[box.top // factor : bottom, box.left // factor : right]
 
 
-def _rgb(image: Image.Image) -> np.ndarray:
-    """uint8 [H, W, 3] of an image of any mode; 16 bits are scaled, transparency is drawn on black as it is stored."""
+def _array(image: Image.Image, channels: int) -> np.ndarray:
+    """uint8 [H, W, channels] of an image of any mode; 16 bits are scaled, transparency is drawn on black as it is
+    stored."""
     if image.mode.startswith("I") or image.mode == "F":  # convert("RGB") would cut everything above 255 off
         grey = np.asarray(image).astype(np.float64)
         top = 65535.0 if image.mode.startswith("I") else max(float(grey.max()), 1.0)
         np.clip(grey, 0, top, out=grey)
         grey *= 255 / top
-        return np.repeat(np.rint(grey, out=grey).astype(np.uint8)[:, :, None], 3, 2)
-    return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
+        return np.repeat(np.rint(grey, out=grey).astype(np.uint8)[:, :, None], channels, 2)
+    mode = "RGB" if channels == 3 else "L"
+    found = np.asarray(image if image.mode == mode else image.convert(mode))
+    return found if channels == 3 else found[:, :, None]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from . import augment, decode
@@ -16,8 +15,8 @@ from .transform import Transform
 class Preprocessing:
     """What an image goes through.
 
-    image_size: side, pixels. channels: 3, or 1 for grey images. mean, std: by channel, in units of full scale. filter,
-    eval_crop: see `augment.Config`.
+    image_size: side, pixels. channels: 3, or 1, to which colours are converted by luminance. mean, std: by channel, in
+    units of full scale. filter, eval_crop: see `augment.Config`.
     """
 
     image_size: int
@@ -47,8 +46,6 @@ class Preprocessing:
             BadImageError: it cannot be read.
         """
         asked = augment.Config(filter=self.filter, eval_crop=self.eval_crop)
-        transform = Transform(asked, self.image_size, decoder or decode.installed("auto"), seed=0)
-        pixels = transform.held_out(data)[None]
-        if self.channels == 1:
-            pixels = augment.grey(pixels.float()).round().to(torch.uint8)
-        return augment.normalise(pixels, self.mean, self.std)[0]
+        name = decoder or decode.installed("auto")
+        transform = Transform(asked, self.image_size, name, seed=0, channels=self.channels, convert=True)
+        return augment.normalise(transform.held_out(data)[None], self.mean, self.std)[0]

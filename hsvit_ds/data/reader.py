@@ -21,7 +21,7 @@ from .order import Order, Share
 from .resident import Split, Views
 from .sets import Facts
 from .sources import InMemory, Shards, Source, digits_split
-from .splits import Config, facts, not_on_device, open_split, shares_images, workers
+from .splits import Config, expected_channels, facts, not_on_device, open_split, shares_images, workers
 from .stream import Streamed
 from .transform import Transform
 
@@ -49,7 +49,8 @@ class Reader:
         self.config, self.augmentation, self.order, self.share, self.grid = config, augmentation, order, share, grid
         self.facts = facts(config)
         # Named here for a run that is opened elsewhere: its own decoder may be another version.
-        self._transform = Transform(augmentation, self.facts.image_size, decode.installed(config.decoder), order.seed)
+        f, decoder = self.facts, decode.installed(config.decoder)
+        self._transform = Transform(augmentation, f.image_size, decoder, order.seed, f.channels)
         there = grid.together(lambda: open_split(config, "train"))
         self._pins = grid.device.type == "cuda"
         loader.preload(self._transform.modules)
@@ -108,6 +109,7 @@ class Reader:
             cache=self.config.cache,
             timeout=self.config.timeout,
             image=self.config.image,
+            channels=expected_channels(self.config),
         )
 
     def _placed(self, split: str, canvas: int = 0) -> tuple[bool, str]:

@@ -68,7 +68,8 @@ class Shards:
 
     def training(self, job: Job) -> Images:
         side = self.transform.config.canvas or self.transform.size
-        found = empty(len(job.samples), side, VIEW if self.transform.config.canvas else 0)
+        view = VIEW if self.transform.config.canvas else 0
+        found = empty(len(job.samples), self.transform.channels, side, view)
         with own_generators():
             for i, (sample, copy) in enumerate(zip(job.samples.tolist(), job.copies.tolist(), strict=True)):
                 self._training(found, i, sample, copy, job.epoch)
@@ -95,7 +96,7 @@ class Shards:
         return self._once(samples, self.transform.config.canvas or self.transform.size, 2, self.transform.same)
 
     def _once(self, samples: Tensor, side: int, view: int, made: Callable[[bytes], tuple[Tensor, Any]]) -> Images:
-        found = empty(len(samples), side, view)
+        found = empty(len(samples), self.transform.channels, side, view)
         found.labels.fill_(PADDING)
         for i, sample in enumerate(samples.tolist()):
             if sample < 0:
@@ -143,7 +144,7 @@ class Shards:
         return file
 
 
-def empty(count: int, side: int, view: int) -> Images:
+def empty(count: int, channels: int, side: int, view: int) -> Images:
     """Room for `count` images."""
-    pixels = torch.zeros(count, 3, side, side, dtype=torch.uint8)
+    pixels = torch.zeros(count, channels, side, side, dtype=torch.uint8)
     return Images(pixels, torch.empty(count, dtype=torch.int64), torch.empty(count, view), [])

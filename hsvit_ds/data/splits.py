@@ -14,7 +14,9 @@ from . import augment, decode, layouts, remote
 from .digits import SPLITS as DIGITS
 from .index import Index, command, open_index
 from .layouts import is_command, is_url, no_split, split_shards
-from .sets import SETS, Facts, photographs
+from .sets import GREY_MEAN, GREY_STD, SETS, Facts, photographs
+from .sources import Shards
+from .transform import Transform
 
 MOST, STREAMING = 8, 4
 """Workers of a rank by themselves, and those of a stream."""
@@ -23,8 +25,8 @@ MOST, STREAMING = 8, 4
 @dataclass(frozen=True, kw_only=True)
 class Config:
     name: str = "digits"
-    """The data set: "digits" is built in; "cifar10", "imagenette", "tiny_imagenet" and "imagenet1k" are known; any
-    other name is a set of your own."""
+    """The data set: "digits" is built in; "cifar10", "cifar100", "fashion_mnist", "mnist", "food101", "tiny_imagenet",
+    "imagenette" and "imagenet1k" are known; any other name is a set of your own."""
     root: str = ""
     """Folder of its shards, NAME-SPLIT-0000.tar, SPLIT-0000.tar, or SPLIT/0000.tar in a folder for each split, indexed
     by `hsvit shards index`; or a URL with `_info.json` (https:, gs:, pipe:cat /x), whose shards are streamed, with the
@@ -47,6 +49,9 @@ class Config:
     """Of a data set of your own; 0: as many as its shards name, or those of the known one."""
     image_size: int = 0
     """Side of the images that the model takes, pixels; 0: that of the known data set, 224 for your own."""
+    channels: int = 0
+    """Of an image: 1, grey from its file to the model, or 3, where a grey image is read as RGB; 0: those of the known
+    data set, 3 for your own. A set whose images have others is refused, unless 3 are asked for."""
     window: int = 8192
     """Samples shuffled together after the shards were."""
     last_batch: str = "drop"
@@ -91,6 +96,7 @@ class Config:
         for name in ("workers", "classes", "image_size"):
             if getattr(self, name) != "auto" and getattr(self, name) < 0:
                 raise ValueError(f"{name} = {getattr(self, name)}: must not be negative")
+        self._check_channels()
         layouts.check(self.root, self.shards)
         if self.timeout <= 0:
             raise ValueError(f"timeout = {self.timeout}: must be above 0 seconds")
@@ -103,9 +109,18 @@ class Config:
             )
         known = SETS["digits"]
         if self.name == "digits" and (
-            self.is_placed or self.classes not in (0, known.classes) or self.image_size not in (0, known.image_size)
+            self.is_placed
+            or self.classes not in (0, known.classes)
+            or self.image_size not in (0, known.image_size)
+            or self.channels not in (0, known.channels)
         ):
-            raise ValueError('name = "digits" is built in: it takes no root, shards, classes or image_size')
+            raise ValueError('name = "digits" is built in: it takes no root, shards, classes, image_size or channels')
+
+    def _check_channels(self) -> None:
+        if self.channels not in (0, 1, 3):
+            raise ValueError(f"channels = {self.channels}: must be 1 or 3, or 0 for those of the data set")
+        if self.channels == 1 and self.name in SETS and SETS[self.name].channels == 3:
+            raise ValueError(f"channels = 1: {self.name} has 3; leave it out, or set name to that of the grey images")
 
     @property
     def is_placed(self) -> bool:
@@ -162,10 +177,27 @@ def workers(config: Config, cores: int, ranks: int) -> int:
 
 def facts(config: Config) -> Facts:
     """What the model depends on; no file is read."""
-    known = SETS.get(config.name) or photographs(224, config.classes)
+    known = SETS.get(config.name)
+    if known is None:
+        grey = config.channels == 1
+        known = (
+            photographs(224, config.classes, mean=GREY_MEAN, std=GREY_STD) if grey else photographs(224, config.classes)
+        )
+    size, classes = config.image_size or known.image_size, config.classes or known.classes
+    more = (config.channels or known.channels) // known.channels  # grey images as RGB have the same statistics thrice
     return dataclasses.replace(
-        known, image_size=config.image_size or known.image_size, classes=config.classes or known.classes
+        known,
+        image_size=size,
+        classes=classes,
+        channels=known.channels * more,
+        mean=known.mean * more,
+        std=known.std * more,
     )
+
+
+def expected_channels(config: Config) -> int:
+    """Channels that the first images must have; 0: any, as grey ones are to be read as RGB."""
+    return 0 if config.channels == 3 else facts(config).channels
 
 
 def split_names(config: Config) -> list[str]:
@@ -238,7 +270,17 @@ def class_names(config: Config) -> tuple[str, ...]:
 def check_splits(config: Config) -> None:
     """Refuse a data set that lacks a split, before a run trains an epoch to find out."""
     for split in ("train", config.val, config.test):
-        open_split(config, split)
+        there = open_split(config, split)
+        if split == "train" and isinstance(there, Index):
+            _check_channels(config, there)
+
+
+def _check_channels(config: Config, index: Index) -> None:
+    """Look at images from all over a split; of a stream its workers look at the first ones."""
+    decoder = decode.resolved(config.decoder)
+    shards = Shards(index, Transform(augment.Config(), 1, decoder, seed=0))
+    some = range(0, len(index), max(len(index) // decode.FIRST, 1))[: decode.FIRST]
+    decode.check_channels(((index.name(i), shards.read(i)) for i in some), expected_channels(config), decoder)
 
 
 def named_as_before(config: Config) -> Config:

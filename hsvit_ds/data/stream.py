@@ -34,7 +34,7 @@ from ..errors import RefusedError, counted
 from . import loader
 from .augment import VIEW
 from .batch import PADDING, UNREADABLE, Images
-from .decode import BadImageError
+from .decode import FIRST, BadImageError, check_channels
 from .layouts import parts
 from .loader import Loader
 from .members import MOST_BYTES, Member, Sample, grouped, printable, unsafe
@@ -66,7 +66,7 @@ class Streamed(IterableDataset[Images]):
         classes: labels are below it. reader, readers: this one among those that read different images, over all ranks.
         count: images of a forward here. window: samples that are shuffled together, over all readers. cache: folder for
         whole shards, or "". done: forwards of this reader before the first one. once: a pass for evaluation instead of
-        training for ever. image: see `Sample.image`.
+        training for ever. image: see `Sample.image`. channels: see `check_channels`.
     """
 
     split: Split
@@ -81,6 +81,7 @@ class Streamed(IterableDataset[Images]):
     done: int = 0
     once: bool = False
     image: str = ""
+    channels: int = 0
 
     def start(self, workers: int, pin: bool, done: int = 0) -> Loader:
         """The images of one forward after the other, from forward `done` of this reader on."""
@@ -115,6 +116,7 @@ class Streamed(IterableDataset[Images]):
         stages = [
             partial(self._shards, slot, slots, done * self.count),
             self._samples,
+            self._checked,
             webdataset.shuffle(buffer, initial=max(buffer // 4, 1), rng=luck),
             partial(self._batches, transform=self.transform.training),
         ]
@@ -126,7 +128,7 @@ class Streamed(IterableDataset[Images]):
         totals = [sum(self.split.lengths[i::slots]) for i in range(slots)]
         forwards = -(-max(totals) // self.count)
         samples = self._samples((0, shard) for shard in range(slot, len(self.split.shards), slots))
-        batches = self._batches(samples, self._held_out, last=True)
+        batches = self._batches(self._checked(samples), self._held_out, last=True)
         yield from islice(chain(batches, iter(self._empty, None)), done, forwards)
 
     def _shards(self, slot: int, slots: int, skip: int) -> Iterator[tuple[int, int]]:
@@ -162,6 +164,20 @@ class Streamed(IterableDataset[Images]):
                 except TRANSIENT as error:
                     self._forget(url)
                     wait(attempt, url, error)
+
+    def _checked(self, samples: Iterable[Any]) -> Iterator[Any]:
+        """The same, unless the first ones have other channels than the data set."""
+        rest = iter(samples)
+        first = list(islice(rest, FIRST if self.channels else 0))
+        check_channels(self._first_images(first), self.channels, self.transform.decoder)
+        yield from chain(first, rest)
+
+    def _first_images(self, samples: Iterable[Any]) -> Iterator[tuple[str, bytes]]:
+        for _, _, url, sample in samples:
+            try:
+                yield f"{url}: {printable(sample.key)}", self._image_and_label(url, sample)[0]
+            except BadImageError:  # told when it is its turn
+                continue
 
     def _shard(self, url: str) -> Iterator[Sample]:
         from webdataset.gopen import gopen
@@ -231,6 +247,7 @@ class Streamed(IterableDataset[Images]):
     def _empty(self) -> Images:
         config = self.transform.config
         canvas = 0 if self.once else config.canvas
-        images = empty(self.count, canvas or self.transform.size, VIEW if canvas else 0)
+        side = canvas or self.transform.size
+        images = empty(self.count, self.transform.channels, side, VIEW if canvas else 0)
         images.labels.fill_(PADDING)
         return images

@@ -19,7 +19,7 @@ from hsvit_kernels.random import Site, key
 
 from . import augment
 from .augment import VIEW
-from .decode import Box, Picture, check_size
+from .decode import BadImageError, Box, Picture, check_size
 
 _RATIO = (math.log(3 / 4), math.log(4 / 3))
 
@@ -28,14 +28,18 @@ class Transform:
     """What `augment` asks of the workers.
 
     Args:
-        size: side of the images that the model takes. decoder: see `decode.installed`. seed: of the run.
+        size: side of the images that the model takes. decoder: see `decode.installed`. seed: of the run. channels: C,
+        3 or 1. convert: where C is 1, take an image in colours by its luminance; otherwise it is bad.
     """
 
-    def __init__(self, config: augment.Config, size: int, decoder: str, seed: int) -> None:
+    def __init__(
+        self, config: augment.Config, size: int, decoder: str, seed: int, channels: int = 3, convert: bool = False
+    ) -> None:
         self.config, self.size, self.decoder, self.seed = config, size, decoder, seed
+        self.channels, self.convert = channels, convert
 
     def training(self, data: bytes, epoch: int, sample: int, copy: int) -> tuple[Tensor, list[float]]:
-        """(uint8 [3, S, S], its view: empty unless the device is to cut it out). Everything random is drawn from
+        """(uint8 [C, S, S], its view: empty unless the device is to cut it out). Everything random is drawn from
         Python's, NumPy's and PyTorch's generators, which are set here: see `own_generators`.
 
         Raises:
@@ -43,7 +47,7 @@ class Transform:
         """
         c = self.config
         high, low = self._seed(epoch, sample, copy)
-        picture = Picture(data, self.decoder)
+        picture = self._picture(data)
         if c.canvas:
             return self._whole(picture), self._view(picture.height, picture.width)
         box = self._crop(picture.height, picture.width)
@@ -53,20 +57,21 @@ class Transform:
         if self._policies:
             np.random.seed(low)
             torch.manual_seed(high << 32 | low)
-            image = Image.fromarray(x.permute(1, 2, 0).numpy())
+            # Of one channel an image of mode L, as torchvision and timm expect it.
+            image = Image.fromarray((x.permute(1, 2, 0) if len(x) > 1 else x[0]).numpy())
             for policy in self._policies:
                 image = policy(image)
-            x = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+            x = torch.from_numpy(np.array(image)).view(self.size, self.size, -1).permute(2, 0, 1)
         return x, []
 
     def same(self, data: bytes) -> tuple[Tensor, tuple[int, int]]:
-        """(uint8 [3, S, S], height and width of the image): what of a training image is the same every time, where only
+        """(uint8 [C, S, S], height and width of the image): what of a training image is the same every time, where only
         a `view` of it is random.
 
         Raises:
             BadImageError: it cannot be read.
         """
-        picture = Picture(data, self.decoder)
+        picture = self._picture(data)
         return self._whole(picture), (picture.height, picture.width)
 
     def view(self, size: tuple[int, int], epoch: int, sample: int, copy: int) -> list[float]:
@@ -75,8 +80,18 @@ class Transform:
         return self._view(*size)
 
     def held_out(self, data: bytes) -> Tensor:
-        """uint8 [3, S, S] for evaluation: see `augment.Config.eval_crop`."""
-        return self._centred(Picture(data, self.decoder))
+        """uint8 [C, S, S] for evaluation: see `augment.Config.eval_crop`.
+
+        Raises:
+            BadImageError: it cannot be read.
+        """
+        return self._centred(self._picture(data))
+
+    def _picture(self, data: bytes) -> Picture:
+        picture = Picture(data, self.decoder, self.channels)
+        if self.channels == 1 and not picture.is_grey and not self.convert:
+            raise BadImageError("three channels, in a set of one")
+        return picture
 
     def _seed(self, epoch: int, sample: int, copy: int) -> tuple[int, int]:
         high, low = key(self.seed, int(Site.AUGMENT), epoch, sample, copy)
@@ -158,7 +173,9 @@ class Transform:
             filter_ = Image.Resampling[c.filter.upper()]
             kind = {"rand": rand_augment_transform, "augm": augment_and_mix_transform}
             make = kind.get(c.policy[:4], auto_augment_transform)
-            hparams = {"translate_const": int(self.size * 0.45), "img_mean": (124, 116, 104), "interpolation": filter_}
+            # What uncovered pixels become: ImageNet's mean colour, or its luminance.
+            mean = (124, 116, 104) if self.channels == 3 else 117
+            hparams = {"translate_const": int(self.size * 0.45), "img_mean": mean, "interpolation": filter_}
             found.append(make(c.policy, hparams))
         if c.colour_jitter:
             from torchvision import transforms
@@ -168,7 +185,7 @@ class Transform:
 
 
 def _resized(image: np.ndarray, size: tuple[int, int], filter_: str) -> Tensor:
-    """uint8 [H, W, 3] to uint8 [3, *size], antialiased. PyTorch's own is two to three times as fast as Pillow's."""
+    """uint8 [H, W, C] to uint8 [C, *size], antialiased. PyTorch's own is two to three times as fast as Pillow's."""
     x = torch.from_numpy(image if image.flags.writeable else image.copy()).permute(2, 0, 1)
     if x.shape[1:] == size:
         return x

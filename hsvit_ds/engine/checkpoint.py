@@ -14,7 +14,7 @@ import platform
 import shutil
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, fields
 from importlib.metadata import version
 from itertools import chain
 from pathlib import Path
@@ -333,6 +333,10 @@ class Checkpoints:
     def _check_recipe(self, folder: Path, manifest: Mapping[str, Any]) -> None:
         """Refuse a checkpoint of another architecture, optimizer or order, key by key."""
         saved, mine = manifest["recipe"], json.loads(json.dumps(self.recipe))
+        # What an earlier version did not have it did as the default does.
+        config: Any = self.engine.module.config
+        defaults = {entry.name: entry.default for entry in fields(config) if entry.default is not MISSING}
+        saved["model"] = json.loads(json.dumps(defaults)) | saved["model"]
         for recipe in (saved, mine):  # what a run starts from is past
             recipe["model"] = {k: v for k, v in recipe["model"].items() if k != "weights"}
             recipe["model"]["backbone"] = recipe["model"].get("backbone", {}) | {"weights": "", "cache": ""}

@@ -19,6 +19,7 @@ from .. import models
 from ..data import splits
 from ..data.preprocessing import Preprocessing
 from ..errors import RefusedError, counted, first_line
+from ..grid.grid import Config as GridConfig
 from ..models import slimmable, timm_models, vit
 from ..models.batchnorm import BatchNorm
 from ..models.hsvit import Config as HSViTConfig
@@ -255,6 +256,7 @@ def save_model(
         "image_size": model.image_size,
         "channels": model.channels,
         "classes": model.classes,
+        **({"exchange": model.exchange} if isinstance(model, HSViT) else {}),
         "preprocessing": None if preprocessing is None else asdict(preprocessing),
         "names": list(classes),
         "width": width,
@@ -335,7 +337,12 @@ def load_run(folder: str | Path, ema: bool = False, checkpoint: str = "latest") 
     recipe = manifest["recipe"]
     facts = splits.facts(splits.Config(**recipe["data"]))
     config = models.without_weights(_config(recipe["model"]))
-    model = config.build(image_size=facts.image_size, channels=facts.channels, classes=facts.classes)
+    model = config.build(
+        image_size=facts.image_size,
+        channels=facts.channels,
+        classes=facts.classes,
+        exchange=GridConfig(**recipe["grid"]).exchange,
+    )
     if not next(model.parameters()).is_meta:
         model.load_state_dict(read_weights(place, manifest, ema))
     return LoadedRun(model.eval(), recipe, Position(**manifest["position"]), tuple(manifest.get("classes", ())))

@@ -11,15 +11,16 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, ClassVar, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from ..errors import RefusedError, counted
-from . import rendezvous
+from . import rendezvous, rounding
 from .eager import eager
+from .exchange import Channel, ExchangeFeatures, SumForward, SumRounded
 
 T = TypeVar("T")
 
@@ -31,6 +32,9 @@ class Config:
     absent: tuple[int, ...] = ()
     """Submodules that no rank holds, in no replica: those of lost ranks; their weights stay in the checkpoints as they
     were."""
+    exchange: str = "fp32"
+    """What each submodule's CLS sum is rounded to before it travels, and so on one rank too: "fp32", not at all;
+    "bf16"; "int8" with a scale for each image and submodule. It is part of what the model computes."""
     backend: str = "auto"
     """"gloo", "nccl", or "auto": nccl with a GPU for every rank of the host, gloo otherwise."""
     timeout: float = 600.0
@@ -41,81 +45,12 @@ class Config:
             raise ValueError(f"submodule_ranks = {self.submodule_ranks}: must be at least 1")
         if list(self.absent) != sorted(set(self.absent)) or min(self.absent, default=0) < 0:
             raise ValueError(f"absent = {list(self.absent)}: must be different numbers from 0 on, the smallest first")
+        if self.exchange not in rounding.FORMATS:
+            raise ValueError(f'exchange = "{self.exchange}": must be "fp32", "bf16" or "int8"')
         if self.backend not in ("auto", "gloo", "nccl"):
             raise ValueError(f'backend = "{self.backend}": must be "auto", "gloo" or "nccl"')
         if self.timeout <= 0:
             raise ValueError(f"timeout = {self.timeout}: must be above 0 seconds")
-
-
-class Channel:
-    """Collectives of one kind over one group, with the bytes this rank has put in counted."""
-
-    last: ClassVar[str] = "none"
-    """The collective of this process that began last, whatever its channel; for one that hangs."""
-
-    def __init__(self, name: str, group: dist.ProcessGroup, size: int) -> None:
-        self.name, self.group, self.size, self.bytes = name, group, size, 0
-
-    def _begin(self, what: str, x: Tensor, sent: int) -> None:
-        self.bytes += sent
-        Channel.last = f"{what} of {tuple(x.shape)} {x.dtype} ({self.name}, {counted(self.size, 'rank')})"
-
-    def all_reduce(self, x: Tensor) -> Tensor:
-        """Sum `x` over the group, in place."""
-        self._begin("all_reduce", x, x.nbytes)
-        dist.all_reduce(x, group=self.group)
-        return x
-
-    def take(self) -> int:
-        """The bytes since the last call."""
-        taken, self.bytes = self.bytes, 0
-        return taken
-
-    def all_to_all(self, x: Tensor) -> Tensor:
-        """[size, ...]: part i goes to rank i; what the ranks sent here, in their order."""
-        self._begin("all_to_all", x, x.nbytes // self.size * (self.size - 1))
-        # Of GPUs gloo knows nothing here, nor of bfloat16: as bytes, by way of the host.
-        host = x.is_cuda and dist.get_backend(self.group) == "gloo"
-        sent = (x.cpu() if host else x).contiguous()
-        received = torch.empty_like(sent)
-        dist.all_to_all_single(received.view(torch.uint8), sent.view(torch.uint8), group=self.group)
-        return received.to(x.device)
-
-    def all_gather(self, x: Tensor) -> Tensor:
-        """[size, *x.shape]: every rank's `x`, in the order of ranks."""
-        self._begin("all_gather", x, x.nbytes)
-        parts = [torch.empty_like(x) for _ in range(self.size)]
-        dist.all_gather(parts, x.contiguous(), group=self.group)
-        return torch.stack(parts)
-
-
-class _SumForward(torch.autograd.Function):
-    """Forward sum over ranks, backward the identity: every rank of a replica computes the same loss, so the gradient
-    at the sum is already whole everywhere; summing it again would multiply submodule gradients by the rank count."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, channel: Channel) -> Tensor:
-        return channel.all_reduce(x.clone())
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad, None
-
-
-class _ExchangeFeatures(torch.autograd.Function):
-    """[B / S, K, f] of this rank's images to [B, K / S, f] of all images; backward the same way back. All ranks of a
-    replica compute the same loss, and each has the gradient at its own channels alone: nothing is summed."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, channel: Channel) -> Tensor:
-        ctx.channel = channel
-        parts = x.unflatten(1, (channel.size, -1)).movedim(1, 0)
-        return channel.all_to_all(parts).flatten(0, 1)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        parts = grad.unflatten(0, (ctx.channel.size, -1))
-        return ctx.channel.all_to_all(parts).movedim(0, 1).flatten(1, 2), None
 
 
 def world_size() -> int:
@@ -254,9 +189,18 @@ class Grid:
 
     # A collective in a compiled autograd function trained to something else, silently; the mark breaks the graph here.
     @eager
-    def exchange(self, x: Tensor) -> Tensor:
-        """Sum [B, D] over the submodule ranks of the replica: the one message of an HSViT forward, none backward."""
-        summed: Tensor = _SumForward.apply(x, self.exchanges)
+    def exchange(self, sums: Tensor, form: str) -> Tensor:
+        """[B, M here, D], a sum for each submodule of this rank, to their sum [B, D] over the replica, each rounded to
+        `form`: the one message of an HSViT forward, none backward.
+
+        Sums of rounded numbers need more bits, so what is rounded travels for each submodule and is summed on arrival;
+        of more submodules than that saves bytes, the fp32 sum does.
+        """
+        here, features = sums.shape[1:]
+        if here * rounding.size(features, form) < rounding.size(features, "fp32"):
+            summed: Tensor = SumRounded.apply(sums, form, self.exchanges)
+        else:
+            summed = SumForward.apply(rounding.rounded(sums, form).sum(1), self.exchanges)
         return summed
 
     def share_of(self, images: int) -> slice:
@@ -276,7 +220,7 @@ class Grid:
     def exchange_features(self, x: Tensor) -> Tensor:
         """[B / S, K, f], a backbone's maps of this rank's images, K the channels of the submodules present, to
         [B, K / S, f], this rank's channels of all images of the replica; gradients travel back."""
-        exchanged: Tensor = _ExchangeFeatures.apply(x, self.features)
+        exchanged: Tensor = ExchangeFeatures.apply(x, self.features)
         return exchanged
 
     def share_images(self, images: Tensor) -> Tensor:

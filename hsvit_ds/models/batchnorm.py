@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..grid.eager import eager
-from ..grid.grid import Channel
+from ..grid.exchange import Channel
 from .slimmable import FULL, Width
 
 

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from hsvit_kernels.random import Draw, Site
 
+from ..grid import rounding
 from ..grid.grid import Grid
 from .backbone import Backbone
 from .hsvit_config import VARIANTS as VARIANTS
@@ -46,9 +47,13 @@ class Config(Architecture):
         seed: int = 0,
         here: range | None = None,
         grid: Grid | None = None,
+        exchange: str = "fp32",
     ) -> HSViT:
         """The model, or a rank's share of it; see `HSViT`."""
-        return HSViT(self, image_size=image_size, channels=channels, classes=classes, seed=seed, here=here, grid=grid)
+        return HSViT(
+            self, image_size=image_size, channels=channels, classes=classes, seed=seed, here=here, grid=grid,
+            exchange=exchange,
+        )  # fmt: skip
 
 
 class HSViT(Network):
@@ -59,6 +64,7 @@ class HSViT(Network):
         image_size: side of the square images, pixels. channels: 1 or 3. classes: Q.
         here: global indices of the submodules to hold; all of them by default.
         grid: of the replica's other ranks, None without any.
+        exchange: what each submodule's CLS sum is rounded to, on one rank too: "fp32", "bf16" or "int8".
         seed: of the initial weights, which depend on (seed, global submodule) only.
     """
 
@@ -71,10 +77,11 @@ class HSViT(Network):
         classes: int,
         here: range | None = None,
         grid: Grid | None = None,
+        exchange: str = "fp32",
         seed: int = 0,
     ) -> None:
         super().__init__(config.resolved(image_size), image_size, channels, classes)
-        self.grid = grid
+        self.grid, self.exchange = grid, exchange
         self.absent = () if grid is None else grid.absent
         here = range(config.submodules) if here is None else here
         self.backbone = None
@@ -152,10 +159,10 @@ class HSViT(Network):
         c, here, width = self.config, self.submodules.here, self.width(width)
         each = width.of(c.groups if c.depth else c.kernels[-1]) // c.submodules
         if present is None:
-            return self.head(self._exchange(sums.sum(1)) / (each * (c.submodules - len(self.absent))))
+            return self.head(self._exchange(sums) / (each * (c.submodules - len(self.absent))))
         present = self._without_absent(present.to(sums.device).expand(sums.shape[0], c.submodules), False)
         sums = sums * present[:, here.start : here.stop, None]
-        return self.head(self._exchange(sums.sum(1)) / (present.sum(1, keepdim=True) * each))
+        return self.head(self._exchange(sums) / (present.sum(1, keepdim=True) * each))
 
     def _without_absent(self, x: Tensor, value: float) -> Tensor:
         """[B, M] with `value` at the absent submodules."""
@@ -167,8 +174,11 @@ class HSViT(Network):
         return self.config.splits_images and self.grid is not None and self.grid.submodule_ranks > 1
 
     def _exchange(self, sums: Tensor) -> Tensor:
+        """[B, M here, D] to the sum over all submodules [B, D], each rounded by itself."""
         # Not by way of the grid where there is nothing to exchange: there a compiled graph would break.
-        return sums if self.grid is None or self.grid.submodule_ranks == 1 else self.grid.exchange(sums)
+        if self.grid is None or self.grid.submodule_ranks == 1:
+            return rounding.rounded(sums, self.exchange).sum(1)
+        return self.grid.exchange(sums, self.exchange)
 
     def _features(self, backbone: Backbone, images: Tensor, draw: Draw | None, maps: Tensor | None) -> Tensor:
         """[B, C, H, W] to the maps [B, K, f] of the channels that the submodules here take."""
@@ -196,7 +206,7 @@ class HSViT(Network):
         width = self.width(width)
         small = self.config.at(width).build(
             image_size=self.image_size, channels=self.channels, classes=self.classes, here=self.submodules.here,
-            grid=self.grid,
+            grid=self.grid, exchange=self.exchange,
         ).train(self.training)  # fmt: skip
         found = dict(self.head.state_dict(prefix="head."))
         if self.backbone is not None:

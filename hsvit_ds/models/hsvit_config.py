@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Literal, Self
 
+from ..errors import counted
 from . import backbone as backbones
 from . import slimmable
 from .slimmable import FULL, Width
@@ -39,6 +40,9 @@ class Architecture:
     """Side of each block's first convolution and of its pool, pixels; 3 each by default."""
     pool_strides: tuple[int, ...] = ()
     """Stride of each block's pool; 1 means no pool."""
+    depthwise: bool = False
+    """Depthwise-separable convolutions in the trunk (the paper's section 4.5); the first one, of the image, stays
+    dense."""
     convolution: bool = True
     """False: the ablation without trunk and projection; colour planes of `embedding` pixels become the tokens."""
     groups: int = 16
@@ -53,13 +57,16 @@ class Architecture:
     """Probability of dropping an attention weight or an embedded feature, rounded to 1/256."""
     submodules: int = 1
     """Independent shares of the model (M); divides every K_l and G. 1 is the published model."""
+    tiles: int = 1
+    """Cuts images into tiles x tiles equal parts; submodule m sees the part m mod tiles², counted along the rows. A
+    multiple of tiles² submodules is needed. 1: every submodule sees the whole image."""
     submodule_drop: float = 0.0
     """Probability that a submodule is absent for an image in training; at least one stays."""
     backbone: backbones.Config = field(default_factory=backbones.Config)
     widths: slimmable.Config = field(default_factory=slimmable.Config)
 
     def __post_init__(self) -> None:
-        for name in ("groups", "heads", "submodules"):
+        for name in ("groups", "heads", "submodules", "tiles"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} = {getattr(self, name)}: must be at least 1")
         for name in ("dropout", "submodule_drop"):
@@ -71,15 +78,25 @@ class Architecture:
             raise ValueError(f"heads = {self.heads} does not divide embedding = {self.embedding}")
         if self.variant and self.variant not in VARIANTS:
             raise ValueError(f'variant = "{self.variant}": must be one of {", ".join(VARIANTS)}')
+        if self.submodules % self.tiles**2:
+            unseen = ", ".join(map(str, range(self.submodules % self.tiles**2, self.tiles**2)))
+            there = counted(self.submodules, "submodule")
+            raise ValueError(
+                f"tiles = {self.tiles} makes {self.tiles**2} parts, which {there} cannot "
+                f"share equally ({unseen} would be seen by fewer); set submodules to a multiple of {self.tiles**2}"
+            )
+        if self.depthwise and not self.convolution:
+            raise ValueError("depthwise = true is of the trunk's convolutions, and convolution = false leaves them out")
         if self.backbone.name:
             self._check_backbone()
         elif not self.variant and (not self.kernels or self.depth < 0):
             raise ValueError("name a variant or a backbone, or set both kernels and depth")
 
     def _check_backbone(self) -> None:
-        set_too = [name for name in ("variant", "kernel_sizes", "pool_strides") if getattr(self, name)]
-        if set_too or not self.convolution:
-            raise ValueError(f"{(set_too or ['convolution'])[0]} is of HSViT's own trunk; a backbone takes its place")
+        set_too = [name for name in ("variant", "kernel_sizes", "pool_strides", "depthwise") if getattr(self, name)]
+        set_too += ["convolution"] * (not self.convolution) + ["tiles"] * (self.tiles > 1)
+        if set_too:
+            raise ValueError(f"{set_too[0]} is of HSViT's own trunk; a backbone takes its place")
         if self.depth < 0:
             raise ValueError("a backbone gives no depth: set depth, the attention layers (2 in the paper)")
         if len(self.widths.family) > 1:
@@ -96,19 +113,20 @@ class Architecture:
             full._check_shares()
             return full
         kernels, depth, strides = self.kernels, self.depth, self.pool_strides
+        side = self.tile(image_size)
         if self.variant:
             variant = VARIANTS[self.variant]
             kernels = kernels or variant.kernels
             depth = variant.depth if depth < 0 else depth
             if not strides and len(kernels) == len(variant.kernels):
-                strides = variant.pool_strides.get(image_size, ())
+                strides = variant.pool_strides.get(side, ())
         if not self.convolution:
             strides = (1,) * len(kernels)
         if not strides:
             known = (
                 f"; {self.variant} has them for {list(VARIANTS[self.variant].pool_strides)} px" if self.variant else ""
             )
-            raise ValueError(f"pool_strides is not set and not known for {image_size} px{known}")
+            raise ValueError(f"pool_strides is not set and not known for {side} px{known}")
         full = replace(
             self,
             kernels=kernels,
@@ -132,6 +150,8 @@ class Architecture:
         if min(self.kernels) < 1:
             raise ValueError(f"kernels = {list(self.kernels)}: each must be at least 1")
         self._check_shares()
+        if not self.convolution and self.tiles > 1:
+            raise ValueError(f"tiles = {self.tiles}: there are no convolutions (convolution = false) to see them")
         if not self.convolution and image_size**2 != self.embedding:
             raise ValueError(
                 f"convolution = false needs images of embedding = {self.embedding} pixels; "
@@ -184,9 +204,23 @@ class Architecture:
             return shape.height * shape.width
         return self.map_sides(image_size)[-1] ** 2
 
+    def tile(self, image_size: int) -> int:
+        """Side of what a submodule sees of an image, pixels.
+
+        Raises:
+            ValueError: pixels would belong to no tile.
+        """
+        side, rest = divmod(image_size, self.tiles)
+        if rest:
+            raise ValueError(
+                f"tiles = {self.tiles} does not divide images of {image_size} px: the last "
+                f"{counted(rest, 'row')} and {counted(rest, 'column')} would belong to no tile"
+            )
+        return side
+
     def map_sides(self, image_size: int) -> list[int]:
         """Side of the maps that leave each conv block, by the pools' real output (they round up, not down)."""
-        sides, side = [], image_size
+        sides, side = [], self.tile(image_size)
         for kernel, stride in zip(self.kernel_sizes, self.pool_strides, strict=True):
             side = _output(side, kernel, 1)
             side = _output(side, kernel, stride) if stride > 1 else side
@@ -200,21 +234,29 @@ class Architecture:
         counted for all tokens although only CLS leaves it and only CLS is computed.
         """
         c = self.resolved(image_size).at(width)
-        m, total, c_in, side = c.submodules, 0, channels, image_size
+        m, total, c_in, side = c.submodules, 0, channels, c.tile(image_size)
         if c.backbone.name:
             total += backbones.shape(c.backbone, image_size, channels).macs
         elif c.convolution:
             outs = c.map_sides(image_size)
             for block, (c_out, kernel) in enumerate(zip(c.kernels, c.kernel_sizes, strict=True)):
                 side = _output(side, kernel, 1)
-                fan_in = c_in if block == 0 else c_in // m
-                total += side * side * (kernel**2 * fan_in * c_out + 9 * c_out // m * c_out)
+                total += side * side * _weights(c_in, c_out, kernel, m, block == 0, c.depthwise)
                 c_in, side = c_out, outs[block]
         if c.convolution:
             total += c.kernels[-1] * c.features(image_size) * c.embedding
         n, d = c.kernels[-1] // c.groups + 1, c.embedding
         total += c.groups * c.depth * (4 * n * d**2 + 2 * n**2 * d)
         return total + d * classes
+
+
+def _weights(c_in: int, c_out: int, kernel: int, submodules: int, first: bool, depthwise: bool) -> int:
+    """Numbers in the convolutions of a block, of which each is used once a pixel."""
+    if not depthwise:
+        fan_in = c_in if first else c_in // submodules
+        return kernel**2 * fan_in * c_out + 9 * c_out // submodules * c_out
+    before = kernel**2 * c_in * c_out if first else c_in * (kernel**2 + c_out // submodules)
+    return before + c_out * (9 + c_out // submodules)
 
 
 def _output(side: int, kernel: int, stride: int) -> int:

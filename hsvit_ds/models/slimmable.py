@@ -219,7 +219,8 @@ class LayerScale(nn.Module):
 
 
 class Conv2d(nn.Conv2d):
-    """A convolution whose output channels, and input channels where `slice_in` is on, are sliced.
+    """A convolution whose output channels, and input channels where `slice_in` is on, are sliced; of a depthwise one,
+    which has a kernel a channel, the channels.
 
     Args:
         out_segments: equal parts of the output channels that are sliced one by one.
@@ -249,4 +250,6 @@ class Conv2d(nn.Conv2d):
 
     def forward(self, x: Tensor, width: Width = FULL) -> Tensor:
         found = self.slices(width)
-        return F.conv2d(x, found["weight"], found.get("bias"), self.stride, self.padding, self.dilation, self.groups)
+        weight, is_depthwise = found["weight"], self.groups == self.in_channels == self.out_channels
+        groups = weight.shape[0] if is_depthwise else self.groups
+        return F.conv2d(x, weight, found.get("bias"), self.stride, self.padding, self.dilation, groups)

@@ -29,10 +29,10 @@ class ConvBlock(nn.Module):
     largest of several rectified values is the rectified largest; after the pool there are fewer to rectify.
     """
 
-    def __init__(self, c_in: int, c_out: int, kernel: int, stride: int, submodules: int, first: bool) -> None:
+    def __init__(self, c_in: int, c_out: int, kernel: int, stride: int, submodules: int, image_groups: int) -> None:
+        """image_groups: of the convolution that sees the images; 0 in a block behind it."""
         super().__init__()
-        groups = 1 if first else submodules  # every submodule's first convolution sees the full image
-        self.conv1 = _conv(c_in, c_out, kernel, groups, submodules, slice_in=not first)
+        self.conv1 = _conv(c_in, c_out, kernel, image_groups or submodules, submodules, slice_in=not image_groups)
         self.norm1 = BatchNorm(c_out, segments=submodules)
         self.conv2 = _conv(c_out, c_out, 3, submodules, submodules, slice_in=True)
         self.norm2 = BatchNorm(c_out, segments=submodules)
@@ -41,6 +41,35 @@ class ConvBlock(nn.Module):
     def forward(self, x: Tensor, width: Width) -> Tensor:
         x = F.relu(self.norm1(self.conv1(x, width), width), inplace=True)
         return F.relu(self.pool(self.norm2(self.conv2(x, width), width)), inplace=True)
+
+
+class SeparableBlock(nn.Module):
+    """The same with each convolution depthwise-separable (the paper's section 4.5; Howard et al., arXiv 1704.04861): a
+    kernel a channel -> BN -> ReLU -> 1 x 1 -> BN -> ReLU. The first convolution of an image stays dense."""
+
+    def __init__(self, c_in: int, c_out: int, kernel: int, stride: int, submodules: int, image_groups: int) -> None:
+        """Arguments as of `ConvBlock`."""
+        super().__init__()
+        self.first = image_groups > 0
+        between = c_out if self.first else c_in
+        self.conv1 = _conv(c_in, between, kernel, image_groups or c_in, submodules, slice_in=False)
+        self.norm1 = BatchNorm(between, segments=submodules)
+        if not self.first:
+            self.conv1_pointwise = _conv(c_in, c_out, 1, submodules, submodules, slice_in=True)
+            self.norm1_pointwise = BatchNorm(c_out, segments=submodules)
+        self.conv2 = _conv(c_out, c_out, 3, c_out, submodules, slice_in=False)
+        self.norm2 = BatchNorm(c_out, segments=submodules)
+        self.conv2_pointwise = _conv(c_out, c_out, 1, submodules, submodules, slice_in=True)
+        self.norm2_pointwise = BatchNorm(c_out, segments=submodules)
+        self.pool = nn.MaxPool2d(kernel, stride, kernel // 2) if stride > 1 else nn.Identity()
+
+    def forward(self, x: Tensor, width: Width) -> Tensor:
+        x = F.relu(self.norm1(self.conv1(x, width), width), inplace=True)
+        if not self.first:
+            x = F.relu(self.norm1_pointwise(self.conv1_pointwise(x, width), width), inplace=True)
+        x = F.relu(self.norm2(self.conv2(x, width), width), inplace=True)
+        x = self.norm2_pointwise(self.conv2_pointwise(x, width), width)
+        return F.relu(self.pool(x), inplace=True)
 
 
 def _conv(c_in: int, c_out: int, kernel: int, groups: int, submodules: int, slice_in: bool) -> slimmable.Conv2d:
@@ -67,10 +96,13 @@ class Submodules(nn.Module):
         share, d = len(here), c.embedding
         if c.convolution and not c.backbone.name:
             outs = [k // c.submodules * share for k in c.kernels]
+            block_of = SeparableBlock if c.depthwise else ConvBlock
+            # Every submodule's first convolution sees all channels: of the image, or of a tile of its own.
+            seen, groups = (channels * share, share) if c.tiles > 1 else (channels, 1)
             self.trunk = nn.ModuleList(
-                ConvBlock(c_in, c_out, kernel, stride, share, first=block == 0)
+                block_of(c_in, c_out, kernel, stride, share, groups if block == 0 else 0)
                 for block, (c_in, c_out, kernel, stride) in enumerate(
-                    zip((channels, *outs), outs, c.kernel_sizes, c.pool_strides, strict=False)
+                    zip((seen, *outs), outs, c.kernel_sizes, c.pool_strides, strict=False)
                 )
             )
         if c.convolution:
@@ -130,7 +162,7 @@ class Submodules(nn.Module):
     def vectors(self, images: Tensor, draw: Draw | None, width: Width = FULL) -> Tensor:
         """The same to every group's CLS token [B, G, D], or without attention to the channel tokens [B, K, D]."""
         c = self.config
-        tokens = self._tokens(images, draw, width)
+        tokens = self.tokens(images, draw, width)
         if not c.depth:
             return tokens
         own: dict[str, Any] = self.slices(width)
@@ -148,7 +180,7 @@ class Submodules(nn.Module):
         dtype = torch.promote_types(vectors.dtype, torch.float32)
         return vectors.unflatten(1, (self.count, -1)).sum(2, dtype=dtype)
 
-    def _tokens(self, images: Tensor, draw: Draw | None, width: Width = FULL) -> Tensor:
+    def tokens(self, images: Tensor, draw: Draw | None = None, width: Width = FULL) -> Tensor:
         """images or a backbone's maps to channel tokens [B, K, D] of the submodules here."""
         c = self.config
         first = width.of(c.kernels[-1] // c.submodules) * self.here.start
@@ -159,7 +191,7 @@ class Submodules(nn.Module):
         # The activations' format decides the convolutions'; weights stay as DeepSpeed's flat buffers keep them.
         x = images
         if not c.backbone.name:
-            x = images.contiguous(memory_format=torch.channels_last)
+            x = self._seen(images).contiguous(memory_format=torch.channels_last)
             for block in self.trunk:
                 x = block(x, width)
             x = x.flatten(2)
@@ -170,6 +202,14 @@ class Submodules(nn.Module):
         if self.training and c.dropout:
             tokens = tokens * self._embedding_keep(tokens, draw, first).mul_(keep_scale(c.dropout))
         return tokens
+
+    def _seen(self, images: Tensor) -> Tensor:
+        """[B, C, H, W] to what the submodules here see: the same, or their tiles [B, M x C, h, w]."""
+        t = self.config.tiles
+        if t == 1:
+            return images
+        tiles = images.unflatten(3, (t, -1)).unflatten(2, (t, -1)).permute(0, 2, 4, 1, 3, 5).flatten(1, 2)
+        return tiles[:, [submodule % t**2 for submodule in self.here]].flatten(1, 2)
 
     def _embedding_keep(self, tokens: Tensor, draw: Draw | None, first: int) -> Tensor:
         """Which features of tokens [B, K, D] survive dropout, as 0 or 1: sixteen features share a hash call."""

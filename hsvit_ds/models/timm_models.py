@@ -81,9 +81,17 @@ class Config:
         return _macs(self, image_size, channels, classes)
 
     def build(
-        self, *, image_size: int, channels: int, classes: int, seed: int = 0, here: Any = None, grid: Any = None
+        self,
+        *,
+        image_size: int,
+        channels: int,
+        classes: int,
+        seed: int = 0,
+        here: Any = None,
+        grid: Any = None,
+        exchange: str = "",
     ) -> Classifier:
-        """The model; `here` and `grid` are HSViT's."""
+        """The model; `here`, `grid` and `exchange` are HSViT's."""
         return Classifier(self, image_size=image_size, channels=channels, classes=classes, seed=seed)
 
 

@@ -163,8 +163,9 @@ class Config:
         seed: int = 0,
         here: range | None = None,
         grid: Any = None,
+        exchange: str = "",
     ) -> ViT:
-        """The model; `here` and `grid` are HSViT's."""
+        """The model; `here`, `grid` and `exchange` are HSViT's."""
         return ViT(self, image_size=image_size, channels=channels, classes=classes, seed=seed)
 
 

@@ -110,6 +110,8 @@ class Proposal:
         if self.index is not None:
             yield f"index = {_quoted(str(self.index))}  # of tars that are left as they are"
         yield f"image_size = {self.image_size}"
+        if self.survey.is_grey:
+            yield "channels = 1  # grey images; 3 reads them as RGB, for a network that has seen photographs"
         yield '# workers = "auto"  # processes that read and augment: the cores; a number, where they are to be fewer'
         for role, other in (("val", "test"), ("test", "val")):
             there = role if role in s.splits else other

@@ -12,11 +12,12 @@ from statistics import median
 from typing import NamedTuple
 
 from ..data import index
-from ..data.decode import BadImageError, digest, open_upright
+from ..data.decode import GREY, BadImageError, digest, open_upright
 from ..data.layouts import split_shards
 from ..data.members import BLOCK, IMAGES, MOST_BYTES
+from ..data.shards.items import Item, Source
 from ..data.shards.make import class_names, hold_out
-from ..data.shards.sources import SPLITS, Item, Source, open_source
+from ..data.shards.sources import SPLITS, open_source
 from ..errors import RefusedError, counted
 
 HELD_OUT = 0.15
@@ -62,6 +63,11 @@ class Survey:
     @property
     def classes(self) -> list[str]:
         return self.splits["train"].titles
+
+    @property
+    def is_grey(self) -> bool:
+        """Whether every image has one channel."""
+        return {kind.split()[-1] for kind in self.formats} <= set(GREY)
 
     def counts(self) -> dict[str, Counter[int]]:
         """Images of each label, by split."""

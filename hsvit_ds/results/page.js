@@ -171,13 +171,4 @@ document.querySelectorAll("th[aria-sort] button").forEach((button) => button.add
   body.append(...rows.sort((a, b) => missing(a) - missing(b) || (order === "ascending" ? compare(a, b) : compare(b, a))));
 }));
 
-const theme = document.getElementById("theme");
-const isDark = () => (document.documentElement.dataset.theme || (matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light")) === "dark";
-const name = () => { theme.textContent = isDark() ? "Light" : "Dark"; };
-theme.addEventListener("click", () => {
-  document.documentElement.dataset.theme = isDark() ? "light" : "dark";
-  name();
-  redraw(plots);
-});
-matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => { name(); redraw(plots); });
-name();
+document.addEventListener("theme", () => redraw(plots));

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from html import escape
-from pathlib import Path
-from typing import Any
 
 from ..errors import counted
-from . import page_plots, tables
+from . import page_plots, sheet, tables
 from .comparison import ENOUGH, MISSING, Comparison, Difference, Group, Section
 from .outcome import Outcome
 from .tables import Column
@@ -21,7 +18,6 @@ SHOWN = 10
 """Groups that are drawn at first; the others when they are asked for."""
 OPEN = 24
 """Rows up to which a table is open at first."""
-_POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:"
 _DASHES = ("", "7 4", "2 3", "7 3 2 3", "11 4")
 _SYMBOLS = (
     '<circle cx="17" cy="6" r="4"/>',
@@ -59,43 +55,19 @@ def html(found: Comparison) -> str:
         parts.append(_section(found, section, number, drawn))
         groups = [{"shown": place < SHOWN} for place in range(len(section.groups))]
         data.append({"groups": groups, "plots": [plot for plots in drawn.values() for plot in plots]})
-    here = Path(__file__)
-    title = f"{counted(len(found.runs), 'run')} compared"
-    made = time.strftime("%Y-%m-%d %H:%M")
-    return f"""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-{tables.MARKS["html"]}
-<meta http-equiv="Content-Security-Policy" content="{_POLICY}">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<link rel="icon" href="data:,">
-<title>{title}</title>
-<style>
-{here.with_suffix(".css").read_text("utf-8")}</style>
-</head>
-<body>
-<header><div><h1>{title}</h1><p class="soft">{escape(_what(found))}, {made}</p></div>
-<button id="theme" aria-label="switch between light and dark">Dark</button></header>
-<main>
-{_notes(found)}
-{"".join(parts)}
-{_differences(found)}
-</main>
-<footer><h2>What it means</h2><dl>{_meanings(found)}</dl></footer>
-<script>{get_plotlyjs()}</script>
-<script type="application/json" id="data">{_json(data)}</script>
+    scripts = f"""<script>{get_plotlyjs()}</script>
+<script type="application/json" id="data">{sheet.script_json(data)}</script>
 <script>
-{here.with_suffix(".js").read_text("utf-8")}</script>
-</body>
-</html>
-"""
-
-
-def _json(value: Any) -> str:
-    """Inside a script: nothing in it ends the script."""
-    text = json.dumps(value, separators=(",", ":"), allow_nan=False)
-    return text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
+{sheet.asset("page.js")}</script>"""
+    return sheet.document(
+        f"{counted(len(found.runs), 'run')} compared",
+        f"{_what(found)}, {time.strftime('%Y-%m-%d %H:%M')}",
+        "\n".join([_notes(found), *parts, _differences(found)]),
+        _meanings(found).items(),
+        tables.MARKS["html"],
+        "page.css",
+        scripts,
+    )
 
 
 def _what(found: Comparison) -> str:
@@ -103,13 +75,13 @@ def _what(found: Comparison) -> str:
     return f"{counted(len(found.groups), 'group')}, {by}"
 
 
-def _meanings(found: Comparison) -> str:
+def _meanings(found: Comparison) -> dict[str, str]:
     columns = {
         column.title: column.meaning
         for section in found.sections
         for column in (*tables.results(section, found.metrics), *tables.costs(section))
     }
-    return "".join(f"<dt>{escape(name)}</dt><dd>{escape(text)}</dd>" for name, text in (columns | _MEANINGS).items())
+    return columns | _MEANINGS
 
 
 def _notes(found: Comparison) -> str:
@@ -127,12 +99,9 @@ def _notes(found: Comparison) -> str:
             notes.append(f"{run.name}: {counted(len(run.lost), 'line')} of its metrics cannot be read ({which})")
     if len(found.sections) > 1:
         notes.append("runs of different data or splits stand apart, and are not averaged")
-    items = "".join(f"<li>{escape(note)}</li>" for note in notes)
     where = dict.fromkeys(run.latency.where for run in found.runs if run.latency)
     measured = f"latencies were measured on {'; '.join(where)}, one image at a time"
-    return (f'<ul class="notes">{items}</ul>' if notes else "") + (
-        f'<p class="soft">{escape(measured)}</p>' if where else ""
-    )
+    return sheet.notes(notes) + (f'<p class="soft">{escape(measured)}</p>' if where else "")
 
 
 def _section(found: Comparison, section: Section, number: int, drawn: dict[str, list[page_plots.Plot]]) -> str:
@@ -144,7 +113,7 @@ def _section(found: Comparison, section: Section, number: int, drawn: dict[str, 
         f"<section><h2>{escape(section.data.words)}</h2><p class=soft>{escape(section.data.details)}</p>",
         _group_table(section, results, tests),
         f'<p class="note">{escape(told)}</p>' if told else "",
-        _part("Cost", _group_table(section, costs)),
+        sheet.part("Cost", _group_table(section, costs)),
         _legend(section, number),
     ]
     for heading, plots in drawn.items():
@@ -153,13 +122,9 @@ def _section(found: Comparison, section: Section, number: int, drawn: dict[str, 
         shared = all(plot["xs"] == plots[0]["xs"] for plot in plots) and len(plots) > 1
         chooser = _chooser(plots[0]["xs"], [plot["id"] for plot in plots], heading) if shared else ""
         body = "".join(_figure(plot, not shared) for plot in plots)
-        parts.append(_part(heading, f'<div class="plots">{body}</div>', chooser))
+        parts.append(sheet.part(heading, f'<div class="plots">{body}</div>', chooser))
     parts.append(_run_table(section, [*results, *costs]))
     return "\n".join(filter(None, parts)) + "</section>"
-
-
-def _part(heading: str, body: str, control: str = "") -> str:
-    return f'<div class="part"><div class="head"><h3>{escape(heading)}</h3>{control}</div>{body}</div>'
 
 
 def _chooser(xs: Sequence[Sequence[str]], ids: Sequence[str], of: str) -> str:

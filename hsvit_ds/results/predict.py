@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -17,17 +18,24 @@ from ..errors import RefusedError
 from ..models import Model
 from .budget import Budget, Chosen, cost_of
 
+if TYPE_CHECKING:
+    from .saved import SavedRun
+
 BATCH = 32
 """Images of a forward at most."""
 
 
+Answers = tuple[tuple[str, float], ...]
+"""(class, probability), the likeliest first."""
+
+
 @dataclass(frozen=True)
 class Prediction:
-    """Of one image. answers: (class, probability), the likeliest first; empty where `wrong` says what is wrong with the
-    file. ms: that reading it and its share of the forward took."""
+    """Of one image. answers: empty where `wrong` says what is wrong with the file. ms: that reading it and its share of
+    the forward took."""
 
     image: str
-    answers: tuple[tuple[str, float], ...]
+    answers: Answers
     ms: float
     wrong: str = ""
 
@@ -48,6 +56,15 @@ class Predictor:
         logits: Tensor = self.model(images.to(device))
         return logits.float().softmax(-1).cpu()
 
+    def read(self, image: Path | bytes) -> Tensor | str:
+        """A file or its content to fp32 [C, S, S], preprocessed; or what is wrong with it."""
+        try:
+            return self.preprocessing(image if isinstance(image, bytes) else image.read_bytes())
+        except BadImageError as error:
+            return str(error)
+        except OSError as error:
+            return str(error.strerror)
+
     def predict(self, images: Sequence[tuple[str, Path | bytes]], top: int) -> Iterator[Prediction]:
         """The `top` likeliest classes of each image, (name, file or its content), in their order."""
         for start in range(0, len(images), BATCH):
@@ -58,18 +75,19 @@ class Predictor:
         pixels: list[Tensor] = []
         wrong = dict[int, str]()
         for place, (_, content) in enumerate(images):
-            try:
-                data = content if isinstance(content, bytes) else content.read_bytes()
-                pixels.append(self.preprocessing(data))
-            except (BadImageError, OSError) as error:
-                wrong[place] = str(error) if isinstance(error, BadImageError) else str(error.strerror)
-        answers = iter(self._answers(torch.stack(pixels), top) if pixels else [])
+            read = self.read(content)
+            if isinstance(read, str):
+                wrong[place] = read
+            else:
+                pixels.append(read)
+        answers = iter(self.best(self.probabilities(torch.stack(pixels)), top) if pixels else [])
         ms = 1000 * (time.perf_counter() - began) / len(images)
         for place, (name, _) in enumerate(images):
             yield Prediction(name, (), ms, wrong[place]) if place in wrong else Prediction(name, next(answers), ms)
 
-    def _answers(self, images: Tensor, top: int) -> list[tuple[tuple[str, float], ...]]:
-        best = self.probabilities(images).topk(min(top, self.model.classes))
+    def best(self, probabilities: Tensor, top: int) -> list[Answers]:
+        """The `top` likeliest classes of each row of [B, Q]."""
+        best = probabilities.topk(min(top, self.model.classes))
         rows = zip(best.indices.tolist(), best.values.tolist(), strict=True)
         named = self.classes or [str(label) for label in range(self.model.classes)]
         return [tuple((named[label], value) for label, value in zip(*row, strict=True)) for row in rows]
@@ -84,14 +102,11 @@ def open_predictor(
     Raises:
         RefusedError: neither, no such width, or none within the budget.
     """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if (path / "checkpoints").is_dir():
         from .saved import open_run  # here, as an export is to be asked without what reads a recipe
 
         run = open_run(path, ema, root, checkpoint)
-        chosen = run.choose(width, budget)
-        small = run.at(chosen.width).subnet(chosen.width).to(device).eval()
-        return Predictor(small, run.preprocessing, run.classes, f"{run.read}, {chosen.words}")
+        return predictor(run, run.choose(width, budget))
     if not path.exists():
         raise RefusedError(f"{path}: no such run or export")
     if path.is_dir() and not (path / MODEL).exists():
@@ -102,8 +117,18 @@ def open_predictor(
     if file.preprocessing is None:
         raise RefusedError(f"{path}: does not say what an image goes through before it; ask an export or a run")
     found = _of_file(path, file.model, file.width, width, budget)
-    small = file.model.subnet(found.width).to(device).eval()
+    small = file.model.subnet(found.width).to(_device()).eval()
     return Predictor(small, file.preprocessing, file.classes, found.words)
+
+
+def predictor(run: SavedRun, chosen: Chosen) -> Predictor:
+    """One of a run's networks."""
+    small = run.at(chosen.width).subnet(chosen.width).to(_device()).eval()
+    return Predictor(small, run.preprocessing, run.classes, f"{run.read}, {chosen.words}")
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _of_file(path: Path, model: Model, own: str, width: str, budget: str) -> Chosen:

@@ -23,8 +23,9 @@ from ..data.sets import Facts
 from ..data.splits import facts, named_as_before
 from ..engine.interop import load_run
 from ..errors import RefusedError
-from ..grid.grid import Channel, Grid
+from ..grid.exchange import Channel
 from ..grid.grid import Config as GridConfig
+from ..grid.grid import Grid
 from ..models import Model
 from ..models.hsvit import HSViT
 from ..models.slimmable import Width

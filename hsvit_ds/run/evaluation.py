@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..data import augment
 from ..data.reader import Reader
 from ..errors import RefusedError, counted
-from ..grid.grid import Channel
+from ..grid.exchange import Channel
 from ..models.batchnorm import BatchNorm, recalibrate
 from ..models.hsvit import HSViT
 from ..models.slimmable import FULL, Width

@@ -232,6 +232,7 @@ def resolve(recipe: Recipe, ranks: int) -> tuple[Recipe, Plan]:
     except ValueError as error:
         raise RefusedError(f"{'' if str(error).startswith('model.') else '[model] '}{error}") from error
     _check_task(recipe.task, model)
+    _check_exchange(recipe.grid, model)
     replicas = grid.replicas(ranks, recipe.grid.submodule_ranks, model.submodules, recipe.grid.absent)
     _check_survival(recipe.run, model)
     micro, accumulation = _batches(recipe.run, replicas)
@@ -278,6 +279,13 @@ def resolve(recipe: Recipe, ranks: int) -> tuple[Recipe, Plan]:
         macs=model.macs(facts.image_size, facts.channels, facts.classes),
         teacher_bytes=_teacher_bytes(recipe.task, facts, 2 if precision == "bf16" else 4),
     )
+
+
+def _check_exchange(config: grid.Config, model: models.Config) -> None:
+    if config.exchange != "fp32" and model.submodules == 1:
+        raise RefusedError(
+            f'grid.exchange = "{config.exchange}": model.submodules = 1 has nothing to exchange; leave it "fp32"'
+        )
 
 
 def _check_survival(run: Run, model: models.Config) -> None:

@@ -15,6 +15,7 @@ from hsvit_kernels.random import Draw
 from .. import models
 from ..data import splits
 from ..engine import engine
+from ..grid import rounding
 from ..grid.grid import Config, shares
 from .recipe import Plan, Recipe
 
@@ -39,8 +40,8 @@ class _OneRank:
     def exchange_features(self, maps: Tensor) -> Tensor:
         return maps[:, : maps.shape[1] // self.submodule_ranks].repeat(self.submodule_ranks, 1, 1)
 
-    def exchange(self, sums: Tensor) -> Tensor:
-        return sums
+    def exchange(self, sums: Tensor, form: str) -> Tensor:
+        return rounding.rounded(sums, form).sum(1)
 
 
 def first_share(recipe: Recipe) -> range:
@@ -59,6 +60,7 @@ def rehearsal(recipe: Recipe, plan: Plan) -> Iterator[Rehearsal]:
             classes=facts.classes,
             here=first_share(recipe),
             grid=_OneRank(recipe.grid),  # type: ignore[arg-type]
+            exchange=recipe.grid.exchange,
         )
         engine.prepare(model.train(), recipe.engine.checkpoint_activations, plan.bf16)
         images = torch.empty(plan.micro_batch, facts.channels, facts.image_size, facts.image_size)

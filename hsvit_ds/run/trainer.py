@@ -69,6 +69,7 @@ class Trainer:
             classes=facts.classes,
             here=grid.submodules,
             grid=grid,
+            exchange=recipe.grid.exchange,
             seed=recipe.run.seed,
         )
         self.engine = Engine(

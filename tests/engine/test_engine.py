@@ -13,6 +13,7 @@ import torch
 
 from hsvit_ds.engine.optimizer import Config, Schedule, decays, describe, parameter_groups
 from hsvit_ds.errors import RefusedError
+from hsvit_ds.grid.rounding import FORMATS
 from hsvit_ds.run import opening
 from hsvit_ds.run.evaluation import evaluate
 from hsvit_ds.run.trainer import Trainer
@@ -96,8 +97,9 @@ def test_a_step_left_out_leaves_no_trace_in_the_ones_after_it(optimizer: str, tm
         assert torch.equal(tensor, found[1][name]), name
 
 
-def test_non_finite_steps_in_a_row_end_the_run_with_the_place(tmp_path: Path) -> None:
-    here = run(tmp_path, "engine.zero_stage=0", "engine.max_skipped_steps=2")
+@pytest.mark.parametrize("exchange", FORMATS)
+def test_non_finite_steps_in_a_row_end_the_run_with_the_place(exchange: str, tmp_path: Path) -> None:
+    here = run(tmp_path, "engine.zero_stage=0", "engine.max_skipped_steps=2", f'grid.exchange="{exchange}"')
     with torch.no_grad():
         here.engine.module.submodules.qkv_weight[0, 0, 0, 0] = float("inf")
     with pytest.raises(

@@ -27,8 +27,8 @@ class OneRank:
     submodule_ranks, absent = 1, ()
 
     @torch.compiler.disable
-    def exchange(self, sums: Tensor) -> Tensor:
-        return sums
+    def exchange(self, sums: Tensor, form: str) -> Tensor:
+        return sums.sum(1)
 
 
 def small_hsvit() -> nn.Module:
@@ -38,6 +38,14 @@ def small_hsvit() -> nn.Module:
         submodule_drop=0.2,
     )  # fmt: skip
     return config.build(image_size=16, channels=3, classes=10, grid=OneRank())  # type: ignore[arg-type]
+
+
+def rounding_hsvit() -> nn.Module:
+    config = hsvit.Config(
+        kernels=(8, 16), pool_strides=(4, 2), groups=8, depth=2, heads=2, embedding=16, submodules=2, depthwise=True,
+        dropout=0.0,
+    )  # fmt: skip
+    return config.build(image_size=16, channels=3, classes=10, exchange="int8")
 
 
 def small_vit() -> nn.Module:
@@ -60,7 +68,7 @@ def step(model: nn.Module, low: torch.dtype, width: Width) -> Callable[[int], Te
 @pytest.mark.parametrize(
     ("kernels", "low"), [*(("auto", low) for low in PRECISIONS), ("triton", torch.bfloat16)], ids=str
 )
-@pytest.mark.parametrize("build", [small_hsvit, small_vit])
+@pytest.mark.parametrize("build", [small_hsvit, rounding_hsvit, small_vit])
 def test_a_model_is_one_graph_that_is_compiled_once(
     build: Callable[[], nn.Module], kernels: str, low: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -108,3 +116,16 @@ def test_statistics_are_noted_by_compiled_forwards_as_by_eager_ones() -> None:
     for name, buffer in moved[0].items():
         assert bool((buffer != buffer.round()).any()), name
         torch.testing.assert_close(buffer, moved[1][name])
+
+
+def test_a_rounded_exchange_is_compiled_to_the_same_numbers_and_gradients() -> None:
+    torch._dynamo.reset()
+    model, x = rounding_hsvit().train(), torch.randn(4, 3, 16, 16)
+    found = []
+    for forward in (model, torch.compile(model, fullgraph=True, backend="aot_eager")):
+        model.zero_grad()
+        logits = forward(x)
+        logits.square().sum().backward()
+        found.append([logits, *(p.grad for p in model.parameters())])
+    for eager, compiled in zip(*found, strict=True):
+        torch.testing.assert_close(compiled, eager, rtol=1e-5, atol=1e-6)

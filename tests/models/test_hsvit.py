@@ -13,7 +13,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from hsvit_ds.engine.interop import import_hsvit
+from hsvit_ds.models import backbone as backbones
 from hsvit_ds.models.hsvit import VARIANTS, Config, HSViT
+from hsvit_ds.models.slimmable import FULL
 from hsvit_kernels.random import Draw
 from tools.benchmarks.published import published
 
@@ -88,6 +90,79 @@ def test_parameters_and_flops_of_submodules(case: tuple[str, int, int], index: i
         assert found == OWN_PROJECTIONS_C2A2[m]
 
 
+def separable(variant: str, size: int, channels: int, m: int) -> tuple[int, int, int]:
+    """(weights of convolutions, numbers of BatchNorm, multiply-adds) of a depthwise-separable trunk of M submodules, a
+    convolution at a time."""
+    weights = norms = macs = 0
+    c_in, side = channels, size
+    blocks = zip(VARIANTS[variant].kernels, VARIANTS[variant].pool_strides[size], strict=True)
+    for block, (c_out, stride) in enumerate(blocks):
+        dense, depthwise = (3 * 3 * c_in * c_out, c_out), (3 * 3 * c_in, c_in)
+        units = [dense] if block == 0 else [depthwise, (c_in * c_out // m, c_out)]
+        for count, normed in [*units, (3 * 3 * c_out, c_out), (c_out * c_out // m, c_out)]:
+            weights, norms, macs = weights + count, norms + 2 * normed, macs + count * side**2
+        c_in, side = c_out, -(-side // stride)
+    return weights, norms, macs
+
+
+@pytest.mark.parametrize("m", [1, 2, 8])
+@pytest.mark.parametrize("case", PUBLISHED, ids=str)
+def test_depthwise_separable_counts_are_the_closed_form(case: tuple[str, int, int, int], m: int) -> None:
+    variant, size, channels, classes = case
+    weights, norms, macs = separable(variant, size, channels, m)
+    dense, config = (Config(variant=variant, submodules=m, depthwise=on) for on in (False, True))
+    models = [on_meta(each, size, channels, classes) for each in (dense, config)]
+    trunks = [parameters(model.submodules.trunk) for model in models]
+    assert trunks[1] == weights + norms
+    assert parameters(models[1]) - trunks[1] == parameters(models[0]) - trunks[0]
+    with FlopCounterMode(display=False) as counter:
+        models[1].eval().submodules.trunk[0](torch.empty(1, channels, size, size, device="meta"), FULL)
+    first = VARIANTS[variant].kernels[0]
+    assert counter.get_total_flops() == 2 * size**2 * (9 * channels * first + 9 * first + first**2 // m)
+    k, depth, f = VARIANTS[variant].kernels[-1], VARIANTS[variant].depth, config.resolved(size).features(size)
+    n, d = k // 16 + 1, 64
+    rest = k * f * d + 16 * depth * (4 * n * d**2 + 2 * n**2 * d) + d * classes
+    assert config.macs(size, channels, classes) == macs + rest
+
+
+def test_depthwise_separable_counts_of_c4a8() -> None:
+    assert separable("C4A8", 32, 3, 1)[:2] == (534_592, 6_656)
+    config = Config(variant="C4A8", depthwise=True)
+    assert parameters(on_meta(config, 32, 3, 10)) == 2_727_306
+    assert round(2 * config.macs(32, 3, 10) / 1e9, 2) == 0.31
+
+
+def test_a_depthwise_separable_block_is_made_of_pytorchs_layers() -> None:
+    """Howard et al.'s (arXiv 1704.04861), with the first convolution of an image dense."""
+    model = tiny(replace(TINY, depthwise=True)).train()
+    x = images()
+    expected, c_in = x, 3
+    for block, (c_out, stride) in zip(model.submodules.trunk, ((8, 4), (16, 2)), strict=True):
+        between = c_out if c_in == 3 else c_in
+        layers = [nn.Conv2d(c_in, between, 3, padding=1, groups=1 if c_in == 3 else c_in, bias=False)]
+        layers += [] if c_in == 3 else [nn.Conv2d(c_in, c_out, 1, bias=False)]
+        layers += [
+            nn.Conv2d(c_out, c_out, 3, padding=1, groups=c_out, bias=False),
+            nn.Conv2d(c_out, c_out, 1, bias=False),
+        ]
+        ours = [module for module in block.children() if isinstance(module, nn.Conv2d)]
+        for layer, one in zip(layers, ours, strict=True):
+            layer.weight = one.weight
+            expected = nn.BatchNorm2d(layer.out_channels).double()(layer(expected)).relu()
+        expected, c_in = nn.MaxPool2d(3, stride, 1)(expected), c_out
+    found = x
+    for block in model.submodules.trunk:
+        found = block(found, FULL)
+    torch.testing.assert_close(found, expected)
+
+
+def test_depthwise_where_there_is_no_trunk_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"depthwise = true is of the trunk's convolutions, and convolution = false"):
+        replace(TINY, depthwise=True, convolution=False)
+    with pytest.raises(ValueError, match=r"depthwise is of HSViT's own trunk; a backbone takes its place"):
+        Config(backbone=backbones.Config(name="resnet50"), depth=2, depthwise=True)
+
+
 def test_flops_equal_what_the_published_model_dispatches() -> None:
     model = published("C2A2", 32)
     with FlopCounterMode(display=False) as counter:
@@ -128,10 +203,11 @@ def test_equals_the_published_model(variant: str, size: int, train: bool) -> Non
     torch.testing.assert_close(mine, other, rtol=1e-7, atol=1e-9)
 
 
+@pytest.mark.parametrize("depthwise", [False, True], ids=["dense", "depthwise"])
 @pytest.mark.parametrize("m", [2, 4])
-def test_submodules_apart_equal_submodules_together(m: int) -> None:
+def test_submodules_apart_equal_submodules_together(m: int, depthwise: bool) -> None:
     """What a rank computes of its own submodule, summed, is the whole model, gradients included; dropout on."""
-    config = replace(TINY, submodules=m, dropout=0.2)
+    config = replace(TINY, submodules=m, dropout=0.2, depthwise=depthwise)
     whole = tiny(config)
     apart = [tiny(config, here=range(i, i + 1)) for i in range(m)]
     x, draw = images(), Draw.of(0, image=torch.arange(4))
@@ -185,14 +261,14 @@ def test_any_kernel_size(kernel: int) -> None:
 def test_ablation_without_attention_averages_the_tokens() -> None:
     model = tiny(replace(TINY, depth=0, submodules=2)).eval()
     assert not hasattr(model.submodules, "cls")
-    tokens = model.submodules._tokens(images(), None)
+    tokens = model.submodules.tokens(images(), None)
     torch.testing.assert_close(model(images()), model.head(tokens.mean(1)))
 
 
 def test_ablation_without_convolution_tiles_the_colour_planes() -> None:
     model = tiny(replace(TINY, convolution=False, kernels=(16,), pool_strides=(), submodules=2), size=4).eval()
     x = images(2, 4)
-    tokens = model.submodules._tokens(x, None)
+    tokens = model.submodules.tokens(x, None)
     torch.testing.assert_close(tokens, x.flatten(2).repeat(1, 6, 1)[:, :16])
     assert model(x).shape == (2, 5)
 
@@ -221,7 +297,7 @@ def test_submodule_drop_trains_random_subsets_and_never_none() -> None:
 
 def degraded(whole: HSViT, absent: tuple[int, ...], here: range) -> HSViT:
     """The submodules `here` of a whole model, on a grid without `absent`."""
-    grid: Any = SimpleNamespace(absent=absent, submodule_ranks=1, exchange=lambda sums: sums)
+    grid: Any = SimpleNamespace(absent=absent, submodule_ranks=1, exchange=lambda sums, form: sums.sum(1))
     model, m = tiny(whole.config, here=here, grid=grid), whole.config.submodules
     for name, tensor in whole.state_dict().items():
         own = torch.cat(tensor.chunk(m)[here.start : here.stop]) if name.startswith("submodules.") else tensor

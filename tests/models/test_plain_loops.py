@@ -31,6 +31,7 @@ CNN = backbone.Config(name="test_resnet", trained_stages=-1, drop_path=0.3)
 HYBRID = replace(HSVIT, kernels=(), pool_strides=(), widths=slimmable.Config(), backbone=CNN)
 KINDS: dict[str, Any] = {
     "hsvit": HSVIT,
+    "depthwise": replace(HSVIT, depthwise=True, submodules=2, groups=8),
     "submodules that drop": replace(HSVIT, submodules=2, submodule_drop=0.3, dropout=0.0, widths=slimmable.Config()),
     "without attention": replace(HSVIT, depth=0),
     "hybrid": HYBRID,

@@ -17,10 +17,11 @@ from hsvit_kernels.random import Draw
 SLIM = Config(
     variant="C2A2", submodules=2, dropout=0.2, widths=Widths(smallest=0.25, granularity=0.125)
 )  # 8 groups, 32 and 64 kernels a submodule
+KINDS = pytest.mark.parametrize("config", [SLIM, replace(SLIM, depthwise=True)], ids=["dense", "depthwise"])
 
 
-def slim() -> HSViT:
-    model = SLIM.build(image_size=32, channels=3, classes=7)
+def slim(config: Config = SLIM) -> HSViT:
+    model = config.build(image_size=32, channels=3, classes=7)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -36,14 +37,15 @@ def recalibrated(model: HSViT, images: Tensor) -> HSViT:
     return model
 
 
-def test_widths_are_taken_within_each_submodule() -> None:
+@KINDS
+def test_widths_are_taken_within_each_submodule(config: Config) -> None:
     """So a rank's share of a width needs nothing of the others, in training with dropout too."""
-    whole = slim().train()
+    whole = slim(config).train()
     x, draw = torch.randn(6, 3, 32, 32), Draw.of(3, image=torch.arange(6))
     for width in SLIM.widths.family:
         sums = []
         for here in (range(0, 1), range(1, 2)):
-            part = SLIM.build(image_size=32, channels=3, classes=7, here=here).train()
+            part = config.build(image_size=32, channels=3, classes=7, here=here).train()
             stacked = whole.submodules.state_dict()
             part.submodules.load_state_dict({k: v.chunk(2)[here.start] for k, v in stacked.items()})
             sums.append(part.submodules(x, draw, width).sum(1))
@@ -51,10 +53,11 @@ def test_widths_are_taken_within_each_submodule() -> None:
         torch.testing.assert_close(whole(x, draw=draw, width=width), expected, rtol=1e-5, atol=1e-5)
 
 
+@KINDS
 @torch.no_grad()
-def test_a_width_of_hsvit_is_a_smaller_hsvit() -> None:
+def test_a_width_of_hsvit_is_a_smaller_hsvit(config: Config) -> None:
     x = torch.randn(16, 3, 32, 32)
-    model = recalibrated(slim(), x).eval()
+    model = recalibrated(slim(config), x).eval()
     for width in SLIM.widths.family:
         small = model.subnet(width)
         assert small.config.groups == width.of(16)
@@ -63,7 +66,7 @@ def test_a_width_of_hsvit_is_a_smaller_hsvit() -> None:
         for present in ([True, False], [False, True]):
             subset = torch.tensor(present)
             torch.testing.assert_close(small(x, present=subset), model(x, present=subset, width=width))
-        assert small.config.macs(32, 3, 7) == SLIM.macs(32, 3, 7, width)
+        assert small.config.macs(32, 3, 7) == config.macs(32, 3, 7, width)
 
 
 @torch.no_grad()

@@ -264,7 +264,7 @@ def test_names_are_no_part_of_the_page(tmp_path: Path) -> None:
     found = compared(tmp_path)
     text = page.html(found)
     assert "<script>alert" not in text
-    assert len(re.findall("</script>", text)) == 3
+    assert len(re.findall("</script>", text)) == 4  # the theme, plotly, the data, the page
     assert "<script>" not in tables.markdown(found)
 
 

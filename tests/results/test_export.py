@@ -15,6 +15,7 @@ from hsvit_ds.cli import app
 from hsvit_ds.data import augment, digits
 from hsvit_ds.engine.checkpoint import Position
 from hsvit_ds.errors import RefusedError
+from hsvit_ds.models.hsvit import HSViT
 from hsvit_ds.models.slimmable import Width
 from hsvit_ds.results.budget import Budget
 from hsvit_ds.results.saved import SavedRun, open_run
@@ -34,7 +35,10 @@ SLIM_HSVIT = [
 WHOLE = {
     "timm": ["grid.submodule_ranks=1", 'model={kind="timm", name="test_resnet", drop_path=0.1}'],
     "hybrid": ["grid.submodule_ranks=1"],
+    "HSViT that rounds": ["grid.submodule_ranks=1", 'grid.exchange="int8"', "model.depthwise=true"],
+    "HSViT in bf16": ["grid.submodule_ranks=1", 'grid.exchange="bf16"'],
 }
+BASES = {"HSViT that rounds": "hsvit", "HSViT in bf16": "hsvit"}
 KINDS: dict[str, tuple[str, list[str]]] = {
     "ViT": ("scala", []),
     "fused ViT": ("scala", ["model.qkv=fused", "model.softmax_scale=full", "model.norm_eps=1e-5"]),
@@ -104,7 +108,7 @@ def test_every_format_has_the_slices_logits(run: SavedRun, tmp_path: Path) -> No
 
 @pytest.mark.parametrize("kind", WHOLE)
 def test_every_format_of_a_network_of_one_width_has_its_logits(kind: str, tmp_path: Path) -> None:
-    run = saved(tmp_path, "hybrid", WHOLE[kind], 3)
+    run = saved(tmp_path, BASES.get(kind, "hybrid"), WHOLE[kind], 3)
     out = tmp_path / "export"
     code, output = command("export", tmp_path, "--width", "1.0", "-o", out)
     assert code == 0, output
@@ -128,7 +132,13 @@ def test_every_format_of_a_network_of_one_width_has_its_logits(kind: str, tmp_pa
         from hsvit_ds.engine.interop import load_model
 
         alone = load_model(out / "model.safetensors")
-        assert "HSViT on test_resnet" in card
+        assert "HSViT on test_resnet" in card or kind in BASES
+        if kind in BASES:
+            assert isinstance(alone, HSViT)
+            assert alone.exchange == run.recipe.grid.exchange
+            alone.exchange = "fp32"
+            assert not torch.equal(alone(images), expected)
+            alone.exchange = run.recipe.grid.exchange
     with torch.no_grad():
         torch.testing.assert_close(alone(images), expected, rtol=1e-5, atol=1e-5)
 

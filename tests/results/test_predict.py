@@ -34,6 +34,7 @@ ALONE = "grid.submodule_ranks=1"
 KINDS = {
     "ViT": ("scala", SLIM),
     "HSViT": ("hsvit", [*SLIM, 'task={kind="scala"}', ALONE, "model.kernels=[8,16]", "model.submodules=1"]),
+    "grey": ("hsvit", [ALONE, "model.kernels=[8,16]", "model.submodules=1"]),
     "timm": ("hybrid", [ALONE, 'model={kind="timm", name="test_resnet"}', "optimizer.layer_decay=1"]),
 }
 
@@ -68,13 +69,16 @@ def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
     base, overrides = KINDS[request.param]
     folder = tmp_path_factory.mktemp("run")
     source = photographs.folder(folder / "photos", 20)
+    channels = 1 if request.param == "grey" else 3
+    for photo in source.rglob("*.jpg") if channels == 1 else ():
+        Image.open(photo).convert("L").save(photo)
     shards = folder / "shards"
     options = ["--split", "train", "--name", "photos", "--holdout", "0.2"]
     # In a process of its own: this one may have threads, beside which it must not fork.
     command = [sys.executable, "-m", "hsvit_ds.cli", "shards", "make", str(source), str(shards), *options]
     subprocess.run(command, check=True, capture_output=True, cwd=ROOT)
     crop = "0.875" if request.param == "ViT" else "0.0"
-    data = f'data={{name="photos", root="{shards}", image_size=32, test="val"}}'
+    data = f'data={{name="photos", root="{shards}", image_size=32, channels={channels}, test="val"}}'
     made = trainer(folder / "run", [*overrides, data, f"augment.eval_crop={crop}", "ema.decay=0.9"], base=base)
     steps(made, 3)
     made.checkpoints.save(Position(0, 3, 3))

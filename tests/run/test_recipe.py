@@ -39,7 +39,7 @@ def test_every_recipe_resolves_builds_and_steps(path: Path, tmp_path: Path) -> N
     overrides.append("engine.compile=false")  # two minutes
     if recipe.data.name != "digits":
         held_out = recipe.data.val if recipe.data.val == recipe.data.test else "val"
-        sizes = {"classes": facts.classes, "side": facts.image_size}
+        sizes = {"classes": facts.classes, "side": facts.image_size, "channels": facts.channels}
         root = tars.data_set(tmp_path / "data", train=16, val=8, held_out=held_out, **sizes)
         overrides.append(f"data.root={root}")
     if recipe.model.kind == "vit":
@@ -102,6 +102,11 @@ def test_accumulation_is_derived() -> None:
         ("run.micro_batch=4", "run.bn_batch = 0: BatchNorm over 32 images needs them in one forward"),
         ("run.global_batch=4096", "run.global_batch = 4096 is more than the 1,150 training images"),
         ("grid.submodule_ranks=4", "more submodule ranks than submodules"),
+        ("grid.exchange=int4", '[grid] exchange = "int4": must be "fp32", "bf16" or "int8"'),
+        (
+            "grid.exchange=int8 grid.submodule_ranks=1 model.submodules=1",
+            "model.submodules = 1 has nothing to exchange",
+        ),
         ("augment.mixup=1.0 augment.mix_block=5", "augment.mix_block = 5 does not divide the micro batch of 16"),
         ("engine.deepspeed.gradient_clipping=5.0", "engine.deepspeed.gradient_clipping = 5.0 contradicts 1.0"),
         ("engine.deepspeed.gradient_compression=true", "engine.deepspeed.gradient_compression: unknown to DeepSpeed"),

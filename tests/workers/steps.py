@@ -8,6 +8,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from hsvit_ds.grid.rounding import size
+
 from .common import state, steps, trainer
 
 COLLECTIVES = (
@@ -78,5 +80,11 @@ def one_case(run: Any, choose: bool, waiting: str) -> dict[str, Any]:
         "feature_bytes": traffic["comm/feature_bytes"],
         "submodule_ranks": run.grid.submodule_ranks,
         "trained": sum(f.shape.numel() for fragments in run.engine.shards.layout for f in fragments),
-        "exchanged": run.plan.micro_batch * run.recipe.model.embedding,
+        "exchanged": run.plan.micro_batch * _numbers(run.recipe),
     }
+
+
+def _numbers(recipe: Any) -> int:
+    """In a message, of an image: fp32 ones, or bytes."""
+    features, form = recipe.model.embedding, recipe.grid.exchange
+    return features if form == "fp32" else size(features, form)

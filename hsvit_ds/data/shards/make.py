@@ -25,7 +25,8 @@ from .. import index
 from ..decode import BadImageError
 from ..index import Index
 from ..layouts import split_shards
-from .sources import Item, Source, open_source, sample
+from .items import Item, Source
+from .sources import open_source, sample
 
 INFO, CLASSES = "_info.json", "classes.txt"
 Done = Callable[[int, int], None]  # is told (shards done, of how many)
@@ -111,7 +112,7 @@ def make(
     """
     if out.resolve().is_relative_to(source_folder.resolve()):
         raise RefusedError(f"{out}: is inside SOURCE {source_folder}; give a folder elsewhere")
-    source = open_source(source_folder, options.split, read_info(out).get("classes", []))
+    source = open_source(source_folder, options.split, read_info(out).get("classes", []), options.name)
     if not options.holdout:
         yield make_split(source, out, options, processes, done)
         return

@@ -1,4 +1,5 @@
-"""Where images come from before they are shards: a folder of classes, a table of files, or ImageNet's own archives.
+"""Where images come from before they are shards: a folder of classes, a table of files, ImageNet's own archives, or
+what other sets come as (`published.py`).
 
 Archives are read in place, as bytes at an offset: nothing is unpacked, so a source costs its list of images.
 """
@@ -6,7 +7,6 @@ Archives are read in place, as bytes at an offset: nothing is unpacked, so a sou
 from __future__ import annotations
 
 import csv
-import hashlib
 import io
 import json
 import os
@@ -14,9 +14,8 @@ import sys
 import tarfile
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -24,6 +23,8 @@ from PIL import Image
 from ...errors import RefusedError, counted, first_line, read_text, warn
 from ..decode import BadImageError, open_upright
 from ..members import IMAGES, MOST_BYTES, Member, printable, safe, unsafe, walk
+from . import published
+from .items import Item, Source
 
 TRAIN, VAL, DEVKIT = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar", "ILSVRC2012_devkit_t12.tar.gz"
 META, TRUTH = "data/meta.mat", "data/ILSVRC2012_validation_ground_truth.txt"
@@ -31,69 +32,33 @@ SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "
 """What folders of a split are called, and the split."""
 
 
-class Item(NamedTuple):
-    """An image: `size` bytes at `offset` of `file`. name: what the source calls it, class_name: what its class."""
-
-    file: str
-    offset: int
-    size: int
-    label: int
-    class_name: str
-    name: str
-
-    def read(self) -> bytes:
-        """
-        Raises:
-            RefusedError: the file is gone, or shorter than it was.
-        """
-        try:
-            with open(self.file, "rb") as file:
-                data = os.pread(file.fileno(), self.size, self.offset)
-        except OSError as error:
-            raise RefusedError(f"{self.file}: {error.strerror}; restore it and start the same command again") from error
-        if len(data) != self.size:
-            raise RefusedError(f"{self.file}: shorter than when it was listed; leave SOURCE alone while it is read")
-        return data
-
-
-@dataclass(frozen=True)
-class Source:
-    """A split before it is shuffled. classes: name of each class index; titles: the same for people to read."""
-
-    items: list[Item]
-    classes: list[str]
-    titles: list[str]
-
-    @property
-    def fingerprint(self) -> str:
-        """Of the images' names, sizes and labels, not of where they lie."""
-        digest = hashlib.sha256("\n".join(self.classes).encode(errors="surrogateescape"))
-        for item in self.items:
-            digest.update(f"{item.name}\0{item.size}\0{item.label}\n".encode(errors="surrogateescape"))
-        return digest.hexdigest()[:16]
-
-
-def open_source(folder: Path, split: str, known: list[str]) -> Source:
+def open_source(folder: Path, split: str, known: list[str], name: str = "") -> Source:
     """List the images of a split, in an order that depends on their names alone.
 
-    known: the classes of splits that were made before; a folder that has no others is labelled as they are.
+    known: the classes of splits that were made before; a folder that has no others is labelled as they are. name: of
+    the data set, which of some tells the classes.
 
     Raises:
-        RefusedError: neither layout, no images, or archives that are incomplete or contradict each other.
+        RefusedError: no known layout, no images, or files that are incomplete or contradict each other.
     """
     if folder.is_file() and folder.suffix.lower() == ".csv":
         return _table(folder, known)
+    if folder.is_file() and folder.name.endswith(published.PACKED):
+        raise RefusedError(f"{folder}: packed; unpack it (tar xzf {folder.name}) and give the folder in it")
     if not folder.is_dir():
         raise RefusedError(f"{folder}: neither a folder nor a CSV of file and label")
     try:
         names = {entry.name for entry in os.scandir(folder)}
         if {TRAIN, VAL} & names:
             source = _imagenet(folder, split)
+        elif found := published.open_published(folder, names, split, name):
+            source = found
         elif classes := sorted(n for n in names if not _is_hidden(n) and (folder / n).is_dir()):
             source = _image_folder(folder, classes, known)
         else:
             raise RefusedError(
-                f"{folder}: unknown layout; looked for one sub-folder a class, and for {TRAIN} or {VAL} beside {DEVKIT}"
+                f"{folder}: unknown layout; looked for one sub-folder a class, for {TRAIN} or {VAL} beside {DEVKIT}, "
+                f"and for {published.LAYOUTS}"
             )
     except OSError as error:
         raise RefusedError(f"{error.filename or folder}: {error.strerror}") from error

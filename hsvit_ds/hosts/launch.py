@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shlex
 import sys
@@ -19,7 +18,7 @@ from ..run import folders
 from ..run import recipe as recipes
 from ..run.processes import Stops
 from ..run.recipe import Recipe
-from ..run.summary import ERRORS
+from ..run.summary import rank_words
 from . import attempt, doctor
 from .attempt import Attempt, Ended
 from .cluster import Host, write_hostfile
@@ -162,7 +161,7 @@ class Launch:
         )
         _say(masked(shlex.join(command)))
         environment = {name: value for name, value in os.environ.items() if name not in self.secrets.values}
-        before = _words(self.folder)
+        before = rank_words(self.folder)
         try:
             self.secrets.put(list(self.layout.hosts))
             environment = attempt.deepspeed_environment(environment, variables)
@@ -172,7 +171,7 @@ class Launch:
             self.secrets.remove(found)
         if ended.code == Exit.FINISHED and any(found.values()):
             ended = Ended(Exit.FAILED, "")  # when pdsh is killed deepspeed ends with 0
-        words = [word for word in _words(self.folder) if word not in before]
+        words = [word for word in rank_words(self.folder) if word not in before]
         return ended, first_failure(words, self.layout.places, set(found), ended), set(found)
 
     def _unmet(self, host: str) -> tuple[Ended, Failure, set[str]]:
@@ -253,17 +252,6 @@ def steps_saved(folder: Path) -> int:
         return int(read_manifest(latest)["position"]["total"]) if latest else -1
     except RefusedError:
         return -1
-
-
-def _words(folder: Path) -> list[dict[str, Any]]:
-    """What the ranks of a run left about their failures."""
-    words = []
-    for path in (folder / ERRORS).glob("rank-*.json"):
-        try:
-            words.append(json.loads(path.read_text("utf-8")))
-        except (OSError, ValueError):  # its host was lost while it wrote
-            continue
-    return words
 
 
 def first_failure(words: list[dict[str, Any]], places: list[str], free: Collection[str], ended: Ended) -> Failure:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import json
 import tomllib
 from collections.abc import Callable, Iterator
 from fnmatch import fnmatchcase
@@ -13,7 +12,7 @@ from typing import Any
 
 from ..errors import RefusedError, masked, warn
 from ..run import metrics, summary, table
-from ..run.summary import ERRORS, FAILED, FINISHED, RUNNING, Summary
+from ..run.summary import FAILED, FINISHED, RUNNING, Summary
 from . import history, mlflow_records
 from .history import History
 from .record import GONE, Latest, Record
@@ -109,15 +108,10 @@ def _state(folder: Path, found: Summary | None) -> tuple[str, str]:
 
 def _first_error(folder: Path) -> str:
     """The first word of a rank about its failure, of one that is not merely lost to the others where there is such."""
-    words = []
-    for path in (folder / ERRORS).glob("rank-*.json"):
-        try:
-            word = json.loads(path.read_text("utf-8"))
-            words.append(
-                (word["kind"] == "lost", word["time"], f"rank {word['rank']} on {word['host']}: {word['error']}")
-            )
-        except (OSError, ValueError, KeyError, TypeError):  # its host was lost while it wrote
-            continue
+    words = [
+        (word["kind"] == "lost", word["time"], f"rank {word['rank']} on {word['host']}: {word['error']}")
+        for word in summary.rank_words(folder)
+    ]
     return min(words)[2] if words else ""
 
 

@@ -156,6 +156,17 @@ def of(table: Mapping[str, Any]) -> Summary:
         raise ValueError(f"no summary of a run: {error}") from error
 
 
+def rank_words(folder: Path) -> list[dict[str, Any]]:
+    """What the ranks of a run left about their failures."""
+    words = []
+    for path in (folder / ERRORS).glob("rank-*.json"):
+        try:
+            words.append(json.loads(path.read_text("utf-8")))
+        except (OSError, ValueError):  # its host was lost while it wrote
+            continue
+    return words
+
+
 @contextmanager
 def held(folder: Path) -> Iterator[None]:
     """Within the block, and at most until this process's end, the run is going on for all who look."""

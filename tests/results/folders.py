@@ -10,7 +10,9 @@ from typing import Any
 import tomli_w
 
 from hsvit_ds.run import metrics, table
-from hsvit_ds.run.summary import FINISHED, Cost, Data, Summary
+from hsvit_ds.run.summary import FINISHED, Cost, Summary
+
+from ..summaries import summary as made
 
 PER_EPOCH = 10
 RECIPE: dict[str, Any] = {
@@ -20,23 +22,14 @@ RECIPE: dict[str, Any] = {
     "optimizer": {"lr": 0.002},
     "grid": {"submodule_ranks": 1},
 }
-DATA = Data(
-    name="digits",
-    fingerprint="",
-    counts={"train": 1150, "val": 288, "test": 359},
-    val="val",
-    test="test",
-    classes=10,
-    image_size=32,
-)
+DATA = made().data
 
 
 def summary(**values: Any) -> Summary:
-    found = Summary(
-        id="id", title="title", recipe="recipes/digits/hsvit.toml", changed={}, data=DATA,
-        costs=(Cost(width="1.00", parameters=1000, macs=2_000_000),), ranks=1, cores=2, gpus=0, hosts=("a",),
-        device="a CPU", launcher="python", commit="", dirty=False, versions={}, started=1000.0, steps=30,
-        steps_per_epoch=PER_EPOCH, epochs=3, state=FINISHED, seconds=7200.0, step=30,
+    found = made(
+        id="id", title="title", changed={}, costs=(Cost(width="1.00", parameters=1000, macs=2_000_000),), ranks=1,
+        hosts=("a",), launcher="python", versions={}, started=1000.0, steps=30, steps_per_epoch=PER_EPOCH, epochs=3,
+        state=FINISHED, seconds=7200.0, step=30,
     )  # fmt: skip
     return replace(found, **values)
 

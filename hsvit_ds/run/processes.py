@@ -22,6 +22,7 @@ from ..errors import RefusedError, counted
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 _ERROR = "hsvit: error: "
+_PORTS: set[int] = set()  # given to runs of this process, whose ranks may not listen yet
 
 
 class Stops:
@@ -109,13 +110,22 @@ def command(recipe: Path, arguments: list[str], ranks: int, gpus: tuple[str, ...
     train = ["hsvit_ds.train", str(recipe), *arguments]
     if ranks == 1:
         return [sys.executable, "-m", *train]
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]  # of its own: other runs may start at the same moment
+    port = _find_port()  # of its own: other runs may start at the same moment
     # With a number of accelerators DeepSpeed takes the first ones, whatever CUDA_VISIBLE_DEVICES says.
     which = ["--include", f"localhost:{','.join(gpus[:ranks])}"] if gpus else ["--num_accelerators", str(ranks)]
     deepspeed = str(Path(sys.executable).with_name("deepspeed"))
     # No hostfile: where there is none of the name DeepSpeed looks at /job/hostfile.
     return [deepspeed, "--hostfile", os.devnull, *which, "--master_port", str(port), "--module", *train]
+
+
+def _find_port() -> int:
+    """A free one that no run of this process was given: the system names one again once it is closed."""
+    while True:
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            port: int = server.getsockname()[1]
+        if port not in _PORTS:
+            _PORTS.add(port)
+            return port
 
 
 def complaint(output: str) -> str:

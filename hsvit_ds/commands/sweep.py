@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 def run_sweep(
     file: Annotated[Path, typer.Argument(metavar="SWEEP", help="Recipes, keys and seeds to combine, in TOML.")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[key=value]...", help="Of every cell.")] = None,
     jobs: Annotated[int, typer.Option(min=1, help="Cells at a time; they share the cores and GPUs out.")] = 1,
     hostfile: Annotated[Path | None, typer.Option(help="Hosts, `NAME slots=N`, for one cell after another.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the cells, and how long they will take.")] = False,
@@ -43,7 +44,8 @@ def run_sweep(
 
         if hostfile and jobs > 1:
             raise RefusedError(f"--jobs {jobs} with a --hostfile: a cell takes all of its hosts; leave --jobs out")
-        sweep = cells.read(file, sum(host.slots for host in read_hostfile(hostfile)) if hostfile else 0)
+        ranks = sum(host.slots for host in read_hostfile(hostfile)) if hostfile else 0
+        sweep = cells.read(file, overrides or (), ranks)
         cells.check_unchanged(sweep)
         each = [Share()] if hostfile else shares(jobs, max(cell.plan.ranks for cell in sweep.cells))
         if dry_run:

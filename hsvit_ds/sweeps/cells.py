@@ -9,7 +9,7 @@ import os
 import re
 import tomllib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from itertools import product
 from pathlib import Path
@@ -132,24 +132,25 @@ class _Wanted(NamedTuple):
     varied: dict[str, Any]
 
 
-def read(path: Path, ranks: int = 0) -> Sweep:
+def read(path: Path, overrides: Sequence[str] = (), ranks: int = 0) -> Sweep:
     """A sweep's file with all of its cells, each of which could be started.
 
     Args:
+        overrides: key=value, of every cell, over the file's own.
         ranks: that every cell will have; 0: as the file says.
 
     Raises:
         RefusedError: the file is wrong, or cells cannot be resolved; it names all of those.
     """
-    config = _config(path)
-    root = Path(table.flat(config.keys).get("run.root", recipes.Run().root))
+    config = _config(path, overrides)
+    root = Path(config.keys.get("run.root", recipes.Run().root))
     found: list[Cell] = []
     wrong: list[tuple[str, str]] = []
     for wanted in _wanted(config, path):
-        overrides = [f"{key}={_toml(value)}" for key, value in (wanted.keys | wanted.varied).items()]
+        own = [f"{key}={_toml(value)}" for key, value in (wanted.keys | wanted.varied).items()]
         name = _name(wanted.path, wanted.varied, ())
         try:
-            recipe = recipes.read(wanted.path, overrides)
+            recipe = recipes.read(wanted.path, own)
             name = _name(wanted.path, wanted.varied, recipes.flat(recipe))
             run = replace(recipe.run, name=name, root=str(root / path.stem))
             recipe = replace(recipe, run=run)
@@ -157,7 +158,7 @@ def read(path: Path, ranks: int = 0) -> Sweep:
         except RefusedError as error:
             wrong.append((name, str(error)))
         else:
-            found.append(Cell(name, wanted.path, tuple(overrides), recipe, plan))
+            found.append(Cell(name, wanted.path, tuple(own), recipe, plan))
     if wrong:
         lines = [f"  {name}: {why}" for name, why in wrong]
         count = counted(len(found) + len(wrong), "cell")
@@ -180,7 +181,7 @@ def check_unchanged(sweep: Sweep) -> None:
         )
 
 
-def _config(path: Path) -> Config:
+def _config(path: Path, overrides: Sequence[str]) -> Config:
     values = table.read(path, [])
     known = [entry.name for entry in fields(Config)]
     for key in values:
@@ -195,13 +196,15 @@ def _config(path: Path) -> Config:
         raise RefusedError(f"{path}: {'; '.join(told)}") from error
     except TypeError as error:  # a TOML date, which JSON does not have
         raise RefusedError(f"{path}: {error}") from error
+    given = {".".join(parts): value for parts, value in map(table.split, overrides)}
+    config = replace(config, keys=table.flat(config.keys) | given)
     if why := next(_wrong(config), ""):
         raise RefusedError(f"{path}: {why}")
     return config
 
 
 def _wrong(config: Config) -> Iterator[str]:
-    keys, grid = table.flat(config.keys), table.flat(config.grid)
+    keys, grid = config.keys, table.flat(config.grid)
     listed = [table.flat(cell) for cell in config.cells]
     if not config.recipes:
         yield "recipes = []: name at least one"
@@ -224,7 +227,7 @@ def _wrong(config: Config) -> Iterator[str]:
 
 def _wanted(config: Config, path: Path) -> Iterator[_Wanted]:
     """In the order of the file, seeds innermost: a recipe's cells with the next key come after all of its seeds."""
-    keys, grid = table.flat(config.keys), table.flat(config.grid)
+    keys, grid = config.keys, table.flat(config.grid)
     seeds = [{"run.seed": seed} for seed in config.seeds] or [{}]
     for recipe, cell, *values in product(config.recipes, config.cells or ({},), *grid.values()):
         file = Path(os.path.normpath(path.parent / recipe))

@@ -95,6 +95,20 @@ def test_keys_may_be_nested_or_quoted(nested: str, tmp_path: Path) -> None:
     assert cell.folder == Path("runs/study/digits-hsvit-001")
 
 
+def test_keys_of_the_command_are_of_every_cell_and_over_the_files(tmp_path: Path) -> None:
+    path = written(tmp_path, keys={"run": {"epochs": 3}, "model.dropout": 0.1}, grid={"optimizer.lr": [1e-3, 2e-3]})
+    made = cells.read(path, ["run.epochs=4", f"run.root={tmp_path / 'elsewhere'}", "data.workers=3"])
+    for cell in made.cells:
+        recipe = recipes.read(cell.path, list(cell.overrides))  # as its launcher reads it
+        assert (recipe.run.epochs, recipe.data.workers) == (4, 3)
+        assert cell.folder.parent == tmp_path / "elsewhere/study"
+    assert names(made) == names(cells.read(path))
+    with pytest.raises(RefusedError, match=r"optimizer.lr is in \[grid\] and in \[keys\]"):
+        cells.read(path, ["optimizer.lr=1"])
+    with pytest.raises(RefusedError, match=r'override "epochs": must have the form'):
+        cells.read(path, ["epochs"])
+
+
 def test_cells_that_would_share_a_name_are_told_apart(tmp_path: Path) -> None:
     experiments = ["a/same", "b/same", "c d", "c?d", "x" * 300, "x" * 301]
     made = sweep(tmp_path, grid={"tracking.experiment": experiments})

@@ -158,7 +158,8 @@ def check_channels(images: Iterable[tuple[str, bytes]], channels: int, decoder: 
     if channels == 3 and grey:
         raise RefusedError(
             f"{grey[0]}: has one channel, as all {counted(len(grey), 'image')} looked at, but the data set three; is "
-            "data.root right? data.channels=1 is for a model of one, data.channels=3 reads grey as RGB"
+            "data.root right? data.channels=3 reads grey as RGB; a model of one channel takes data.channels=1, and the "
+            "data.name of no known set in colours"
         )
 
 

@@ -29,6 +29,7 @@ SMALL: dict[str, Any] = {"kernels": (8, 16), "pool_strides": (4, 2), "groups": 8
 HSVITS = {
     "one submodule": hsvit.Config(**SMALL, widths=SLIM),
     "two submodules": hsvit.Config(**SMALL, submodules=2, widths=SLIM),
+    "tiles": hsvit.Config(**SMALL, submodules=4, tiles=2),
     "without attention": hsvit.Config(**SMALL | {"depth": 0}, submodules=2),
     "without convolutions": hsvit.Config(**SMALL | {"pool_strides": (), "embedding": 1024}, convolution=False),
     "a backbone": hsvit.Config(backbone=Backbone(name="test_resnet"), depth=2, groups=4, submodules=2),
@@ -158,6 +159,24 @@ def test_where_a_submodule_looks_is_of_its_own_maps() -> None:
     expected = torch.stack([sum(weights[c] * maps[c] for c in part) for part in (range(8), range(8, 16))])  # type: ignore[misc]
     torch.testing.assert_close(seen.looked, expected)
     torch.testing.assert_close(groups.agreement.diagonal(), torch.ones(8))
+
+
+@torch.no_grad()
+def test_a_submodule_that_sees_a_tile_looks_there() -> None:
+    """Other pixels in the tile at the right of the upper row change what is seen there, and nothing elsewhere."""
+    (*_, model) = built(HSVITS["tiles"])
+    image = images(1)
+    other = image.clone()
+    other[..., :16, 16:] += 1
+    looked = []
+    for given in (image, other):
+        maps, groups = explain.groups_of(model, given)
+        seen = explain.SeenByHSViT("", {}, 4, 2, maps, groups).looked
+        assert seen is not None
+        looked.append(seen.unflatten(1, (2, -1)).unflatten(3, (2, -1)).transpose(2, 3))  # [M, row, column, h, w]
+    changed = (looked[0] != looked[1]).flatten(3).any(3)
+    assert changed.nonzero().tolist() == [[1, 0, 1]]
+    assert looked[0].flatten(3).any(3).nonzero().tolist() == [[m, m // 2, m % 2] for m in range(4)]
 
 
 def test_the_image_is_shown_as_the_network_was_given_it(tmp_path: Path) -> None:

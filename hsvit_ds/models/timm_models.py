@@ -241,12 +241,25 @@ def create(
             f'{key} = "{name}": timm cannot get the weights "{weights}" here ({first_line(error)}); '
             f"download model.safetensors from {page} and set {_beside(key)} to the file"
         ) from error
+    if not weights:
+        _fit_efficientformer(model, image_size)
     _convert(model, randomness or Randomness(), drops="drop_path_rate" in options)
     if local and not torch.empty(0).is_meta:
         heads = f"{counted(classes, 'class', 'classes')} and {counted(channels, 'channel')}"
         wanted = f"{_beside(key)} = {weights} does not fit {name} for {heads}"
         _load(model, Path(weights), classes, same_classes, wanted)
     return model
+
+
+def _fit_efficientformer(model: nn.Module, image_size: int) -> None:
+    """Give EfficientFormer's attention, which timm builds for 224 px alone, position biases for another size."""
+    from timm.models.efficientformer import Attention
+
+    side = -(-image_size // 32)
+    for path, module in list(model.named_modules()):
+        if isinstance(module, Attention) and module.attention_biases.shape[1] != side**2:
+            parent, _, leaf = path.rpartition(".")
+            setattr(model.get_submodule(parent), leaf, Attention(module.qkv.in_features, resolution=side))
 
 
 def _check_name(key: str, name: str) -> None:

@@ -42,6 +42,27 @@ TABLE = {
 }
 
 
+# GFLOPs of table 2's baselines on Tiny-ImageNet; CvT's are of transformers' networks, where the paper has 1.0 and 1.7.
+BASELINES = {
+    "resnet18": 0.3,
+    "resnet50": 0.7,
+    "efficientnet_b0": 0.1,
+    "efficientnet_b3": 0.2,
+    "mobilenetv2_100": 0.1,
+    "mobilenetv2_140": 0.1,
+    "mobilevit_xs": 0.1,
+    "mobilevit_s": 0.2,
+    "efficientformer_l1": 0.2,
+    "efficientformer_l3": 0.6,
+    "swiftformer_xs": 0.1,
+    "swiftformer_s": 0.2,
+    "cvt_13": 0.7,
+    "cvt_21": 1.1,
+    "ViT-B": 46.1,
+}
+WORD = re.compile(r"(?<![\w\"])(?:resnet\d+|(?:efficient|mobile|swift|cvt)[a-z0-9]*_\w+)")
+
+
 def numbers(row: str) -> list[float]:
     return [float(cell.replace(",", "")) for cell in re.findall(r"\d[\d,.]*", row)]
 
@@ -116,3 +137,22 @@ def test_every_small_set_has_the_baselines_as_one_recipe(name: str) -> None:
     assert (recipe.model.kind, recipe.data.name) == ("timm", name)
     assert splits.facts(recipe.data).image_size == (128 if name == "food101" else 64)
     assert "SMT is in neither timm nor transformers" in path.read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*/baseline.toml")), ids=lambda path: path.parent.name)
+def test_a_set_names_every_baseline_and_each_answers_at_its_size(path: Path) -> None:
+    """As in the recipe's header, which is all that a person has."""
+    text = path.read_text().partition("model.name is the one key")[2].partition("# Published")[0]
+    assert {*WORD.findall(text), "ViT-B"} == {*BASELINES}
+    for_cvt = re.findall(r"cvt_21, with (data.image_size=\d+)", text)
+    override = re.search(r"'(model=\{kind=\"vit\".*\})'(?: (data.image_size=\d+))?", text)
+    assert override
+    asked = {name: [f"model.name={name}", *(for_cvt if "cvt" in name else [])] for name in BASELINES}
+    asked["ViT-B"] = [part for part in override.groups() if part]
+    for name, keys in asked.items():
+        recipe = recipes.read(path, keys)
+        facts = splits.facts(recipe.data)
+        flops = 2e-9 * recipe.model.resolved(facts.image_size).macs(facts.image_size, facts.channels, facts.classes)
+        if recipe.data.name == "tiny_imagenet":
+            assert flops == pytest.approx(BASELINES[name], abs=0.051)

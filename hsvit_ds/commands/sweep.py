@@ -33,7 +33,7 @@ def run_sweep(
 
     Exit code 1: cells failed; 75: stopped as asked, and saved.
 
-    Example: hsvit sweep recipes/studies/digits_seeds.toml --dry-run
+    Example: hsvit sweep recipes/studies/digits_seeds/sweep.toml --dry-run
     """
     with shown(Exit.REFUSED, debug):
         check_kernels()

@@ -18,6 +18,7 @@ TRAINED: dict[str, Collection[str] | None] = {
     "run": ("seed", "epochs", "global_batch", "bn_batch", "step_back"),
     "data": ("name", "classes", "image_size", "window", "last_batch"),
     "engine": ("precision",),
+    "grid": ("exchange",),
 }
 """The tables that say what is trained, whole; of those that also say where and how, the keys that do. The others say
 where and how alone."""

@@ -115,8 +115,12 @@ class Sweep:
     cells: tuple[Cell, ...]
 
     @property
+    def name(self) -> str:
+        return table.run_name(self.path)
+
+    @property
     def folder(self) -> Path:
-        return self.root / self.path.stem
+        return self.root / self.name
 
     @property
     def logs(self) -> Path:
@@ -152,7 +156,7 @@ def read(path: Path, overrides: Sequence[str] = (), ranks: int = 0) -> Sweep:
         try:
             recipe = recipes.read(wanted.path, own)
             name = _name(wanted.path, wanted.varied, recipes.flat(recipe))
-            run = replace(recipe.run, name=name, root=str(root / path.stem))
+            run = replace(recipe.run, name=name, root=str(root / table.run_name(path)))
             recipe = replace(recipe, run=run)
             recipe, plan = recipes.resolve(recipe, ranks or config.ranks or recipe.grid.submodule_ranks)
         except RefusedError as error:

@@ -27,7 +27,7 @@ class Parents:
         ):
             with self._quiet(uri):
                 self._opened[uri, experiment] = mlflow_run.open_sweep(
-                    uri, experiment, sweep.root, sweep.path.stem, _text(sweep)
+                    uri, experiment, sweep.root, sweep.name, _text(sweep)
                 )
 
     def _place(self, config: Config) -> tuple[str, str]:

@@ -29,7 +29,8 @@ def sweep(folder: Path, text: str = "", **values: Any) -> Sweep:
 def written(folder: Path, text: str = "", **values: Any) -> Path:
     values = {"recipes": [HSVIT]} | values
     values["keys"] = {"run.root": str(folder / "runs")} | values.get("keys", {})
-    path = folder / "study.toml"
+    path = folder / "my/study.toml"
+    path.parent.mkdir(exist_ok=True)
     path.write_text(f"{text}\n{tomli_w.dumps(values)}")
     return path
 
@@ -60,7 +61,7 @@ def test_every_recipe_meets_every_cell_every_combination_and_every_seed(tmp_path
         said = f"digits-{cell.path.stem}" + (",shift=1" if r.augment.shift else "")
         said += f",lr={r.optimizer.lr:g},dropout={r.model.dropout:g},seed={r.run.seed}"  # type: ignore[union-attr]
         assert cell.name == said == r.run.name
-        assert cell.folder == tmp_path / "runs/study" / f"{said}-001"
+        assert cell.folder == tmp_path / "runs/my-study" / f"{said}-001"
 
 
 def test_a_cell_keeps_its_name_when_others_are_added(tmp_path: Path) -> None:
@@ -88,11 +89,12 @@ def test_the_overrides_of_a_cell_are_its_recipe(tmp_path: Path) -> None:
     ["[keys]\nrun.epochs = 3", "[keys]\n'run.epochs' = 3", "[keys.run]\nepochs = 3", "keys.run = {epochs = 3}"],
 )
 def test_keys_may_be_nested_or_quoted(nested: str, tmp_path: Path) -> None:
-    path = tmp_path / "study.toml"
+    path = tmp_path / "my/study.toml"
+    path.parent.mkdir()
     path.write_text(f"recipes = ['{HSVIT}']\n{nested}\n")
     (cell,) = cells.read(path).cells
     assert cell.recipe.run.epochs == 3
-    assert cell.folder == Path("runs/study/digits-hsvit-001")
+    assert cell.folder == Path("runs/my-study/digits-hsvit-001")
 
 
 def test_keys_of_the_command_are_of_every_cell_and_over_the_files(tmp_path: Path) -> None:
@@ -101,7 +103,7 @@ def test_keys_of_the_command_are_of_every_cell_and_over_the_files(tmp_path: Path
     for cell in made.cells:
         recipe = recipes.read(cell.path, list(cell.overrides))  # as its launcher reads it
         assert (recipe.run.epochs, recipe.data.workers) == (4, 3)
-        assert cell.folder.parent == tmp_path / "elsewhere/study"
+        assert cell.folder.parent == tmp_path / "elsewhere/my-study"
     assert names(made) == names(cells.read(path))
     with pytest.raises(RefusedError, match=r"optimizer.lr is in \[grid\] and in \[keys\]"):
         cells.read(path, ["optimizer.lr=1"])
@@ -118,7 +120,7 @@ def test_cells_that_would_share_a_name_are_told_apart(tmp_path: Path) -> None:
         assert not set(cell.name) & set(" /?\"'")
 
 
-@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", STUDIES, ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_every_study_of_the_tree_can_be_started(path: Path) -> None:
     assert path.read_text().startswith("# ")
     assert f"hsvit sweep {path.relative_to(ROOT)}" in path.read_text()

@@ -38,7 +38,7 @@ def test_cells_belong_to_the_run_of_their_sweep_also_when_it_is_started_again(
     again.end("FINISHED")
     for found in (first, second):
         run = MlflowClient(found["uri"]).get_run(found["parent"])
-        assert (run.info.run_name, run.info.status) == ("study", "FINISHED")
+        assert (run.info.run_name, run.info.status) == ("my-study", "FINISHED")
         text = run.data.tags["mlflow.note.content"]
         assert text.startswith("Which one is it?\nNobody knows.\n\n```toml\nrecipes = [")
     said = capfd.readouterr()

@@ -25,7 +25,8 @@ SHORT = {"tracking.mlflow": False, "run.epochs": 1, "run.global_batch": 128}
 
 
 def written(folder: Path, **values: Any) -> Path:
-    path = folder / "study.toml"
+    path = folder / "my/study.toml"
+    path.parent.mkdir(exist_ok=True)
     path.write_text(tomli_w.dumps({"recipes": [HSVIT]} | values))
     return path
 
@@ -33,7 +34,7 @@ def written(folder: Path, **values: Any) -> Path:
 def start(folder: Path, *options: str) -> subprocess.Popen[str]:
     """`hsvit sweep` of the folder's file; its runs lie there."""
     return subprocess.Popen(
-        [sys.executable, "-m", "hsvit_ds.cli", "sweep", "study.toml", *options],
+        [sys.executable, "-m", "hsvit_ds.cli", "sweep", "my/study.toml", *options],
         cwd=folder,
         env=environment(COLUMNS="200"),
         stdout=subprocess.PIPE,
@@ -50,7 +51,7 @@ def finish(sweep: subprocess.Popen[str], code: int = 0) -> str:
 
 def folders(folder: Path) -> dict[str, Path]:
     """Of the runs, by name."""
-    return {path.parent.name: path.parent for path in sorted(folder.glob("runs/study/*/recipe.toml"))}
+    return {path.parent.name: path.parent for path in sorted(folder.glob("runs/my-study/*/recipe.toml"))}
 
 
 def scores(folder: Path) -> dict[str, list[tuple[int, dict[str, float]]]]:
@@ -110,7 +111,7 @@ def test_ten_runs_of_two_recipes_have_one_mlflow(tmp_path: Path) -> None:
         found = summaries.read(run)
         assert found is not None
         assert (found.ranks, found.launcher) == (2, "deepspeed")
-    assert "hsvit compare runs/study" in said
+    assert "hsvit compare runs/my-study" in said
 
 
 @pytest.fixture(scope="module")
@@ -133,7 +134,7 @@ def test_a_sweep_that_is_killed_ends_with_the_same_metrics(left: str, uninterrup
     """With -9 and in the middle of a cell, whose two ranks are killed too, or go on by themselves."""
     killed_sweep(tmp_path)
     sweep = start(tmp_path)
-    first = tmp_path / "runs/study/digits-hsvit,seed=0-001"
+    first = tmp_path / "runs/my-study/digits-hsvit,seed=0-001"
     until(lambda: (first / "checkpoints/latest").exists() and len(metrics.read(first)) > 12, "some steps", 120)
     sweep.kill()
     sweep.wait()
@@ -145,7 +146,7 @@ def test_a_sweep_that_is_killed_ends_with_the_same_metrics(left: str, uninterrup
     said = finish(start(tmp_path))
     assert ("processes that were started before go on with it" in said) is (left == "alive")
     if left == "alive":
-        assert (tmp_path / "runs/study/logs/digits-hsvit,seed=0.log").read_text().count("parameters") == 1
+        assert (tmp_path / "runs/my-study/logs/digits-hsvit,seed=0.log").read_text().count("parameters") == 1
     assert scores(tmp_path) == scores(uninterrupted)
     for name, run in folders(tmp_path).items():
         steps = [line["step"] for line in metrics.read(run) if "train/loss" in line]
@@ -156,18 +157,18 @@ def test_a_sweep_that_is_killed_ends_with_the_same_metrics(left: str, uninterrup
 def test_ctrl_c_saves_and_the_sweep_goes_on_where_it_was(uninterrupted: Path, tmp_path: Path) -> None:
     killed_sweep(tmp_path)
     sweep = start(tmp_path)
-    first = tmp_path / "runs/study/digits-hsvit,seed=0-001"
+    first = tmp_path / "runs/my-study/digits-hsvit,seed=0-001"
     until(lambda: (first / "metrics.jsonl").exists() and len(metrics.read(first)) > 12, "some steps", 120)
     sweep.send_signal(signal.SIGINT)
     said = finish(sweep, 75)
-    assert "stopped; to go on:\n  hsvit sweep study.toml" in said
+    assert "stopped; to go on:\n  hsvit sweep my/study.toml" in said
     found = summaries.read(first)
     assert found is not None
     assert found.state == summaries.STOPPED
     assert 12 < found.step < found.steps
     assert not processes(tmp_path)
     finish(start(tmp_path))
-    assert f"resumed at step {found.step}" in (tmp_path / "runs/study/logs/digits-hsvit,seed=0.log").read_text()
+    assert f"resumed at step {found.step}" in (tmp_path / "runs/my-study/logs/digits-hsvit,seed=0.log").read_text()
     assert scores(tmp_path) == scores(uninterrupted)
 
 
@@ -188,5 +189,5 @@ def test_how_long_a_sweep_will_take_is_measured_and_nothing_is_left(tmp_path: Pa
     said = finish(start(tmp_path, "--dry-run"))
     assert "4 cells to train: about " in said
     assert "images/s), and its start" in said
-    assert [*tmp_path.iterdir()] == [tmp_path / "study.toml"]
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [tmp_path / "my/study.toml"]
     assert not processes(tmp_path)

@@ -124,7 +124,7 @@ def test_cells_that_would_share_a_name_are_told_apart(tmp_path: Path) -> None:
 def test_every_study_of_the_tree_can_be_started(path: Path) -> None:
     assert path.read_text().startswith("# ")
     assert f"hsvit sweep {path.relative_to(ROOT)}" in path.read_text()
-    assert len(cells.read(path).cells) > 1
+    assert cells.read(path).cells
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,8 @@
-"""Writes what is generated in docs/: `python -m tools.docs`.
+"""Writes what is generated in docs/ and recipes/studies/: `python -m tools.docs`.
 
-The picture of the two directions, for light and dark pages, and the keys of a recipe, as `hsvit recipe --keys` prints
-them. A page's generated part is all that stands below its line `<!-- written by …, from here on -->`.
+The picture of the two directions, for light and dark pages; the keys of a recipe, as `hsvit recipe --keys` prints them;
+the tables and plots of the studies that were run. A page's generated part is all that stands below its line
+`<!-- written by …, from here on -->`.
 """
 
 from __future__ import annotations
@@ -9,6 +10,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from pathlib import Path
+
+from tools import studies
 
 ROOT = Path(__file__).parents[1]
 NAMES = ("text", "quiet", "box", "line", "wide", "slim")
@@ -125,6 +128,14 @@ def written() -> Iterator[tuple[Path, str]]:
         yield ROOT / f"docs/directions-{theme}.svg", picture(theme)
     recipes = ROOT / "docs/recipes.md"
     yield recipes, filled(recipes.read_text("utf-8"), markdown())
+    results, parts = ROOT / "docs/results.md", dict[Path, list[str]]()
+    yield results, filled(results.read_text("utf-8"), studies.overview())
+    for sweep, found in studies.kept():
+        plot = sweep.with_suffix(".svg")
+        yield plot, studies.picture(found)
+        parts.setdefault(sweep.parent / "README.md", []).append(studies.markdown(found, plot.name))
+    for readme, tables in parts.items():
+        yield readme, filled(readme.read_text("utf-8"), "\n".join(tables))
 
 
 def main() -> None:

@@ -91,10 +91,12 @@ def _row(runs: Sequence[tuple[Cell, Summary]], varied: Sequence[str]) -> dict[st
                 scores.setdefault("", []).append(round(value, 4))
             elif name.startswith(f"{split}/top1_w"):
                 scores.setdefault(f"{WIDTH}{name.partition('_w')[2]}", []).append(round(value, 4))
-        for subsets in present.of_folder(cell_.folder).values():
-            for count in sorted({len(row.subset) for row in subsets}):
-                of_count = [row.top1 for row in subsets if len(row.subset) == count]
-                scores.setdefault(f"{count}{ANSWER}", []).append(round(mean(of_count), 4))
+        for width in ("", *(cost.width for cost in one.costs)):
+            for subsets in present.of_folder(cell_.folder, width).values():
+                for count in sorted({len(row.subset) for row in subsets}):
+                    of_count = [row.top1 for row in subsets if len(row.subset) == count]
+                    name = f"{WIDTH}{width}, " * bool(width) + f"{count}{ANSWER}"
+                    scores.setdefault(name, []).append(round(mean(of_count), 4))
     keys = {key: value for key, value in _keys(cell).items() if key in varied}
     costs = summary.costs[-1]
     return {
@@ -189,7 +191,7 @@ def picture(found: Mapping[str, Any]) -> str:
             axes.legend(fontsize=8)
         elif any(len(row["top1"]) > 1 for row in rows):
             for row in rows:
-                scores = {name: values for name, values in row["top1"].items() if name}
+                scores = {name: values for name, values in row["top1"].items() if name and "," not in name}
                 at = [float(name.removeprefix(WIDTH).removesuffix(ANSWER)) for name in scores]
                 points, bars = zip(*map(_bar, scores.values()), strict=True)
                 axes.errorbar(at, points, bars, marker="o", capsize=2, label=row["label"])

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..errors import RefusedError, shown
+from ..errors import shown
 from ..train import check_kernels
 from . import Checkpoint, Debug, Ema, Force, Root, Run, refuse_to_overwrite
 
@@ -37,12 +37,10 @@ def evaluate_run(
         from ..results import saved
         from ..run import mlflow_copy, pictures, report, title
 
-        if present and (widths or untrained):
-            raise RefusedError(f"--present {present} is of the largest width; leave --widths and --untrained out")
         opened = saved.open_run(run, ema, root, checkpoint)
         split = opened.split(split)
         if present:
-            _evaluate_present(opened, present, split)
+            _evaluate_present(opened, present, split, widths, untrained)
         else:
             chosen = opened.widths(widths or "all", untrained)
             found, counts = opened.evaluate(split, chosen)
@@ -61,30 +59,34 @@ def evaluate_run(
         opened.grid.close()
 
 
-def _evaluate_present(run: SavedRun, present: str, split: str) -> None:
+def _evaluate_present(run: SavedRun, present: str, split: str, widths: str, untrained: bool) -> None:
+    """widths: as the option; "" for the largest."""
     from ..results import present as sweeps
     from ..run import mlflow_copy, pictures, report, title
 
-    subsets = run.subsets(present)
-    scores = run.evaluate_subsets(split, subsets)
+    subsets, chosen = run.subsets(present), run.widths(widths, untrained) if widths else run.trained[-1:]
+    found = run.evaluate_subsets(split, subsets, chosen)
     if not run.grid.is_main:
         return
-    if present == "sweep":
-        rows = report.present_rows(subsets, [score.top1 for score in scores])
-        report.print_present(rows, f"{run.folder}, {split}, {run.read}")
-        name = _picture(run, "present", split)
-        heading, accuracy = f"{title.of(run.folder)}, {split}, {run.read}", run.accuracy_of(split)
-        typer.echo(pictures.draw_present(name, rows, heading, accuracy))
-        table = sweeps.write(name.with_suffix(".csv"), subsets, [score.top1 for score in scores])
-        typer.echo(table)
-        mlflow_copy.add(run.folder, [name, table])
-    else:
-        (subset,), (score,) = subsets, scores
-        names = ", ".join(str(number) for number in subset)
-        typer.echo(
-            f"{run.folder}, {split}, {run.read}, submodules {names} of {run.recipe.model.submodules}: "
-            f"top-1 {score.top1:.2f} %, loss {score.loss:.4f}"
-        )
+    for width, scores in zip(chosen, found, strict=True):
+        at = f", width {width}" if widths else ""
+        top1, where = [score.top1 for score in scores], f"{split}, {run.read}{at}"
+        if present == "sweep":
+            rows = report.present_rows(subsets, top1)
+            report.print_present(rows, f"{run.folder}, {where}")
+            name = _picture(run, "present", split, str(width) if widths else "")
+            heading, accuracy = f"{title.of(run.folder)}, {where}", run.accuracy_of(split)
+            files = [pictures.draw_present(name, rows, heading, accuracy)]
+            files.append(sweeps.write(name.with_suffix(".csv"), subsets, top1))
+            for file in files:
+                typer.echo(file)
+            mlflow_copy.add(run.folder, files)
+        else:
+            names = ", ".join(str(number) for number in subsets[0])
+            typer.echo(
+                f"{run.folder}, {where}, submodules {names} of {run.recipe.model.submodules}: "
+                f"top-1 {scores[0].top1:.2f} %, loss {scores[0].loss:.4f}"
+            )
 
 
 def _picture(run: SavedRun, what: str, split: str, widths: str = "") -> Path:

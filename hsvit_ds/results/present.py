@@ -31,11 +31,12 @@ def write(path: Path, subsets: Sequence[tuple[int, ...]], top1: Sequence[float])
     return path
 
 
-def of_folder(folder: Path) -> dict[str, list[Row]]:
-    """By split, of the newest checkpoint that was swept."""
+def of_folder(folder: Path, width: str = "") -> dict[str, list[Row]]:
+    """By split, of the newest checkpoint that was swept. width: that was asked for, "0.50"; "" where none was."""
     newest: dict[str, tuple[int, Path]] = {}
+    pattern = rf"evaluate-present-(.+)-step-(\d+){re.escape(f'-{width}' if width else '')}\.csv"
     for path in folder.glob("evaluate-present-*.csv"):
-        if match := re.fullmatch(r"evaluate-present-(.+)-step-(\d+)\.csv", path.name):
+        if match := re.fullmatch(pattern, path.name):
             split, step = match[1], int(match[2])
             newest[split] = max(newest.get(split, (-1, path)), (step, path))
     return {split: _read(path) for split, (_, path) in newest.items()}

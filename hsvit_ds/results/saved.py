@@ -128,12 +128,14 @@ class SavedRun:
         finally:
             self.reader.close()
 
-    def evaluate_subsets(self, split: str, subsets: list[tuple[int, ...]]) -> list[Score]:
-        """See `evaluation.evaluate_subsets`; at the largest width that was trained. Collective."""
+    def evaluate_subsets(
+        self, split: str, subsets: list[tuple[int, ...]], widths: tuple[Width, ...]
+    ) -> list[list[Score]]:
+        """See `evaluation.evaluate_subsets`; for each width. Collective."""
         model = self.model.to(self.grid.device)
         assert isinstance(model, HSViT)
         try:
-            return evaluate_subsets(model, self.reader, split, subsets, self.trained[-1], self._runs_differ)
+            return [evaluate_subsets(model, self.reader, split, subsets, width, self._runs_differ) for width in widths]
         finally:
             self.reader.close()
 

@@ -251,7 +251,7 @@ def test_a_degraded_run_is_scored_as_it_was_trained(lost_at_once: Path) -> None:
     (scored,) = [line["test/loss"] for line in lines if "test/loss" in line]
     run = open_run(lost_at_once)
     assert run.evaluate("test", run.trained)[0]["loss"] == pytest.approx(scored, rel=1e-6)
-    (score,) = run.evaluate_subsets("test", run.subsets("0,1,2"))
+    ((score,),) = run.evaluate_subsets("test", run.subsets("0,1,2"), run.trained)
     assert score.loss == pytest.approx(scored, rel=1e-6)
     assert max(len(subset) for subset in run.subsets("sweep")) == 3
     assert {number for subset in run.subsets("sweep") for number in subset} == {0, 1, 2}
@@ -336,7 +336,7 @@ def test_a_sweep_scores_every_subset_in_one_pass_over_the_data(run: SavedRun, mo
     assert len(set(subsets)) == 15
     read, splits = run.reader.evaluation, []
     monkeypatch.setattr(run.reader, "evaluation", lambda split: splits.append(split) or read(split))
-    scores = run.evaluate_subsets("val", subsets)
+    (scores,) = run.evaluate_subsets("val", subsets, run.trained)
     assert splits == ["val"]
     for subset, score in zip(subsets, scores, strict=True):
         present = torch.tensor([number in subset for number in range(4)])
@@ -374,7 +374,7 @@ def test_the_command_prints_and_draws_how_many_submodules_are_needed(run: SavedR
     assert (run.folder / f"evaluate-present-val-step-{run.steps}.png").stat().st_size > 10_000
     result = CliRunner().invoke(app, ["evaluate", str(run.folder), "--present", "2,0", "--split", "val"])
     assert result.exit_code == 0, result.output
-    (score,) = run.evaluate_subsets("val", [(0, 2)])
+    ((score,),) = run.evaluate_subsets("val", [(0, 2)], run.trained)
     assert f"val, step {run.steps}, submodules 0, 2 of 4: top-1 {score.top1:.2f} %" in result.output
 
 
@@ -383,7 +383,7 @@ def test_the_command_prints_and_draws_how_many_submodules_are_needed(run: SavedR
     [
         ("--present 0,4", "--present 0,4: must be sweep, or numbers from 0 to 3, as in 0,3"),
         ("--present 0,x", "--present 0,x: must be sweep, or numbers from 0 to 3"),
-        ("--present 0 --widths 1", "--present 0 is of the largest width; leave --widths and --untrained out"),
+        ("--present 0 --widths 0.5", "width 0.5: must be 1, this model's only one"),
         ("--present 0 --split dev", "--split dev: must be one of train, val, test"),
     ],
 )

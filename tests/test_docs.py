@@ -187,7 +187,7 @@ def wrong_keys(text: str, _page: Path) -> Iterator[str]:
 def wrong_files(text: str, page: Path) -> Iterator[str]:
     words = [*inline(text), *re.findall(r"recipes/[\w/]+\.toml", text)]
     words += [word for command in commands(text) for word in command if word.startswith(FOLDERS)]
-    tomls = {"recipe.toml", *(path.name for path in ROOT.glob("recipes/*/*.toml")), "pyproject.toml"}
+    tomls = {"recipe.toml", *(path.name for path in ROOT.glob("recipes/**/*.toml")), "pyproject.toml"}
     for word in dict.fromkeys(words):
         if re.fullmatch(rf"(?:{'|'.join(FOLDERS)})/[\w./*-]*", word):
             if not any([*place.glob(word.rstrip("/"))] for place in (ROOT, page.parent)):

@@ -232,15 +232,16 @@ def overview() -> str:
         else:
             joint = "; "
         scores = joint.join(f"{label}: {words(values)}" for label, values in rows)
-        name = f"[{table.run_name(path)}](../{path.parent.relative_to(ROOT)}/README.md)"
+        what = "" if path.stem == "sweep" else f", {path.stem}"
+        name = f"[{path.parent.name}{what}](../{path.parent.relative_to(ROOT)}/README.md)"
         lines.append(f"| {name} | {question(path)} | {runs} | {scores} |")
     return "\n".join(lines) + "\n"
 
 
 def question(path: Path) -> str:
-    """The comment that a sweep's file begins with, but for its command."""
+    """What a sweep's file says first: its comment to an empty line or the command."""
     lines = [line.removeprefix("# ") for line in path.read_text("utf-8").splitlines()]
-    return " ".join(lines[: next(n for n, line in enumerate(lines) if line.startswith("Command:"))])
+    return " ".join(lines[: next(n for n, line in enumerate(lines) if line == "#" or line.startswith("Command:"))])
 
 
 def main() -> None:

@@ -71,7 +71,7 @@ def create_model(
     if str(name) not in _NAMES:
         return _saved(Path(name), num_classes)
     config, side = _NAMES[str(name)]
-    known = {field.name for field in fields(config)} - {"kind", "variant"}
+    known = {field.name for field in fields(config)} - {"kind", "variant", "weights", "resize"}
     if unknown := sorted(options.keys() - known):
         raise RefusedError(f"{name}: takes no {unknown[0]}; known: {', '.join(sorted(known))}")
     try:

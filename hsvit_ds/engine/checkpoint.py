@@ -338,7 +338,7 @@ class Checkpoints:
         defaults = {entry.name: entry.default for entry in fields(config) if entry.default is not MISSING}
         saved["model"] = json.loads(json.dumps(defaults)) | saved["model"]
         for recipe in (saved, mine):  # what a run starts from is past
-            recipe["model"] = {k: v for k, v in recipe["model"].items() if k != "weights"}
+            recipe["model"] = {k: v for k, v in recipe["model"].items() if k not in ("weights", "resize")}
             recipe["model"]["backbone"] = recipe["model"].get("backbone", {}) | {"weights": "", "cache": ""}
         fixed: dict[str, Any] = {
             "model": None,

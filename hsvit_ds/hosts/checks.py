@@ -21,6 +21,7 @@ from ..data.layouts import folders, is_url
 from ..data.loader import MORE
 from ..data.reader import ready_bytes
 from ..data.remote import INFO
+from ..engine.interop import MODEL
 from ..errors import RefusedError, counted
 from ..models import hsvit, timm_models
 from ..run import recipe as recipes
@@ -195,6 +196,9 @@ def weight_files(recipe: Recipe) -> list[str]:
     model, task, named, runs = recipe.model, recipe.task, [], []
     if isinstance(model, timm_models.Config):
         named.append(model.weights)
+    elif model.weights:
+        inside = ("checkpoints/latest", MODEL)  # of a run, of an export
+        runs.append(escape(str(next((f for i in inside if (f := Path(model.weights, i)).exists()), model.weights))))
     if isinstance(model, hsvit.Config):
         named.append(model.backbone.weights)
     if isinstance(task, scala.Config):

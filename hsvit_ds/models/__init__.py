@@ -18,8 +18,8 @@ def without_weights(config: Config) -> Config:
     if isinstance(config, timm_models.Config):
         return replace(config, weights="")
     if isinstance(config, hsvit.Config):
-        return replace(config, backbone=replace(config.backbone, weights=""))
-    return config
+        config = replace(config, backbone=replace(config.backbone, weights=""))
+    return replace(config, weights="", resize=False)
 
 
 def parameters(model: Model, width: Width | float) -> int:

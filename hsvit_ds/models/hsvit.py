@@ -17,7 +17,8 @@ M submodules here, G groups here, T = K/G + 1 tokens of a group, A attention lay
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -32,11 +33,23 @@ from .hsvit_config import Architecture
 from .network import Network, any_seed
 from .slimmable import FULL, Width
 from .submodules import Head, Submodules
+from .weights import Start
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(Architecture):
+class Config(Architecture, Start):
     """What a recipe's `model` says of an HSViT; below the model, `Architecture` is enough."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.weights and self.backbone.weights:
+            raise ValueError(
+                f'weights = "{self.weights}" has those of the backbone too; leave backbone.weights empty, here '
+                f'"{self.backbone.weights}"'
+            )
+
+    def at(self, width: Width) -> Self:
+        return replace(super().at(width), weights="", resize=False)
 
     def build(
         self,

@@ -23,6 +23,7 @@ from hsvit_kernels.reference import attend
 from . import slimmable
 from .network import Network, any_seed
 from .slimmable import FULL, Width
+from .weights import Start
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ VARIANTS = {"DeiT-Ti": Variant(192, 3), "DeiT-S": Variant(384, 6), "DeiT-B": Var
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(Start):
     kind: Literal["vit"] = "vit"
     variant: str = ""
     """A published variant: DeiT-Ti, DeiT-S, DeiT-B; gives embedding and heads where not set."""
@@ -137,6 +138,8 @@ class Config:
         embedding = outer.of(self.embedding)
         return replace(
             self,
+            weights="",
+            resize=False,
             variant="",
             embedding=embedding,
             mlp_ratio=width.of(self.hidden) / embedding,

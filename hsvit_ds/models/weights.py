@@ -1,4 +1,5 @@
-"""Weights of other programs: read without running code, and loaded exactly or refused."""
+"""What a recipe says of the weights that a model starts from; weights of other programs: read without running code, and
+loaded exactly or refused."""
 
 from __future__ import annotations
 
@@ -7,6 +8,7 @@ import shlex
 import warnings
 from argparse import Namespace
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +39,21 @@ _KEEP_TENSORS = (
     "import sys, torch; f = torch.load(sys.argv[1], weights_only=False); "
     'f = getattr(f, "state_dict", lambda: f)(); torch.save(f.get("model", f.get("state_dict", f)), sys.argv[2])'
 )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Start:
+    """Of a model of this project. It is built with random weights, which a run replaces (`engine.initial`)."""
+
+    kind: str
+    weights: str = ""
+    """What training starts from: a file (.safetensors, .pth) of a timm or DeiT model, of `hsvit import` or of
+    `hsvit export`, the folder of an export, or of a run (its latest checkpoint); empty for random ones. What it lacks,
+    and a classifier of another number of classes, starts anew; what has no place here is left out; both are said. Not
+    read again on --resume."""
+    resize: bool = False
+    """Resize the weights that depend on the images' size, which are refused otherwise: a ViT's position embeddings, an
+    HSViT's projection of maps."""
 
 
 def read_foreign(path: Path, *, trust: bool = False, way_out: str = "") -> Mapping[str, Any]:

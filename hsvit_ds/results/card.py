@@ -31,12 +31,14 @@ class Row:
 class Card:
     """What a run says of a network.
 
-    checkpoint: which weights, in words. rows: a width each. sizes: images of each split that was measured. by_class:
-    split, and of each class its name, images and top-1 in %; None where that was not measured.
+    weights: what the run started from, empty for random ones. checkpoint: which weights, in words. rows: a width each.
+    sizes: images of each split that was measured. by_class: split, and of each class its name, images and top-1 in %;
+    None where that was not measured.
     """
 
     run: str
     data: str
+    weights: str
     checkpoint: str
     classes: tuple[str, ...]
     preprocessing: Preprocessing
@@ -51,10 +53,11 @@ class Card:
         origin = f"Trained by hsvit-ds {__version__}"
         if sliced:
             origin = f"A subnet of a slimmable network (Scala, arXiv 2412.04786) that hsvit-ds {__version__} trained"
+        start = f", started from the weights {_cell(self.weights)}" if self.weights else ""
         parts = [
             f"---\ntags: [image-classification{', timm' if in_timm else ''}]\n"
             f"library_name: {'timm' if in_timm else 'hsvit-ds'}\n---\n# {title}",
-            f"{origin}: run {self.run}, {self.checkpoint}, on {self.data}. An image of {model.channels} x "
+            f"{origin}: run {self.run}, {self.checkpoint}, on {self.data}{start}. An image of {model.channels} x "
             f"{model.image_size} x {model.image_size} becomes {self._answers(model)}.",
             f"## Accuracy and cost\n\n{self._accuracy(width)}",
             f"## By class\n\n{self._classes(width)}",

@@ -222,7 +222,15 @@ class SavedRun:
         )
         sizes = {split: self.reader.count(split) for split in splits if scores[split]}
         return Card(
-            self.folder.name, data.name, self.read, self.classes, self.preprocessing, rows, sizes, self._by_class(width)
+            self.folder.name,
+            data.name,
+            Path(self.recipe.model.weights).name,
+            self.read,
+            self.classes,
+            self.preprocessing,
+            rows,
+            sizes,
+            self._by_class(width),
         )
 
     def _by_class(self, width: Width) -> tuple[str, list[tuple[str, str, str]]] | None:

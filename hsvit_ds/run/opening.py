@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from ..data.bad import FILE
@@ -17,9 +17,16 @@ from .recipe import Plan, Recipe
 
 
 def lines(
-    recipe: Recipe, plan: Plan, grid: Grid, engine: Engine, reader: Reader, folder: Path, start: Position
+    recipe: Recipe,
+    plan: Plan,
+    grid: Grid,
+    engine: Engine,
+    reader: Reader,
+    folder: Path,
+    start: Position,
+    weights: Sequence[str] = (),
 ) -> Iterator[str]:
-    """start: where the run goes on."""
+    """start: where the run goes on. weights: what is said of those that it starts from."""
     yield (
         f"{folder.parent / title.of(folder)}: {plan.parameters:,} parameters, {plan.macs / 1e9:,.4g} GMACs an image; "
         f"{counted(plan.replicas, 'replica')} x {counted(grid.submodule_ranks, 'submodule rank')} on "
@@ -32,6 +39,7 @@ def lines(
         f"{counted(plan.steps_per_epoch, 'step')} an epoch, {plan.steps} in all; "
         f"{describe(engine.parameter_groups, grid)}"
     )
+    yield from weights
     if reader.working:
         yield reader.working
     if reader.placement:
@@ -45,7 +53,8 @@ def lines(
         )
     yield from _launches(recipe, grid, engine)
     backbone = getattr(recipe.model, "backbone", None)
-    if backbone is not None and backbone.name and not backbone.weights and not backbone.trained_stages:
+    given = backbone is not None and (backbone.weights or recipe.model.weights)
+    if backbone is not None and backbone.name and not given and not backbone.trained_stages:
         yield "warning: the backbone is frozen with random weights; set model.backbone.weights"
     if plan.teacher_bytes:
         yield f"the teacher's weights take {plan.teacher_bytes / 2**20:,.1f} MiB on every rank"

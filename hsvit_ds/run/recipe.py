@@ -231,6 +231,8 @@ def resolve(recipe: Recipe, ranks: int) -> tuple[Recipe, Plan]:
         model = recipe.model.resolved(facts.image_size)
     except ValueError as error:
         raise RefusedError(f"{'' if str(error).startswith('model.') else '[model] '}{error}") from error
+    if model.kind != "timm" and model.resize and not model.weights:
+        raise RefusedError("model.resize = true: there are no weights to resize; set model.weights too")
     _check_task(recipe.task, model)
     _check_exchange(recipe.grid, model)
     replicas = grid.replicas(ranks, recipe.grid.submodule_ranks, model.submodules, recipe.grid.absent)

@@ -17,6 +17,7 @@ from ..data.reader import Reader
 from ..data.sets import Facts
 from ..data.splits import class_names
 from ..data.splits import facts as facts_of
+from ..engine import initial
 from ..engine.captured import compiled
 from ..engine.checkpoint import Checkpoints, Position
 from ..engine.ema import EMA
@@ -63,14 +64,9 @@ class Trainer:
     ) -> None:
         self.recipe, self.plan, self.grid, self.folder, self.asked = recipe, plan, grid, folder, asked
         facts = facts_of(recipe.data)
-        model = recipe.model.build(
-            image_size=facts.image_size,
-            channels=facts.channels,
-            classes=facts.classes,
-            here=grid.submodules,
-            grid=grid,
-            exchange=recipe.grid.exchange,
-            seed=recipe.run.seed,
+        before = folder / "checkpoints" if resume else None
+        model, self.weights_said = initial.build(
+            recipe.model, facts, grid, exchange=recipe.grid.exchange, seed=recipe.run.seed, resumed=before
         )
         self.engine = Engine(
             model,
@@ -134,7 +130,7 @@ class Trainer:
     def fit(self) -> Exit:
         """Train to the end, or until the run is asked to stop."""
         began = time.perf_counter()
-        where = self.folder, self.start
+        where = self.folder, self.start, self.weights_said
         for line in opening.lines(self.recipe, self.plan, self.grid, self.engine, self.reader, *where):
             self.report.say(line)
         with self.stops.heard(), self.watch.kept(), self._recorded() as self.tracker:

@@ -175,6 +175,22 @@ def test_slots_are_compared_with_the_gpus_that_nvidia_smi_lists(hosts: Hosts) ->
     assert wrong(look("a")) == {("a", "GPUs"): "Failed to initialize NVML"}
 
 
+def test_weights_of_every_form_are_looked_at(tmp_path: Path) -> None:
+    (tmp_path / "run/checkpoints").mkdir(parents=True)
+    (tmp_path / "run/checkpoints/latest").write_text("step-00000001")
+    (tmp_path / "export").mkdir()
+    (tmp_path / "export/model.safetensors").write_bytes(b"weights")
+    for kind in ("hsvit", "scala"):
+        for weights, looked_at in {
+            "deit.pth": "deit.pth",
+            "run": "run/checkpoints/latest",
+            "export": "export/model.safetensors",
+            "nowhere": "nowhere",
+        }.items():
+            given = recipe.read(ROOT / f"recipes/digits/{kind}.toml", [f"model.weights={tmp_path / weights}"])
+            assert checks.weight_files(given) == [str(tmp_path / looked_at)]
+
+
 def test_shards_indexes_and_weights_must_be_there_and_alike(hosts: Hosts, tmp_path: Path) -> None:
     data, student = tmp_path / "data", tmp_path / "model.pth"
     data.mkdir()

@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 from hsvit_ds.cli import app
 from hsvit_ds.data import augment, digits
 from hsvit_ds.engine.checkpoint import Position
+from hsvit_ds.engine.interop import save_model
 from hsvit_ds.errors import RefusedError
 from hsvit_ds.models.hsvit import HSViT
 from hsvit_ds.models.slimmable import Width
@@ -104,6 +105,21 @@ def test_every_format_has_the_slices_logits(run: SavedRun, tmp_path: Path) -> No
                 if isinstance(module, torch.nn.LayerNorm):
                     module.eps = eps
     torch.testing.assert_close(alone(images), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_card_names_the_weights_that_a_run_started_from_and_no_file_says_where_they_lay(
+    run: SavedRun, tmp_path: Path
+) -> None:
+    base = "hsvit" if run.recipe.model.kind == "hsvit" else "scala"
+    overrides = next(o for b, o in KINDS.values() if b == base)
+    started = saved(tmp_path / "second", base, [*overrides, f"model.weights={run.folder}"], 1)
+    assert started.recipe.model.weights == str(run.folder)
+    (width,) = started.widths("1.0")
+    small = started.model.subnet(width)
+    card = started.card(width).text(small, width, in_timm=False)
+    assert f", started from the weights {run.folder.name}." in card.replace("\\", "")
+    save_model(small, tmp_path / "model.safetensors")
+    assert str(run.folder).encode() not in (tmp_path / "model.safetensors").read_bytes()
 
 
 @pytest.mark.parametrize("kind", WHOLE)

@@ -47,6 +47,8 @@ def test_every_recipe_resolves_builds_and_steps(path: Path, tmp_path: Path) -> N
     if recipe.model.kind == "timm" or recipe.model.splits_images:  # at full size, two images take seconds
         overrides += ["run.global_batch=2", "augment.mix_block=2"]
         overrides.append("model.weights=" if recipe.model.kind == "timm" else "model.backbone.weights=")
+    elif recipe.model.weights:
+        overrides.append("model.weights=")
     if getattr(recipe.model, "distilled", False):  # a teacher's weights are not at hand
         overrides += ["model.distilled=false", "task.teacher.name="]
     small = recipes.read(path, overrides)

@@ -14,7 +14,7 @@ import platform
 import shutil
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import dataclass
 from importlib.metadata import version
 from itertools import chain
 from pathlib import Path
@@ -32,6 +32,7 @@ from .checkpoint_files import (
     MANIFEST,
     MANIFEST_HASH,
     STEPS,
+    completed,
     digest,
     files_of,
     pointed,
@@ -334,15 +335,15 @@ class Checkpoints:
         """Refuse a checkpoint of another architecture, optimizer or order, key by key."""
         saved, mine = manifest["recipe"], json.loads(json.dumps(self.recipe))
         # What an earlier version did not have it did as the default does.
-        config: Any = self.engine.module.config
-        defaults = {entry.name: entry.default for entry in fields(config) if entry.default is not MISSING}
-        saved["model"] = json.loads(json.dumps(defaults)) | saved["model"]
-        for recipe in (saved, mine):  # what a run starts from is past
+        saved["model"] = completed(saved["model"], self.engine.module.config)
+        for recipe in (saved, mine):
+            recipe["task"] = {"pinned": []} | recipe["task"]
+            # What a run starts from is past.
             recipe["model"] = {k: v for k, v in recipe["model"].items() if k not in ("weights", "resize")}
             recipe["model"]["backbone"] = recipe["model"].get("backbone", {}) | {"weights": "", "cache": ""}
         fixed: dict[str, Any] = {
             "model": None,
-            "task": {"kind", "sampling", "width", "same_widths", "full_epochs"},
+            "task": {"kind", "sampling", "width", "pinned", "same_widths", "full_epochs"},
             "optimizer": {"name"},
             "run": {"global_batch", "seed"},
             "ema": {"decay"},

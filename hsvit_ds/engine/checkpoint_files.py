@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
+from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -146,3 +147,14 @@ def read_bytes(folder: Path, file: str, manifest: Mapping[str, Any]) -> bytes:
 
 def digest(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
+
+
+def completed(saved: dict[str, Any], config: Any) -> dict[str, Any]:
+    """A table of a saved recipe, with the defaults of those keys of a component that it does not know."""
+    defaults = {entry.name: entry.default for entry in fields(config) if entry.default is not MISSING}
+    inner = {
+        entry.name: completed(saved.get(entry.name, {}), value)
+        for entry in fields(config)
+        if is_dataclass(value := getattr(config, entry.name))
+    }
+    return dict(json.loads(json.dumps(defaults))) | saved | inner

@@ -64,6 +64,15 @@ class Width:
 
 
 FULL = Width(1, 1)
+_OTHER = {"leading": "trailing", "trailing": "leading"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Change:
+    """Another granularity after so many epochs."""
+
+    epoch: int
+    granularity: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,38 +83,68 @@ class Config:
     """Step between widths (epsilon); divides 1 - smallest. The widths are X = (1 - smallest) / granularity + 1."""
     side: str = "trailing"
     """End of each axis that the smallest width uses: "trailing" as in the paper, "leading" as in the published code."""
-    isolated: bool = True
-    """Isolated Activation: the widths between use the other end. False: every width uses `side`."""
+    isolated: bool | str = True
+    """Isolated Activation: the widths between use the other end. Of them only those above the middle of smallest and 1
+    ("large": table 10, b), or only the others ("small": table 10, c). False: every width uses `side`."""
+    then: tuple[Change, ...] = ()
+    """Other families later: [{epoch = 70, granularity = 0.125}] trains these widths after 70 epochs. Smallest and sides
+    stay; a width that is not among them is abandoned, and no longer reported."""
 
     def __post_init__(self) -> None:
-        for name in ("smallest", "granularity"):
-            if not 0 < getattr(self, name) <= 1:
-                raise ValueError(f"{name} = {getattr(self, name)}: must be above 0 and at most 1")
-        if self.side not in ("leading", "trailing"):
+        if not 0 < self.smallest <= 1:
+            raise ValueError(f"smallest = {self.smallest}: must be above 0 and at most 1")
+        if self.side not in _OTHER:
             raise ValueError(f'side = "{self.side}": must be "leading" or "trailing"')
-        s, step = _exact(self.smallest), _exact(self.granularity)
+        if self.isolated not in (True, False, "large", "small"):
+            raise ValueError(f'isolated = "{self.isolated}": must be true, false, "large" or "small"')
+        self._check_step("", self.granularity)
+        if self.then and self.smallest == 1:
+            raise ValueError("then: smallest = 1 has one width, which stays; set smallest below 1")
+        before = 0
+        for change in self.then:
+            if change.epoch <= before:
+                least = f"above the {before} before it" if before else "at least 1"
+                raise ValueError(f"then: epoch = {change.epoch}: must be {least}")
+            before = change.epoch
+            self._check_step(f"then: after epoch {change.epoch} ", change.granularity)
+
+    def _check_step(self, where: str, granularity: float) -> None:
+        """Refuse a family that full width or the smallest is not in."""
+        if not 0 < granularity <= 1:
+            raise ValueError(f"{where}granularity = {granularity}: must be above 0 and at most 1")
+        s, step = _exact(self.smallest), _exact(granularity)
         if (1 - s) % step:
             below = (1 - s) // step
             near = [str(float((1 - s) / n)) for n in (below, below + 1) if n]
             raise ValueError(
-                f"granularity = {self.granularity} does not divide 1 - smallest = {float(1 - s):g}; "
-                f"the nearest that do: {', '.join(near)}"
+                f"{where}granularity = {granularity} does not divide 1 - smallest = {float(1 - s):g}"
+                f"{', which would lose the smallest' if where else ''}; the nearest that do: {', '.join(near)}"
             )
 
     @cached_property
+    def families(self) -> tuple[tuple[int, tuple[Width, ...]], ...]:
+        """(The epoch from which on it is trained, its X widths, the smallest first) of each family, in order."""
+        s = _exact(self.smallest)
+        steps = {0: self.granularity} | {change.epoch: change.granularity for change in self.then}
+        # One T for all, so that a width of two families is the same.
+        t = lcm(s.denominator, *(_exact(step).denominator for step in steps.values()))
+        return tuple(
+            (epoch, tuple(self._width(n, t) for n in range(int(s * t), t + 1, int(_exact(step) * t))))
+            for epoch, step in steps.items()
+        )
+
+    @cached_property
     def family(self) -> tuple[Width, ...]:
-        """The X widths, the smallest first, with their sides."""
-        s, step = _exact(self.smallest), _exact(self.granularity)
-        t = lcm(s.denominator, step.denominator)
-        numerators = range(int(s * t), t + 1, int(step * t))
-        return tuple(self._width(n, t) for n in numerators)
+        """Every width that is trained at some time, the smallest first, with its side."""
+        return tuple(sorted({width for _, widths in self.families for width in widths}, key=float))
 
     def _width(self, numerator: int, denominator: int) -> Width:
         if numerator == denominator:
             return FULL
-        is_smallest = Fraction(numerator, denominator) == _exact(self.smallest)
-        other = {"leading": "trailing", "trailing": "leading"}[self.side]
-        return Width(numerator, denominator, self.side if is_smallest or not self.isolated else other)
+        s, ratio = _exact(self.smallest), Fraction(numerator, denominator)
+        part = "large" if 2 * ratio > 1 + s else "small"
+        takes_other = ratio != s and self.isolated in (True, part)
+        return Width(numerator, denominator, _OTHER[self.side] if takes_other else self.side)
 
     def find(self, value: float | str, untrained: bool = False) -> Width:
         """The width of a ratio such as 0.5.

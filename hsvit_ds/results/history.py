@@ -41,6 +41,13 @@ class History:
         """Unix time of the last point, s."""
         return max((float(curve.times[-1]) for curve in self.curves.values()), default=None)
 
+    @property
+    def ends(self) -> dict[str, float]:
+        """The last value of every metric, but for accuracies at widths that the run has abandoned."""
+        filled = {name: curve for name, curve in self.curves.items() if len(curve.values)}
+        kept = metrics.current({name: int(curve.steps[-1]) for name, curve in filled.items()})
+        return {name: float(filled[name].values[-1]) for name in kept}
+
     def last(self, name: str) -> float | None:
         return float(self.curves[name].values[-1]) if name in self.curves else None
 

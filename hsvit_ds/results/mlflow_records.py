@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import RefusedError, first_line, masked, warn
-from ..run import mlflow_copy, mlflow_run, summary
+from ..run import metrics, mlflow_copy, mlflow_run, summary
 from ..run.summary import FAILED, RUNNING, STOPPED, Summary
 from .history import Curve, History
 from .record import Latest, Record
@@ -134,8 +134,10 @@ def _record(client: Any, uri: str, run: Any, found: Summary | None) -> Record:
     times = [point.timestamp for point in points] or [info.start_time]
     page = f"{masked(uri).rstrip('/')}/#/experiments/{info.experiment_id}/runs/{info.run_id}"
     steps = [point.step for point in points if not point.key.startswith("system/")]
-    latest = Latest({point.key: point.value for point in points}, max(steps, default=0))
-    curves = Curves(client, uri, info.run_id, tuple(sorted(latest.values)))
+    values = {point.key: point.value for point in points}
+    kept = metrics.current({point.key: point.step for point in points})
+    latest = Latest({name: values[name] for name in kept}, max(steps, default=0))
+    curves = Curves(client, uri, info.run_id, tuple(sorted(values)))
     name = info.run_name or info.run_id
 
     def read() -> History:

@@ -33,7 +33,8 @@ class Thinned:
 class Outcome:
     """One run.
 
-    last, best: of every metric its last value, and the highest of an accuracy with the step it was measured after.
+    last, best: of every metric its last value (`History.ends`), and the highest of an accuracy with the step it was
+    measured after.
     typical: medians of what is logged of speed and traffic. lost: lines that could not be read.
     """
 
@@ -108,7 +109,7 @@ def of(record: Record, names: Collection[str]) -> Outcome:
     usual, ends = curve_names(val), tuple(f"/{name}" for name in names)
     return Outcome(
         record=record,
-        last={name: float(curve.values[-1]) for name, curve in history.curves.items()},
+        last=history.ends,
         best={name: best for name in history.curves if "top1" in name and (best := history.best(name))},
         typical=_typical(history),
         curves={

@@ -13,6 +13,8 @@ DATA = "imagenet1k"
 PAPER, REPOSITORY = "arXiv 2412.04786", "github.com/BeSpontaneous/Scala-pytorch"
 _SCALA = {"task.kind": "scala", "task.sampling": "paper", "task.transfer": "progressive", "task.label_weight": 1.0}
 _SCALA |= {"model.widths.isolated": True, "model.widths.smallest": 0.25}
+_OWN = {"model.widths.then": [], "task.pinned": [], "task.transfer_token": "distillation"}
+"""What no published curve has another of; a recipe that does not know the key does as this says."""
 _S = {"model.variant": "DeiT-S", "run.epochs": 100}
 _B = {"model.variant": "DeiT-B"}
 _DEIT = {"task.teacher.name": "timm/deit_base_patch16_224"}
@@ -131,5 +133,7 @@ CURVES = (
 def of(recipe: Mapping[str, Any]) -> list[Published]:
     """What is published of the model and method of a flat recipe; [] on other data."""
     if recipe.get("data.name") != DATA:
+        return []
+    if any(recipe.get(key, value) != value for key, value in _OWN.items()):
         return []
     return [curve for curve in CURVES if all(recipe.get(key) == value for key, value in curve.recipe.items())]

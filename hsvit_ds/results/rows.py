@@ -82,9 +82,8 @@ def _measured(record: Record) -> tuple[Latest, Callable[[str], tuple[float, int]
         warn(str(error))
         history = History({})
     if known is None:
-        ends = {name: curve for name, curve in history.curves.items() if len(curve.values)}
-        values = {name: float(curve.values[-1]) for name, curve in ends.items()}
-        known = Latest(values, max((int(curve.steps[-1]) for curve in ends.values()), default=0))
+        steps = (int(curve.steps[-1]) for curve in history.curves.values() if len(curve.values))
+        known = Latest(history.ends, max(steps, default=0))
     return known, history.best
 
 

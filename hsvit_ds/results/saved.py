@@ -51,7 +51,7 @@ class SavedRun:
     model: Model
     recipe: Recipe
     trained: tuple[Width, ...]
-    """The widths that its steps so far have trained, the smallest first."""
+    """The widths that its steps so far have trained and not abandoned, the smallest first."""
     steps: int
     classes: tuple[str, ...] = ()
     """What the labels mean; () where its data did not say."""
@@ -86,7 +86,7 @@ class SavedRun:
         return facts(self.recipe.data)
 
     def widths(self, text: str, untrained: bool = False) -> tuple[Width, ...]:
-        """The widths in "all" or "0.25,0.5", the smallest first; refused where a width was never trained."""
+        """The widths in "all" or "0.25,0.5", the smallest first; refused where a width is not a trained one."""
         if text == "all":
             return self.trained
         try:
@@ -98,8 +98,10 @@ class SavedRun:
         missing = [width for width in found if width not in self.trained]
         if missing and not untrained:
             known = ", ".join(str(width) for width in self.trained)
+            past = any(missing[0] in family for _, family in self.recipe.model.widths.families[:-1])
+            why = "was never trained, or is abandoned" if past else "was never trained"
             raise RefusedError(
-                f"{self.folder}: width {missing[0]} was never trained (trained: {known}); --untrained takes it anyway"
+                f"{self.folder}: width {missing[0]} {why} (trained: {known}); --untrained takes it anyway"
             )
         return tuple(sorted(set(found), key=float))
 

@@ -106,6 +106,21 @@ def size_after(folder: Path, step: int) -> int:
     return size
 
 
+def current(last: Mapping[str, int]) -> list[str]:
+    """The metrics that count: all but the accuracies of widths that a run has abandoned, which its later evaluations do
+    not have. last: the step of the last point of each."""
+    newest: dict[str, int] = {}
+    for name, step in last.items():
+        kind = _kind(name)
+        newest[kind] = max(step, newest.get(kind, step))
+    return [name for name, step in last.items() if "top1_w" not in name or step == newest[_kind(name)]]
+
+
+def _kind(name: str) -> str:
+    """What a metric measures, at whatever width: "val/top1" of "val/top1_w0.50"."""
+    return name.partition("_w")[0]
+
+
 def read(folder: Path) -> list[dict[str, Any]]:
     """Every line of a run's metrics, in the order of logging; {"step": …, "time": …, metric: value}."""
     found, lost = parsed((folder / FILE).read_bytes().splitlines())

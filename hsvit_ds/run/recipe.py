@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import json
 import typing
+from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -188,7 +189,8 @@ def _kinds(table: str) -> dict[str, Any]:
     return {config.kind: config for config in typing.get_args(typing.get_type_hints(Recipe)[table])}
 
 
-def _refuse_unknown(table: dict[str, Any], config: Any, prefix: str, where: str) -> None:
+def _refuse_unknown(table: dict[str, Any], config: Any, prefix: str, where: str, above: Collection[str] = ()) -> None:
+    """above: keys of the table that this one is an entry of a list in."""
     hints = typing.get_type_hints(config)
     if not prefix:
         for name in ("model", "task"):  # without a known kind nothing can be said of the keys
@@ -198,11 +200,18 @@ def _refuse_unknown(table: dict[str, Any], config: Any, prefix: str, where: str)
             near = difflib.get_close_matches(key, hints, n=1)
             elsewhere = [n for n, t in typing.get_type_hints(Recipe).items() if key in _fields(t)]
             hint = f'did you mean "{prefix}{near[0]}"?' if near else ""
-            if not hint and elsewhere:
+            if key in above:
+                hint = f'it is one of the whole table: "{prefix.rpartition(".")[0].rpartition(".")[0]}.{key}"'
+            elif not hint and elsewhere:
                 hint = f'did you mean "{elsewhere[0]}.{key}"?'
             raise RefusedError(f'{where}: unknown key "{prefix}{key}"; {hint or "known: " + ", ".join(sorted(hints))}')
         if dataclasses.is_dataclass(hints[key]) and isinstance(value, dict):
             _refuse_unknown(value, hints[key], f"{prefix}{key}.", where)
+        entry = next(iter(typing.get_args(hints[key])), None)
+        if dataclasses.is_dataclass(entry) and isinstance(value, list):
+            for inner in value:
+                if isinstance(inner, dict):
+                    _refuse_unknown(inner, entry, f"{prefix}{key}.", where, hints)
 
 
 def _fields(config: Any) -> set[str]:
@@ -234,6 +243,7 @@ def resolve(recipe: Recipe, ranks: int) -> tuple[Recipe, Plan]:
     if model.kind != "timm" and model.resize and not model.weights:
         raise RefusedError("model.resize = true: there are no weights to resize; set model.weights too")
     _check_task(recipe.task, model)
+    _check_families(recipe.run, model)
     _check_exchange(recipe.grid, model)
     replicas = grid.replicas(ranks, recipe.grid.submodule_ranks, model.submodules, recipe.grid.absent)
     _check_survival(recipe.run, model)
@@ -300,7 +310,7 @@ def _check_task(task: supervised.Config | scala.Config, model: models.Config) ->
     distilled = getattr(model, "distilled", False)
     if isinstance(task, scala.Config):
         try:
-            task.check(model.widths)
+            task.check(model.widths, distilled)
         except ValueError as error:
             raise RefusedError(f"[task] {error}") from error
         if distilled and not task.teacher.name:
@@ -308,6 +318,14 @@ def _check_task(task: supervised.Config | scala.Config, model: models.Config) ->
     elif distilled or len(model.widths.family) > 1:
         key = "distilled = true" if distilled else f"widths.smallest = {model.widths.smallest}"
         raise RefusedError(f'model.{key} needs task.kind = "scala"; task.kind = "supervised" trains one output')
+
+
+def _check_families(run: Run, model: models.Config) -> None:
+    for change in model.widths.then:
+        if change.epoch >= run.epochs:
+            raise RefusedError(
+                f"model.widths.then: epoch = {change.epoch} is outside the run: must be below run.epochs = {run.epochs}"
+            )
 
 
 def _check_stream(recipe: Recipe) -> None:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import warn
+from .metrics import current
 
 FILE = "summary.json"
 LOCK = "lock"
@@ -101,7 +102,7 @@ class Summary:
     step: int = 0
     """Steps that are done."""
     metrics: dict[str, float] = field(default_factory=dict)
-    """The last value of each."""
+    """The last value of each; of accuracies at widths, those of the last evaluation."""
     best: dict[str, Best] = field(default_factory=dict)
     """Of the accuracies, by metric."""
 
@@ -113,7 +114,14 @@ class Summary:
             for name, value in finite.items()
             if "top1" in name and (name not in self.best or value > self.best[name].value)
         }
-        return replace(self, step=step, metrics=self.metrics | finite, best=self.best | higher)
+        kept = current(dict.fromkeys(self.metrics, -1) | dict.fromkeys(found, step))
+        values, best = self.metrics | finite, self.best | higher
+        return replace(
+            self,
+            step=step,
+            metrics={name: values[name] for name in kept if name in values},
+            best={name: best[name] for name in kept if name in best},
+        )
 
     def write(self, folder: Path) -> None:
         """Whole or not at all; a full disk ends no run."""

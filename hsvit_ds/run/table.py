@@ -80,6 +80,8 @@ def text(value: Any) -> str:
         return f"{value:g}"
     if isinstance(value, list):
         return ",".join(map(text, value))
+    if isinstance(value, Mapping):
+        return f"{{{', '.join(f'{key}={text(inner)}' for key, inner in value.items())}}}"
     return Path(value).name if isinstance(value, str) and "/" in value else str(value)
 
 

@@ -184,7 +184,7 @@ class Trainer:
             return
         self.watch.doing("trying kernels")
         teacher = getattr(getattr(self.task, "teach", None), "module", None)
-        if wanted := kernels.cases(self.recipe, self.plan, self.task.trained(self.plan.steps), teacher):
+        if wanted := kernels.cases(self.recipe, self.plan, self.task.possible, teacher):
             decision = kernels.decide(self.grid, wanted, self.folder / kernels.FILE)
             self.report.table(
                 ("kernels of this run", "computed by", "kernel, ms", "PyTorch, ms"), kernels.rows(decision)

@@ -31,6 +31,11 @@ class Task(Protocol):
         """The widths of a step's passes (of its first micro batch)."""
         ...
 
+    @property
+    def possible(self) -> tuple[Width, ...]:
+        """Every width that some step may train, the smallest first."""
+        ...
+
     def trained(self, steps: int) -> tuple[Width, ...]:
-        """The widths that the first `steps` steps train, the smallest first."""
+        """The widths that the first `steps` steps train and do not abandon, the smallest first."""
         ...

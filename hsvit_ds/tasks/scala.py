@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from itertools import count
 from typing import Literal
 
 import torch
@@ -29,7 +28,7 @@ from ..models.slimmable import Width
 from . import teacher
 from .teacher import Teacher
 
-SAMPLING = ("paper", "code", "sandwich", "single", "fixed")
+SAMPLING = ("paper", "code", "sandwich", "interior", "single", "fixed")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,15 +37,22 @@ class Config:
     sampling: str = "paper"
     """A step's widths. Full, one drawn from (mid, 1), one from (smallest, mid] and the smallest: "paper"; from [mid, 1)
     and (smallest, mid) with mid rounded down to a width, as in the published "code"; two from all between, "sandwich"
-    (US-Net, arXiv 1903.05134). An empty range gives no pass. One of all: "single" (AutoFormer, arXiv 2107.00651).
-    `width` alone: "fixed" (separate training)."""
+    (US-Net, arXiv 1903.05134). An empty range gives no pass. Full and three from all below it, so that the smallest is
+    not in every step: "interior" (figure 4). One of all: "single" (AutoFormer, arXiv 2107.00651). `width` alone:
+    "fixed" (separate training)."""
     width: float = 1.0
     """The width of sampling = "fixed"."""
+    pinned: tuple[float, ...] = ()
+    """Of sampling = "paper" and "code": widths that every step trains, each instead of one drawn from the range that it
+    lies in: [0.8125] or [0.4375] (figures 13 and 14)."""
     same_widths: bool = True
     """Every micro batch of a step draws the same widths. False: each its own, as ranks do in the published code; then
     a run depends on the size of its micro batches."""
     transfer: str = "progressive"
     """Who teaches a smaller width: the next larger one ("progressive"), the "full" network (US-Net), or "none"."""
+    transfer_token: str = "distillation"
+    """Whose logits pass it on in a distilled model: the "distillation" token's, or the "class" token's (the published
+    code's default, which its scripts do not use)."""
     label_weight: float = 1.0
     """Weight of the labels' loss at the smaller widths (Noise Calibration); 0 switches it off."""
     full_epochs: int = 0
@@ -56,7 +62,12 @@ class Config:
     teacher: teacher.Config = field(default_factory=teacher.Config)
 
     def __post_init__(self) -> None:
-        for name, allowed in {"sampling": SAMPLING, "transfer": ("progressive", "full", "none")}.items():
+        choices = {
+            "sampling": SAMPLING,
+            "transfer": ("progressive", "full", "none"),
+            "transfer_token": ("distillation", "class"),
+        }
+        for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f'{name} = "{getattr(self, name)}": must be one of {", ".join(allowed)}')
         for name in ("label_weight", "full_epochs"):
@@ -66,66 +77,108 @@ class Config:
             raise ValueError(f"full_lr = {self.full_lr}: must be above 0 and at most 1")
         if self.transfer == "none" and not self.label_weight:
             raise ValueError('transfer = "none" and label_weight = 0: the smaller widths would learn nothing')
-
-    def check(self, widths: slimmable.Config) -> None:
-        """Refuse what does not fit the model's widths."""
-        if self.sampling == "fixed":
-            widths.find(self.width)
-        elif self.width != 1.0:
+        if self.sampling != "fixed" and self.width != 1.0:
             raise ValueError(f'width = {self.width} is for sampling = "fixed"; this is "{self.sampling}"')
+        if self.pinned and self.sampling not in ("paper", "code"):
+            raise ValueError(
+                f'pinned = {list(self.pinned)} is for sampling = "paper" or "code"; this is "{self.sampling}"'
+            )
+
+    def check(self, widths: slimmable.Config, distilled: bool) -> None:
+        """Refuse what does not fit the model."""
+        for _, family in widths.families:
+            self.ranges(widths, family)
+        if self.transfer_token == "class" and (not distilled or self.transfer == "none"):
+            why = 'transfer = "none" passes nothing on' if distilled else "model.distilled = false has one output"
+            raise ValueError(f'transfer_token = "class": {why}; leave it "distillation"')
+
+    def ranges(self, widths: slimmable.Config, family: tuple[Width, ...]) -> list[tuple[Width, ...]]:
+        """What a step draws one width each from while a family of the model's is trained, the largest first.
+
+        Raises:
+            ValueError: `width` or `pinned` does not lie there.
+        """
+        if self.sampling == "fixed":
+            width = widths.find(self.width)
+            if width not in family:
+                near = slimmable.nearest(self.width, family)
+                raise ValueError(f"width {width} is not in every family of model.widths.then; {near}")
+            return [(width,)]
+        smallest, full, between = family[0], family[-1], family[1:-1]
+        if self.sampling == "single":
+            found = [family]
+        elif self.sampling == "sandwich":
+            found = [(full,), *[between] * min(2, len(between)), (smallest,)]
+        elif self.sampling == "interior":
+            found = [(full,), *[family[:-1]] * min(3, len(family) - 1)]
+        else:
+            # mid lies at index (X - 1) / 2; the code rounds it down, and counts it among the large ones.
+            last = len(family) - 1
+            first_large = last // 2 if self.sampling == "code" else last // 2 + 1
+            found = [(full,), *self._pin(widths, [family[first_large:-1], family[1:first_large]]), (smallest,)]
+        return [range_ for range_ in found[: 1 if smallest == full else None] if range_]
+
+    def _pin(self, widths: slimmable.Config, ranges: list[tuple[Width, ...]]) -> list[tuple[Width, ...]]:
+        """The two ranges between, with what is `pinned` alone in its own."""
+        pinned = [widths.find(width) for width in self.pinned]
+        at = {width: place for width in pinned for place, range_ in enumerate(ranges) if width in range_}
+        known = " and ".join(f"{range_[0]} to {range_[-1]}" for range_ in ranges if range_)
+        for width in pinned:
+            if width not in at:
+                drawn = f"they are {known}" if known else "this family has none; leave it out"
+                raise ValueError(f"pinned = {list(self.pinned)}: width {width} is in neither range between: {drawn}")
+        if len(set(at.values())) < len(pinned):
+            raise ValueError(f"pinned = {list(self.pinned)}: two of one range; pin at most one of each of {known}")
+        alone = {place: (width,) for width, place in at.items()}
+        return [alone.get(place, range_) for place, range_ in enumerate(ranges)]
 
 
 class Sampler:
     """Which widths a step trains: integer draws, a pure function of (seed, step, first sample of the micro batch)."""
 
     def __init__(self, config: Config, widths: slimmable.Config, seed: int, steps_per_epoch: int) -> None:
-        self.config, self.family, self.seed = config, widths.family, seed
-        self.full_steps = config.full_epochs * steps_per_epoch
-        smallest, full = self.family[0], self.family[-1]
-        between = self.family[1:-1]
-        # mid lies at index (X - 1) / 2; the code rounds it down, and counts it among the large ones.
-        last = len(self.family) - 1
-        first_large = last // 2 if config.sampling == "code" else last // 2 + 1
-        # The ranges that one width each is drawn from, the largest first.
-        self.ranges: list[tuple[Width, ...]]
-        if config.sampling == "fixed":
-            self.ranges = [(widths.find(config.width),)]
-        elif config.sampling == "single":
-            self.ranges = [self.family]
-        elif config.sampling == "sandwich":
-            self.ranges = [(full,), *[between] * min(2, len(between)), (smallest,)]
-        else:
-            self.ranges = [(full,), self.family[first_large:-1], self.family[1:first_large], (smallest,)]
-        if smallest == full:
-            self.ranges = self.ranges[:1]
-        self.ranges = [range_ for range_ in self.ranges if range_]
+        self.config, self.seed = config, seed
+        self.full, self.full_steps = widths.family[-1], config.full_epochs * steps_per_epoch
+        self.phases = [(epoch * steps_per_epoch, config.ranges(widths, family)) for epoch, family in widths.families]
+        """(First step, ranges) of each family."""
+
+    def _ranges(self, step: int) -> list[tuple[Width, ...]]:
+        if step < self.full_steps:
+            return [(self.full,)]
+        return next(ranges for first, ranges in reversed(self.phases) if first <= step)
 
     def passes(self, step: int) -> int:
-        return 1 if step < self.full_steps else len(self.ranges)
+        return len(self._ranges(step))
 
     def draw(self, step: int, first: int = 0) -> tuple[Width, ...]:
         """The widths of a micro batch in step `step`, the largest first. first: where its first sample stands in the
         global batch."""
-        if step < self.full_steps:
-            return self.family[-1:]
+        ranges = self._ranges(step)
         key = 0 if self.config.same_widths else first
-        luck = sequence(self.seed, Site.WIDTH, step, key, count=len(self.ranges)).tolist()
+        luck = sequence(self.seed, Site.WIDTH, step, key, count=len(ranges)).tolist()
         chosen: list[Width] = []
-        for range_, number in zip(self.ranges, luck, strict=True):
-            left = [width for width in range_ if width not in chosen]  # the sandwich's two differ
+        for range_, number in zip(ranges, luck, strict=True):
+            left = [width for width in range_ if width not in chosen]  # several of one range differ
             chosen.append(left[number * len(left) >> 32])
         return tuple(sorted(chosen, key=float, reverse=True))
 
+    @property
+    def possible(self) -> tuple[Width, ...]:
+        """Every width that some step may train, the smallest first."""
+        return tuple(sorted(set().union(*(self._in(ranges) for _, ranges in self.phases)), key=float))
+
+    def _in(self, ranges: list[tuple[Width, ...]]) -> set[Width]:
+        return {width for range_ in ranges for width in range_} | ({self.full} if self.full_steps else set())
+
     def trained(self, steps: int) -> tuple[Width, ...]:
-        """The widths drawn in the first `steps` steps (by the first micro batch), the smallest first."""
-        possible = {width for range_ in self.ranges for width in range_}
-        if self.full_steps:
-            possible.add(self.family[-1])
+        """The widths drawn in the first `steps` steps (by the first micro batch) and not abandoned since, the smallest
+        first."""
+        possible = self._in(self._ranges(steps - 1))
         found: set[Width] = set()
-        for step in count():
-            if step == steps or found == possible:
+        for step in reversed(range(steps)):
+            if found == possible:
                 break
-            found.update(self.draw(step))
+            found.update(possible.intersection(self.draw(step)))
         return tuple(sorted(found, key=float))
 
 
@@ -147,6 +200,10 @@ class Scala:
     def widths(self, step: int) -> tuple[Width, ...]:
         return self.sampler.draw(step)
 
+    @property
+    def possible(self) -> tuple[Width, ...]:
+        return self.sampler.possible
+
     def trained(self, steps: int) -> tuple[Width, ...]:
         return self.sampler.trained(steps)
 
@@ -156,9 +213,10 @@ class Scala:
         larger: Tensor | None = None
         for pass_, width in enumerate(self.sampler.draw(batch.step, int(batch.index[0]))):
             z, u = _both(engine(images, draw=batch.draw(pass_, images.device), width=width))
-            yield self._first(z, u, soft, answers) if larger is None else self._smaller(z, u, soft, larger)
+            passed = u if self.config.transfer_token == "distillation" else z
+            yield self._first(z, u, soft, answers) if larger is None else self._smaller(z, passed, soft, larger)
             if larger is None or self.config.transfer == "progressive":
-                larger = u.detach()
+                larger = passed.detach()
 
     def _first(self, z: Tensor, u: Tensor, soft: Tensor, answers: Tensor | None) -> Tensor:
         """Labels, and the teacher's answers to the same images, for the largest width of the step."""
@@ -168,13 +226,14 @@ class Scala:
         alpha = self.config.teacher.alpha
         return (1 - alpha) * loss + alpha * teacher.loss(self.config.teacher, u, answers)
 
-    def _smaller(self, z: Tensor, u: Tensor, soft: Tensor, larger: Tensor) -> Tensor:
-        """Labels and the larger network's distillation logits. A term with weight 0 is not computed."""
+    def _smaller(self, z: Tensor, passed: Tensor, soft: Tensor, larger: Tensor) -> Tensor:
+        """Labels, and the larger network's logits of the token that passes on. A term with weight 0 is not computed."""
         terms = []
         if self.config.label_weight:
             terms.append(self.config.label_weight * F.cross_entropy(z, soft))
         if self.config.transfer != "none":
-            terms.append(F.kl_div(u.log_softmax(-1), larger.log_softmax(-1), reduction="batchmean", log_target=True))
+            mine, theirs = passed.log_softmax(-1), larger.log_softmax(-1)
+            terms.append(F.kl_div(mine, theirs, reduction="batchmean", log_target=True))
         return torch.stack(terms).sum()
 
 

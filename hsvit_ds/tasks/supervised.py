@@ -43,5 +43,9 @@ class Supervised:
     def widths(self, step: int) -> tuple[Width, ...]:
         return (FULL,)
 
+    @property
+    def possible(self) -> tuple[Width, ...]:
+        return (FULL,)
+
     def trained(self, steps: int) -> tuple[Width, ...]:
         return (FULL,)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,24 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     return [f"task.teacher.name={folder}", "model.distilled=true"]
 
 
+NEW = {
+    "interior": ["task.sampling=interior"],
+    "pinned": ["task.pinned=[0.75]"],
+    "the small widths on the smallest's side": ["model.widths.isolated=large"],
+    "the large widths on the smallest's side": ["model.widths.isolated=small"],
+    "through the class token": ["task.transfer_token=class"],
+    # Two steps an epoch: the third one is of the other family.
+    "another family": ["model.widths.then=[{epoch=1, granularity=0.375}]", "run.global_batch=400"],
+}
+"""What a step trains otherwise; by SGD, as AdamW turns rounding where a gradient is nearly zero into steps."""
+STAGES = {name: (0, 1, 2, 3) for name in ("interior", "pinned", "another family")} | {
+    "the small widths on the smallest's side": (1,),
+    "the large widths on the smallest's side": (2,),
+    "through the class token": (3,),
+}
+"""Of ZeRO: all where other widths are drawn."""
+
+
 def plain(run: Trainer, stop: int) -> tuple[list[float], dict[str, torch.Tensor]]:
     """Gradient norms and weights of the same steps in plain PyTorch: autograd slices, and the losses as published."""
     model, task = run.engine.module, run.task
@@ -54,8 +72,9 @@ def plain(run: Trainer, stop: int) -> tuple[list[float], dict[str, torch.Tensor]
     optimizer = torch.optim.SGD(
         [{k: v for k, v in group.items() if k != "names"} for group in run.engine.parameter_groups], momentum=0.9
     )
-    norms = []
-    for step, batches in enumerate(islice(run.reader.train(0, 0), stop)):
+    norms, size, of_class = [], run.plan.steps_per_epoch, run.recipe.task.transfer_token == "class"  # type: ignore[union-attr]
+    epochs = chain.from_iterable(run.reader.train(epoch, 0) for epoch in range(-(-stop // size)))
+    for step, batches in enumerate(islice(epochs, stop)):
         model.train()
         optimizer.zero_grad()
         for batch in batches:
@@ -65,13 +84,15 @@ def plain(run: Trainer, stop: int) -> tuple[list[float], dict[str, torch.Tensor]
             logits = [
                 model(images, draw=batch.draw(index), width=width) for index, width in enumerate(task.widths(step))
             ]
-            assert len(logits) == 4
+            assert len(logits) == run.task.passes(step)
             (z, u), *smaller = logits
             loss = 0.5 * F.cross_entropy(z, soft) + 0.5 * F.cross_entropy(u, taught)
+            larger = z if of_class else u
             for w, v in smaller:
-                p, q = u.detach().softmax(-1), v.softmax(-1)
+                mine = w if of_class else v
+                p, q = larger.detach().softmax(-1), mine.softmax(-1)
                 loss = loss + F.cross_entropy(w, soft) + (p * (p / q).log()).sum(-1).mean()
-                u = v
+                larger = mine
             (loss / len(batches)).backward()
         norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)))
         for group in optimizer.param_groups:
@@ -88,15 +109,21 @@ def ranks(teacher: list[str], tmp_path_factory: pytest.TempPathFactory) -> tuple
     """What one process found, and what each of two ranks found."""
     folder = tmp_path_factory.mktemp("ranks")
     alone = {name: ["engine.zero_stage=0", *teacher, f"optimizer.name={name}"] for name in OPTIMIZERS}
-    (one,) = work("steps", 1, folder / "one", {"base": "scala", "cases": {**alone, "fused": FUSED}})
+    new = {name: ["engine.zero_stage=0", *teacher, "optimizer.name=sgd", *case] for name, case in NEW.items()}
+    (one,) = work("steps", 1, folder / "one", {"base": "scala", "cases": {**alone, **new, "fused": FUSED}})
     cases = {name: [*case, *teacher] for name, case in CASES.items()}
+    for name, case in new.items():
+        cases |= {f"{name}, ZeRO-{stage}": [*case, f"engine.zero_stage={stage}"] for stage in STAGES[name]}
     return one, work("steps", 2, folder / "two", {"base": "scala", "cases": {**cases, "fused": FUSED}})
 
 
-def test_one_process_equals_plain_pytorch(ranks: Any, teacher: list[str], tmp_path: Path) -> None:
-    run = trainer(tmp_path, ["engine.zero_stage=0", "optimizer.name=sgd", *teacher], base="scala")
-    norms, weights = plain(run, 3)
-    one = ranks[0]["sgd"]
+@pytest.mark.parametrize("case", ["sgd", *NEW])
+def test_one_process_equals_plain_pytorch(case: str, ranks: Any, teacher: list[str], tmp_path: Path) -> None:
+    keys = ["engine.zero_stage=0", "optimizer.name=sgd", *teacher, *NEW.get(case, [])]
+    norms, weights = plain(run := trainer(tmp_path, keys, base="scala"), 3)
+    if case == "another family":
+        assert [run.task.passes(step) for step in range(3)] == [4, 4, 3]
+    one = ranks[0][case]
     assert min(norms) > 0.5  # so that clipping is on
     torch.testing.assert_close(one["norms"], norms, rtol=1e-6, atol=0)
     for name, weight in weights.items():
@@ -116,6 +143,14 @@ def test_a_step_on_two_ranks_equals_one_process(case: str, ranks: Any) -> None:
                 tensor, whole["state"][key], rtol=allowed, atol=allowed, msg=lambda m, k=key: k + m
             )
         assert gradient_reductions(found) == 1
+
+
+@pytest.mark.parametrize(("case", "stage"), [(case, stage) for case in NEW for stage in STAGES[case]])
+def test_new_widths_of_a_step_on_two_ranks_equal_one_process(case: str, stage: int, ranks: Any) -> None:
+    one, two = ranks
+    found = [rank[f"{case}, ZeRO-{stage}"] for rank in two]
+    assert_same_run(found, one[case], 1e-6)
+    assert gradient_reductions(found[0]) == 1
 
 
 def test_fused_gradients_under_adamw_equal_one_process(ranks: Any) -> None:
@@ -158,14 +193,23 @@ def test_a_slimmable_hsvit_on_a_grid_equals_one_process(tmp_path: Path) -> None:
         assert gradient_reductions(found[0][name]) == 1, name
 
 
-@pytest.mark.parametrize("stop", [2, 5], ids=["in the full-only phase", "after it"])
-def test_resume_equals_the_uninterrupted_run(stop: int, tmp_path: Path) -> None:
-    """An epoch of the small run has 3 steps here, the first of which are full-only."""
-    overrides = ["task.full_epochs=1", "run.global_batch=380", "augment.mix_block=4", "ema.decay=0.9", "model.depth=1"]
+RESUMED = {
+    "in the full-only phase": (2, "task.full_epochs=1", [1, 1, 1, 4, 4, 4, 4, 4]),
+    "after it": (5, "task.full_epochs=1", [1, 1, 1, 4, 4, 4, 4, 4]),
+    "before another family": (2, "model.widths.then=[{epoch=1, granularity=0.375}]", [4, 4, 4, 3, 3, 3, 3, 3]),
+    "at its first step": (3, "model.widths.then=[{epoch=1, granularity=0.375}]", [4, 4, 4, 3, 3, 3, 3, 3]),
+    "after its first steps": (5, "model.widths.then=[{epoch=1, granularity=0.375}]", [4, 4, 4, 3, 3, 3, 3, 3]),
+}
+
+
+@pytest.mark.parametrize(("stop", "key", "passes"), RESUMED.values(), ids=RESUMED)
+def test_resume_equals_the_uninterrupted_run(stop: int, key: str, passes: list[int], tmp_path: Path) -> None:
+    """An epoch of the small run has 3 steps here."""
+    overrides = [key, "run.global_batch=380", "augment.mix_block=4", "ema.decay=0.9", "model.depth=1"]
     whole = trainer(tmp_path / "whole", overrides, base="scala")
     assert whole.plan.steps_per_epoch == 3
     widths = epochs(whole, 0, 8)
-    assert [len(w) for w in widths] == [1, 1, 1, 4, 4, 4, 4, 4]
+    assert [len(w) for w in widths] == passes
     parts = trainer(tmp_path / "parts", overrides, base="scala")
     first = epochs(parts, 0, stop)
     parts.checkpoints.save(Position(stop // 3, stop % 3, stop))

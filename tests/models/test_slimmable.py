@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from hsvit_ds.models.slimmable import FULL, Config, Conv2d, LayerNorm, Linear, Width
+from hsvit_ds.models.slimmable import FULL, Change, Config, Conv2d, LayerNorm, Linear, Width
 
 
 @pytest.mark.parametrize(
@@ -39,6 +39,30 @@ def test_isolated_activation_takes_opposite_ends(side: str, isolated: bool, side
     assert [width.side for width in family[:-1]] == sides
 
 
+@pytest.mark.parametrize(
+    ("isolated", "sides"),
+    [("large", "sss" + "s" + "oo"), ("small", "s" + "ooo" + "ss"), (True, "s" + "ooooo"), (False, "ssssss")],
+)
+def test_each_range_can_take_the_smallests_side(isolated: bool | str, sides: str) -> None:
+    """Of 0.25 to 0.875; mid, 0.625, is small (table 10 of arXiv 2412.04786)."""
+    for side, other in (("trailing", "leading"), ("leading", "trailing")):
+        family = Config(smallest=0.25, granularity=0.125, side=side, isolated=isolated).family
+        assert [width.side for width in family[:-1]] == [side if letter == "s" else other for letter in sides]
+
+
+def test_a_family_can_change_and_keeps_the_widths_that_stay() -> None:
+    then = (Change(epoch=70, granularity=0.25), Change(epoch=90, granularity=0.09375))
+    widths = Config(smallest=0.25, granularity=0.125, then=then)
+    assert [epoch for epoch, _ in widths.families] == [0, 70, 90]
+    seven, four, nine = (family for _, family in widths.families)
+    assert [len(seven), len(four), len(nine)] == [7, 4, 9]
+    assert set(four) < set(seven)  # the same objects to a table, sides among it
+    assert {float(width) for width in set(seven) & set(nine)} == {0.25, 0.625, 1.0}
+    assert [float(w) for w in four] == [0.25, 0.5, 0.75, 1.0]
+    assert widths.family == tuple(sorted({*seven, *nine}, key=float))
+    assert widths.find(0.34375) in nine
+
+
 def test_a_width_is_written_with_two_decimals_at_least() -> None:
     assert [str(w) for w in Config(smallest=0.25, granularity=0.03125).family[:3]] == ["0.25", "0.28125", "0.3125"]
     assert str(FULL) == "1.00"
@@ -55,6 +79,22 @@ def test_a_width_is_written_with_two_decimals_at_least() -> None:
         ({"smallest": 0.0}, "smallest = 0.0: must be above 0 and at most 1"),
         ({"smallest": 1.5}, "smallest = 1.5: must be above 0 and at most 1"),
         ({"side": "left"}, 'side = "left": must be "leading" or "trailing"'),
+        ({"isolated": "both"}, 'isolated = "both": must be true, false, "large" or "small"'),
+        (
+            {"smallest": 0.25, "then": (Change(epoch=70, granularity=0.5),)},
+            "then: after epoch 70 granularity = 0.5 does not divide 1 - smallest = 0.75, which would lose the smallest"
+            "; the nearest that do: 0.75, 0.375",
+        ),
+        (
+            {"smallest": 0.5, "then": (Change(epoch=1, granularity=0.0),)},
+            "granularity = 0.0: must be above 0 and at most",
+        ),
+        ({"smallest": 0.5, "then": (Change(epoch=0, granularity=0.5),)}, "then: epoch = 0: must be at least 1"),
+        (
+            {"smallest": 0.5, "then": (Change(epoch=7, granularity=0.5), Change(epoch=7, granularity=0.25))},
+            "then: epoch = 7: must be above the 7 before it",
+        ),
+        ({"then": (Change(epoch=1, granularity=0.5),)}, "then: smallest = 1 has one width, which stays; set smallest"),
     ],
 )
 def test_impossible_families_are_refused(options: dict, message: str) -> None:  # type: ignore[type-arg]

@@ -112,6 +112,8 @@ def test_logits_and_gradients_equal_the_published_code(width: Width) -> None:
         {"softmax_scale": "full"},
         {"qkv": "fused", "softmax_scale": "full", "distilled": True},
         {"sliced": "mlp"},
+        {"widths": replace(SEVEN, isolated="large")},
+        {"widths": replace(SEVEN, isolated="small", side="leading")},
     ],
     ids=str,
 )
@@ -119,7 +121,7 @@ def test_a_subnet_is_an_ordinary_vit_with_the_slices_logits(options: dict[str, A
     model = small(**options).eval()
     images = torch.randn(4, 3, 16, 16)
     with torch.no_grad():
-        for width in SEVEN.family:
+        for width in model.config.widths.family:
             alone = model.subnet(width)
             assert alone.config.widths.family == (FULL,)
             torch.testing.assert_close(alone(images), model(images, width=width), rtol=1e-5, atol=1e-5)
@@ -145,6 +147,18 @@ def test_the_smallest_width_uses_the_side_of_the_recipe(side: str) -> None:
     assert torch.equal(touched(model, "blocks.0.attn.proj.weight", SEVEN_OF[side][2]), half)
     hidden = torch.arange(96) if side == "leading" else torch.arange(288, 384)
     assert torch.equal(touched(model, "blocks.1.mlp.fc1.weight", SEVEN_OF[side][0]), hidden)
+
+
+@pytest.mark.parametrize("isolated", ["large", "small"])
+def test_each_range_trains_its_side(isolated: str) -> None:
+    """Table 10, b and c: the widths up to 0.625, or those above, train the channels of the smallest's side."""
+    model = small(widths=replace(SEVEN, isolated=isolated))
+    for width in model.config.widths.family[:-1]:
+        ratio = float(width)
+        leads = ratio > 0.625 if isolated == "large" else 0.25 < ratio <= 0.625
+        used = round(96 * ratio)
+        expected = torch.arange(used) if leads else torch.arange(96 - used, 96)
+        assert torch.equal(touched(model, "blocks.1.attn.proj.weight", width), expected), width
 
 
 SEVEN_OF = {side: replace(SEVEN, side=side).family for side in ("leading", "trailing")}

@@ -311,6 +311,11 @@ def test_widths_stand_beside_what_is_published_of_the_same_model(tmp_path: Path)
         curves = [curve.name for run in section.runs for curve in published.of(run.recipe)]
         assert curves == (["Scala, DeiT-S, 13 networks"] if section.data.name == "imagenet1k" else [])
         assert len(section.runs[0].widths) == 3
+    imagenet = scala | {"data.name": "imagenet1k"}
+    assert published.of(imagenet)
+    for key, value in {"model.widths.then": [{"epoch": 70, "granularity": 0.125}], "task.pinned": [0.8125]}.items():
+        assert published.of({name: known for name, known in imagenet.items() if name != key})  # of an older version
+        assert published.of(imagenet | {key: value}) == []
 
 
 def test_published_curves_are_those_of_the_documents() -> None:

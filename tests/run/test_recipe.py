@@ -15,6 +15,7 @@ from hsvit_ds.engine import engine as config
 from hsvit_ds.errors import RefusedError
 from hsvit_ds.grid.grid import Grid
 from hsvit_ds.run import recipe as recipes
+from hsvit_ds.run import title
 from hsvit_ds.run.trainer import Trainer
 
 from .. import tars
@@ -70,6 +71,18 @@ def test_the_resolved_recipe_resolves_to_itself(tmp_path: Path) -> None:
     recipe, plan = recipes.resolve(recipes.read(DIGITS, ["run.global_batch=64", "model.dropout=0"]), 2)
     (tmp_path / "recipe.toml").write_text(recipes.dumps(recipe))
     assert recipes.resolve(recipes.read(tmp_path / "recipe.toml"), 2) == (recipe, plan)
+
+
+def test_a_recipe_of_widths_that_change_is_written_and_read_as_it_was(tmp_path: Path) -> None:
+    keys = ["model.widths.then=[{epoch=3,granularity=0.25},{epoch=9,granularity=0.0625}]"]
+    keys += ["model.widths.isolated=large", "task.pinned=[0.75]"]
+    recipe, plan = recipes.resolve(recipes.read(SCALA, keys), 2)
+    (tmp_path / "recipe.toml").write_text(recipes.dumps(recipe))
+    assert recipes.resolve(recipes.read(tmp_path / "recipe.toml"), 2) == (recipe, plan)
+    assert [len(family) for _, family in recipe.model.widths.families] == [7, 4, 13]
+    assert title.changes(SCALA, keys, recipe) == (
+        "then={epoch=3, granularity=0.25},{epoch=9, granularity=0.0625} isolated=large pinned=0.75"
+    )
 
 
 def test_hsvit_recipe_prints_what_it_resolves() -> None:
@@ -154,6 +167,31 @@ SCALA = ROOT / "recipes/digits/scala.toml"
             "task.sampling=fixed task.width=0.3",
             "[task] width 0.3 is not one of the 7 of this model; nearest: 0.25, 0.375",
         ),
+        (
+            "task.pinned=[0.25]",
+            "[task] pinned = [0.25]: width 0.25 is in neither range between: they are 0.75 to 0.875",
+        ),
+        ("task.pinned=0.75", "task.pinned = 0.75: input should be a valid"),
+        ("task.transfer_token=class", '[task] transfer_token = "class": model.distilled = false has one output'),
+        ("model.widths.isolated=both", '[model.widths] isolated = "both": must be true, false, "large" or "small"'),
+        (
+            "model.widths.then=[{epoch=40,granularity=0.25}]",
+            "model.widths.then: epoch = 40 is outside the run: must be below run.epochs = 40",
+        ),
+        (
+            "model.widths.then=[{epoch=30,granularity=0.5}]",
+            "[model.widths] then: after epoch 30 granularity = 0.5 does not divide 1 - smallest = 0.75, which would",
+        ),
+        ("model.widths.then=[{epoch=30,granularty=0.25}]", 'did you mean "model.widths.then.granularity"?'),
+        (
+            "model.widths.then=[{epoch=30,granularity=0.25,side='leading'}]",
+            'unknown key "model.widths.then.side"; it is one of the whole table: "model.widths.side"',
+        ),
+        (
+            "model.widths.then=[{epoch=30,smallest=0.5}]",
+            'unknown key "model.widths.then.smallest"; it is one of the whole table: "model.widths.smallest"',
+        ),
+        ("model.widths.then=[{epoch=30}]", "model.widths.then.0.granularity is missing"),
         ("model.heads=48", "[model] heads = 48 does not divide embedding = 128"),
         ("model.heads=32", "[model] width 0.375: 0.375 x embedding 128 = 48 is not a multiple of heads = 32; nearest:"),
         ("model.variant=DeiT-X", '[model] variant = "DeiT-X": must be one of DeiT-Ti, DeiT-S, DeiT-B'),

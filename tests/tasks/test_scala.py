@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,9 +14,10 @@ from torch import Tensor
 from hsvit_ds.data.augment import Config as AugmentConfig
 from hsvit_ds.data.batch import Batch
 from hsvit_ds.data.sets import SETS
+from hsvit_ds.models.slimmable import Change
 from hsvit_ds.models.slimmable import Config as Widths
 from hsvit_ds.tasks import teacher
-from hsvit_ds.tasks.scala import Config, Sampler, Scala
+from hsvit_ds.tasks.scala import SAMPLING, Config, Sampler, Scala
 
 # Section 3.1 and the published code's ranges: the widths that the large (m2) and the small (m1) one are drawn from.
 RANGES = [
@@ -32,8 +34,15 @@ RANGES = [
 ]
 
 
-def sampler(smallest: float = 0.25, granularity: float = 0.125, seed: int = 0, **options: Any) -> Sampler:
-    return Sampler(Config(**options), Widths(smallest=smallest, granularity=granularity), seed, steps_per_epoch=10)
+def sampler(
+    smallest: float = 0.25,
+    granularity: float = 0.125,
+    seed: int = 0,
+    then: tuple[Change, ...] = (),
+    **options: Any,
+) -> Sampler:
+    widths = Widths(smallest=smallest, granularity=granularity, then=then)
+    return Sampler(Config(**options), widths, seed, steps_per_epoch=10)
 
 
 @pytest.mark.parametrize(("smallest", "granularity", "kind", "large", "small"), RANGES)
@@ -80,6 +89,8 @@ def test_micro_batches_can_draw_their_own_widths() -> None:
     ("options", "passes", "drawn"),
     [
         ({"sampling": "sandwich"}, 4, 7),
+        ({"sampling": "interior"}, 4, 7),
+        ({"sampling": "interior", "granularity": 0.375}, 3, 3),
         ({"sampling": "single"}, 1, 7),
         ({"sampling": "fixed", "width": 0.5}, 1, 1),
         ({"sampling": "paper", "full_epochs": 1}, 4, 7),
@@ -94,10 +105,59 @@ def test_baselines_draw_as_they_should(options: dict[str, Any], passes: int, dra
     assert len(found.trained(300)) == drawn
 
 
+def test_interior_widths_are_all_below_full_alike() -> None:
+    """Three of the X - 1 widths in each step, so each, the smallest among them, in 3 / (X - 1) of the steps."""
+    draws = [sampler(0.25, 0.0625, sampling="interior").draw(step) for step in range(4000)]
+    assert {float(widths[0]) for widths in draws} == {1.0}
+    counts = torch.tensor([sum(width in widths for widths in draws) for width in set(sum(draws, ()))]).float()
+    below = counts[counts < 4000]
+    assert len(below) == 12
+    assert (below - 1000).abs().max() < 4 * (4000 * 0.25 * 0.75) ** 0.5
+
+
+@pytest.mark.parametrize("sampling", ["paper", "code"])
+@pytest.mark.parametrize(("pinned", "place"), [(0.8125, 1), (0.4375, 2)])
+def test_a_pinned_width_takes_the_place_of_the_one_of_its_range(sampling: str, pinned: float, place: int) -> None:
+    """Figure 14's widths; the other three are those of the unpinned run."""
+    free, held = sampler(0.25, 0.0625, sampling=sampling), sampler(0.25, 0.0625, sampling=sampling, pinned=(pinned,))
+    for step in range(200):
+        expected = [float(width) for width in free.draw(step)]
+        expected[place] = pinned
+        assert [float(width) for width in held.draw(step)] == expected
+    assert len(held.trained(200)) == 13 - len(free.phases[0][1][place]) + 1
+    both = sampler(0.25, 0.0625, sampling=sampling, pinned=(0.4375, 0.8125))
+    assert [float(width) for width in both.trained(200)] == [0.25, 0.4375, 0.8125, 1.0]
+
+
+@pytest.mark.parametrize("sampling", ["paper", "code", "sandwich", "interior", "single"])
+def test_a_family_that_changes_is_drawn_as_the_other_from_there_on(sampling: str) -> None:
+    """Epochs of 10 steps: 13 widths, 25 after 7 epochs, 4 after 9."""
+    then = (Change(epoch=7, granularity=0.03125), Change(epoch=9, granularity=0.25))
+    found = sampler(0.25, 0.0625, then=then, sampling=sampling)
+    alone = [sampler(0.25, granularity, sampling=sampling) for granularity in (0.0625, 0.03125, 0.25)]
+    for step in range(100):
+        expected = alone[0 if step < 70 else 1 if step < 90 else 2]
+        assert list(map(str, found.draw(step))) == list(map(str, expected.draw(step)))
+        assert found.passes(step) == expected.passes(step) == len(found.draw(step))
+    assert len(found.possible) == 25
+
+
+def test_a_width_that_is_abandoned_is_no_longer_trained_and_a_new_one_is_once_it_is_drawn() -> None:
+    found = sampler(0.25, 0.125, then=(Change(epoch=7, granularity=0.25), Change(epoch=30, granularity=0.125)))
+    assert len(found.trained(70)) == 7  # an evaluation at the end of the seventh epoch
+    assert [str(width) for width in found.trained(71)] == ["0.25", "0.50", "0.75", "1.00"]  # drawn before, too
+    assert len(found.trained(300)) == 4
+    assert [str(width) for width in found.trained(400)] == [str(w) for w in Widths(smallest=0.25).family]
+    grows = sampler(0.25, 0.375, then=(Change(epoch=1, granularity=0.09375),))
+    assert len(grows.trained(10)) == 3
+    assert set(grows.trained(11)) == {*grows.trained(10), *grows.draw(10)}
+
+
 def test_an_unsliced_model_has_one_pass() -> None:
     found = sampler(smallest=1.0)
     assert found.passes(0) == 1
     assert found.trained(1) == found.draw(0)
+    assert {sampler(smallest=1.0, sampling=kind).passes(0) for kind in SAMPLING} == {1}
 
 
 def test_the_full_only_phase_halves_the_rate_and_trains_one_width() -> None:
@@ -127,7 +187,7 @@ def losses(
 ) -> tuple[list[Tensor], list[Any], Tensor]:
     """The losses of a step over four images, the logits, and the labels."""
     generator = torch.Generator().manual_seed(0)
-    logits = [tuple(torch.randn(4, 10, generator=generator) for _ in range(2)) for _ in range(4)]
+    logits = [tuple(torch.randn(4, 10, generator=generator).requires_grad_() for _ in range(2)) for _ in range(4)]
     labels = torch.tensor([1, 5, 2, 2])
     batch = Batch(
         torch.zeros(4, 1, 32, 32, dtype=torch.uint8), labels, torch.empty(4, 0), torch.arange(4), seed=0, step=0
@@ -147,19 +207,28 @@ def kl(p: Tensor, q: Tensor) -> Tensor:
 @pytest.mark.parametrize("distilled", [True, False])
 @pytest.mark.parametrize("label_weight", [1.0, 0.5, 0.0])
 @pytest.mark.parametrize("transfer", ["progressive", "full", "none"])
-def test_losses_are_the_papers(transfer: str, label_weight: float, distilled: bool) -> None:
+@pytest.mark.parametrize("token", ["distillation", "class"])
+def test_losses_and_their_gradients_are_the_papers(
+    token: str, transfer: str, label_weight: float, distilled: bool
+) -> None:
     if transfer == "none" and not label_weight:
         return
-    found, logits, labels = losses(Config(transfer=transfer, label_weight=label_weight), distilled)
-    second = 1 if distilled else 0  # without a token, one output has both parts
+    config = Config(transfer=transfer, label_weight=label_weight, transfer_token=token)
+    found, logits, labels = losses(config, distilled)
+    second = 1 if distilled and token == "distillation" else 0  # without a token, one output has both parts
     expected = [F.cross_entropy(logits[0][0], labels)]
     for index in (1, 2, 3):
         loss = label_weight * F.cross_entropy(logits[index][0], labels)
         if transfer != "none":
             larger = logits[index - 1 if transfer == "progressive" else 0][second]
-            loss = loss + kl(larger, logits[index][second])
+            loss = loss + kl(larger.detach(), logits[index][second])
         expected.append(loss)
     torch.testing.assert_close(found, expected)
+    every = [x for pair in logits for x in pair]
+    mine, theirs = (
+        torch.autograd.grad(torch.stack(all_).sum(), every, materialize_grads=True) for all_ in (found, expected)
+    )
+    torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(("distillation", "temperature"), [("hard", 1.0), ("soft", 1.0), ("soft", 3.0)])
@@ -194,7 +263,12 @@ def test_no_gradient_reaches_the_larger_network() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"sampling": "all"}, 'sampling = "all": must be one of paper, code, sandwich, single, fixed'),
+        ({"sampling": "all"}, 'sampling = "all": must be one of paper, code, sandwich, interior, single, fixed'),
+        ({"transfer_token": "cls"}, 'transfer_token = "cls": must be one of distillation, class'),
+        (
+            {"sampling": "sandwich", "pinned": (0.5,)},
+            'pinned = [0.5] is for sampling = "paper" or "code"; this is "sand',
+        ),
         ({"transfer": "none", "label_weight": 0.0}, "the smaller widths would learn nothing"),
         ({"full_lr": 0.0}, "full_lr = 0.0: must be above 0 and at most 1"),
         ({"teacher": {"weights": "x.pth"}}, "weights and cache are a teacher's: set name too"),
@@ -209,5 +283,39 @@ def test_impossible_tasks_are_refused(options: dict[str, Any], message: str) -> 
             return Config(teacher=teacher.Config(**options["teacher"]))
         return Config(**options)
 
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=re.escape(message)):
         build()
+
+
+@pytest.mark.parametrize(
+    ("options", "widths", "message"),
+    [
+        (
+            {"pinned": (0.25,)},
+            {"granularity": 0.0625},
+            "pinned = [0.25]: width 0.25 is in neither range between: they are 0.6875 to 0.9375 and 0.3125 to 0.625",
+        ),
+        ({"pinned": (1.0,)}, {"granularity": 0.25}, "they are 0.75 to 0.75 and 0.50 to 0.50"),
+        ({"pinned": (0.8,)}, {}, "width 0.8 is not one of the 7 of this model; nearest: 0.75, 0.875"),
+        (
+            {"pinned": (0.75, 0.875)},
+            {},
+            "pinned = [0.75, 0.875]: two of one range; pin at most one of each of 0.75 to 0.875 and 0.375 to 0.625",
+        ),
+        ({"pinned": (0.75, 0.75)}, {}, "pinned = [0.75, 0.75]: two of one range"),
+        ({"pinned": (0.625,)}, {"then": (Change(epoch=7, granularity=0.25),)}, "width 0.625 is in neither range"),
+        ({"pinned": (0.25,)}, {"granularity": 0.75}, "this family has none; leave it out"),
+        ({"pinned": (1.0,)}, {"smallest": 1.0}, "this family has none; leave it out"),
+        (
+            {"sampling": "fixed", "width": 0.625},
+            {"then": (Change(epoch=7, granularity=0.25),)},
+            "width 0.625 is not in every family of model.widths.then; nearest: 0.50, 0.75",
+        ),
+        ({"transfer_token": "class"}, {}, 'transfer_token = "class": model.distilled = false has one output; leave it'),
+    ],
+)
+def test_what_does_not_fit_the_widths_is_refused(options: Any, widths: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        Config(**options).check(Widths(**{"smallest": 0.25, **widths}), distilled=False)
+    with pytest.raises(ValueError, match='transfer_token = "class": transfer = "none" passes nothing on'):
+        Config(transfer_token="class", transfer="none").check(Widths(), distilled=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -92,13 +92,16 @@ def trainer(folder: Path, overrides: list[str], resume: bool = False, base: str 
 
 
 def steps(run: Trainer, stop: int, waiting: str = "default") -> list[float]:
-    """Run the steps of epoch 0 from where the run stands to `stop`; their gradient norms. waiting: of the host for a
+    """Run the steps from where the run stands in epoch 0 to `stop`; their gradient norms. waiting: of the host for a
     GPU is an "error", or as by "default"."""
-    results, first = [], run.start.step
+    results, size, at = [], run.plan.steps_per_epoch, run.start.step
+    batches = chain.from_iterable(
+        run.reader.train(epoch, at if epoch == 0 else 0) for epoch in range(-(-stop // size)) if at < (epoch + 1) * size
+    )
     if waiting != "default":
         torch.cuda.set_sync_debug_mode(waiting)
-    for step, batches in enumerate(islice(run.reader.train(0, first), stop - first), first):
-        results.append(run._step(batches, step))
+    for step, micro_batches in enumerate(islice(batches, stop - at), at):
+        results.append(run._step(micro_batches, step))
         if run.ema is not None:
             run.ema.update(results[-1].applied)
     if waiting != "default":

@@ -30,6 +30,15 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     ranks.allowed = any(item.get_closest_marker(name) for name in ("heavy", "gpu", "cluster"))
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _process_group_stays() -> Iterator[None]:
+    """A command that a test runs in this process would end the group that the tests after it compute with."""
+    end = dist.destroy_process_group
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dist, "destroy_process_group", lambda group=None: None if group is None else end(group))
+        yield
+
+
 @pytest.fixture(autouse=True)
 def _groups_end_with_their_test() -> Iterator[None]:
     """Each gloo group has threads that wake a hundred times a second; after hundreds of tests that is half a core."""

@@ -12,11 +12,12 @@ import io
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any
 
 from hsvit_ds.errors import RefusedError, counted
 from hsvit_ds.results import present
+from hsvit_ds.results.comparison import Mean
 from hsvit_ds.run import table
 from hsvit_ds.run.summary import Summary
 from hsvit_ds.sweeps import cells
@@ -39,12 +40,9 @@ def collect(sweep: Sweep) -> dict[str, Any]:
     Raises:
         RefusedError: some cells are not finished, or are of other commits than the rest.
     """
-    found: list[tuple[Cell, Summary]] = []
-    for cell in sweep.cells:
-        if cell.is_finished and cell.summary is not None:
-            found.append((cell, cell.summary))
-    if missing := [cell.name for cell in sweep.cells if cell not in [cell for cell, _ in found]]:
+    if missing := [cell.name for cell in sweep.cells if not cell.is_finished]:
         raise RefusedError(f"{sweep.folder}: {counted(len(missing), 'cell')} not finished: {', '.join(missing)}")
+    found = [(cell, summary) for cell in sweep.cells if (summary := cell.summary)]
     commits = {f"{summary.commit[:12]}{' and changes' * summary.dirty}" for _, summary in found}
     if len(commits) > 1:
         raise RefusedError(f"{sweep.folder}: its cells are of several commits: {', '.join(sorted(commits))}")
@@ -112,9 +110,8 @@ def _row(runs: Sequence[tuple[Cell, Summary]], varied: Sequence[str]) -> dict[st
 
 def words(values: Sequence[float]) -> str:
     """97.94 ± 0.32, the sample's deviation; of one value no deviation."""
-    if len(values) == 1:
-        return f"{values[0]:.2f}"
-    return f"{mean(values):.2f} ± {stdev(values):.2f}"
+    middle, deviation = _bar(values)
+    return f"{middle:.2f}" + (f" ± {deviation:.2f}" if len(values) > 1 else "")
 
 
 def markdown(found: Mapping[str, Any], picture: str) -> str:
@@ -210,8 +207,10 @@ def picture(found: Mapping[str, Any]) -> str:
 
 
 def _bar(values: Sequence[float]) -> tuple[float, float]:
-    """(mean, sample deviation)."""
-    return mean(values), stdev(values) if len(values) > 1 else 0.0
+    """(mean, sample deviation, 0 of one value)."""
+    found = Mean.of(values)
+    assert found is not None
+    return found.mean, found.std or 0.0
 
 
 def kept() -> Iterator[tuple[Path, dict[str, Any]]]:

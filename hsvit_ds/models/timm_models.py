@@ -215,8 +215,7 @@ def create(
     import timm  # here, as it takes 6 s
 
     _check_name(key, name)
-    known = timm.get_pretrained_cfg(name)
-    if known is not None and known.fixed_input_size:
+    if getattr(timm.get_pretrained_cfg(name), "fixed_input_size", False):
         options["img_size"] = image_size
     if not classes:
         options["global_pool"] = ""

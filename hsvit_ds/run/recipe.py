@@ -236,12 +236,7 @@ def resolve(recipe: Recipe, ranks: int) -> tuple[Recipe, Plan]:
     facts = splits.facts(recipe.data)
     if recipe.data.name == "digits" and (keys := recipe.augment.needs_files):
         raise RefusedError(f"augment.{keys[0]} needs image files; the digits are in memory: use augment.shift")
-    try:
-        model = recipe.model.resolved(facts.image_size)
-    except ValueError as error:
-        raise RefusedError(f"{'' if str(error).startswith('model.') else '[model] '}{error}") from error
-    if model.kind != "timm" and model.resize and not model.weights:
-        raise RefusedError("model.resize = true: there are no weights to resize; set model.weights too")
+    model = _model(recipe.model, facts)
     _check_task(recipe.task, model)
     _check_families(recipe.run, model)
     _check_exchange(recipe.grid, model)
@@ -291,6 +286,16 @@ def resolve(recipe: Recipe, ranks: int) -> tuple[Recipe, Plan]:
         macs=model.macs(facts.image_size, facts.channels, facts.classes),
         teacher_bytes=_teacher_bytes(recipe.task, facts, 2 if precision == "bf16" else 4),
     )
+
+
+def _model(config: models.Config, facts: Facts) -> models.Config:
+    try:
+        model = config.resolved(facts.image_size)
+    except ValueError as error:
+        raise RefusedError(f"{'' if str(error).startswith('model.') else '[model] '}{error}") from error
+    if model.kind != "timm" and model.resize and not model.weights:
+        raise RefusedError("model.resize = true: there are no weights to resize; set model.weights too")
+    return model
 
 
 def _check_exchange(config: grid.Config, model: models.Config) -> None:

@@ -17,12 +17,6 @@ from hsvit_ds.results.saved import open_run
 from ..workers.common import steps, trainer
 
 
-@pytest.fixture(autouse=True)
-def _process_group_stays(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The commands run in this process, which has other tests to do."""
-    monkeypatch.setattr("hsvit_ds.grid.grid.Grid.close", lambda self: None)
-
-
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
     """Of three checkpoints, after steps 1, 2 and 3; the second one is the best."""

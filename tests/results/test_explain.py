@@ -210,8 +210,7 @@ def command(*arguments: Any) -> tuple[int, str]:
 
 
 @pytest.mark.heavy
-def test_the_command_writes_a_page_and_names_damaged_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hsvit_ds.grid.grid.Grid.close", lambda self: None)
+def test_the_command_writes_a_page_and_names_damaged_images(tmp_path: Path) -> None:
     run = run_of(tmp_path / "run", "hsvit", ["grid.submodule_ranks=1"])
     photos, out = tmp_path / "photos", tmp_path / "page.html"
     photos.mkdir()

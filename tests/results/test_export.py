@@ -47,12 +47,6 @@ KINDS: dict[str, tuple[str, list[str]]] = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _process_group_stays(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The commands run in this process, which has other tests to do."""
-    monkeypatch.setattr("hsvit_ds.grid.grid.Grid.close", lambda self: None)
-
-
 @pytest.fixture(scope="module", params=KINDS)
 def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> SavedRun:
     base, overrides = KINDS[request.param]

@@ -39,12 +39,6 @@ KINDS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _process_group_stays(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The commands run in this process, which has other tests to do."""
-    monkeypatch.setattr("hsvit_ds.grid.grid.Grid.close", lambda self: None)
-
-
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Files of every kind that a camera or a person makes."""

@@ -17,8 +17,7 @@ SLIM = ["task.kind=scala", "model.widths.smallest=0.5", "model.widths.granularit
 
 
 @pytest.mark.heavy
-def test_subsets_are_scored_at_the_widths_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hsvit_ds.grid.grid.Grid.close", lambda self: None)
+def test_subsets_are_scored_at_the_widths_asked_for(tmp_path: Path) -> None:
     folder = run_of(tmp_path / "run", "hsvit", [*SLIM, "grid.submodule_ranks=1"])
     asked = ["evaluate", str(folder), "--present", "sweep", "--split", "val"]
     for options in ([], ["--widths", "0.5,1"]):

@@ -190,23 +190,15 @@ def run_arguments(root: Path, *more: str) -> list[str]:
     return ["recipes/digits/hsvit.toml", *small, "run.epochs=1", f"run.root={root}", *more]
 
 
-@pytest.fixture(autouse=True)
-def _process_group_stays(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The commands run in this process, which has other tests to do."""
-    monkeypatch.setattr("hsvit_ds.grid.grid.Grid.close", lambda self: None)
-
-
 @pytest.fixture(scope="module")
 def lost_at_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that loses submodule 3 before its first step, trained to its end without it."""
     root = tmp_path_factory.mktemp("lost")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("hsvit_ds.grid.grid.Grid.close", lambda self: None)
-        main(run_arguments(root, "run.survive=degraded"))
-        folder = root / "digits-hsvit-001"
-        (folder / "checkpoints/latest").write_text("step-00000000")
-        (folder / "metrics.jsonl").write_text("")
-        main(run_arguments(root, "run.survive=degraded", "--resume", ABSENT_LAST))
+    main(run_arguments(root, "run.survive=degraded"))
+    folder = root / "digits-hsvit-001"
+    (folder / "checkpoints/latest").write_text("step-00000000")
+    (folder / "metrics.jsonl").write_text("")
+    main(run_arguments(root, "run.survive=degraded", "--resume", ABSENT_LAST))
     return folder
 
 

@@ -80,8 +80,7 @@ def test_a_width_that_is_abandoned_is_no_longer_reported(whole: Path) -> None:
     assert tuple(outcome.of(told, ()).widths) == THREE
 
 
-def test_the_trained_widths_are_those_of_the_checkpoint(whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hsvit_ds.grid.grid.Grid.close", lambda self: None)  # other tests here need the group
+def test_the_trained_widths_are_those_of_the_checkpoint(whole: Path) -> None:
     for step, widths in ((6, FOUR), (9, THREE)):
         assert tuple(map(str, open_run(whole, checkpoint=str(step)).trained)) == widths
     done = CliRunner().invoke(app, ["evaluate", str(whole), "--split", "val"])

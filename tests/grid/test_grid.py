@@ -30,7 +30,10 @@ TOLERANCE = {"sgd": 1e-6, "adamw": 1e-5}
 DEPTHWISE = ["model.depthwise=true"]
 CASES |= {f"ZeRO-{n}, sgd, depthwise": [f"engine.zero_stage={n}", *OPTIMIZERS["sgd"], *DEPTHWISE] for n in STAGES}
 # At a higher rate AdamW makes steps of rounding that the gradient norm shows in its sixth digit.
-CASES["ZeRO-1, adamw, depthwise"] = [*OPTIMIZERS["adamw"], "optimizer.lr=0.0012", *DEPTHWISE]
+CASES |= {
+    f"ZeRO-{n}, adamw, depthwise": [f"engine.zero_stage={n}", *OPTIMIZERS["adamw"], "optimizer.lr=0.0012", *DEPTHWISE]
+    for n in STAGES
+}
 CASES |= {
     f"ZeRO-{stage}, sgd, {form}": [f"engine.zero_stage={stage}", *OPTIMIZERS["sgd"], f'grid.exchange="{form}"']
     for stage, form in enumerate(("bf16", "int8", "bf16", "int8"))
@@ -89,9 +92,13 @@ def test_a_step_has_one_exchange_a_forward_and_one_gradient_reduction(case: str,
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("submodule_ranks", [2, 1], ids=["two submodule ranks", "two replicas"])
-def test_compiled_ranks_equal_eager_ones(submodule_ranks: int, tmp_path: Path) -> None:
-    place = [f"grid.submodule_ranks={submodule_ranks}", "optimizer.name=sgd"]
+@pytest.mark.parametrize(
+    ("submodule_ranks", "exchange"),
+    [(2, "fp32"), (1, "fp32"), (2, "int8")],
+    ids=["two submodule ranks", "two replicas", "two submodule ranks that round"],
+)
+def test_compiled_ranks_equal_eager_ones(submodule_ranks: int, exchange: str, tmp_path: Path) -> None:
+    place = [f"grid.submodule_ranks={submodule_ranks}", "optimizer.name=sgd", f'grid.exchange="{exchange}"']
     cases = {"eager": place, "compiled": [*place, "engine.compile=true"]}
     found = work("steps", 2, tmp_path, {"base": "hsvit", "cases": cases})
     for rank in found:

@@ -1,17 +1,16 @@
 """Writes what is generated in docs/ and recipes/studies/: `python -m tools.docs`.
 
 The picture of the two directions, for light and dark pages; the keys of a recipe, as `hsvit recipe --keys` prints them;
-the tables and plots of the studies that were run. A page's generated part is all that stands below its line
-`<!-- written by …, from here on -->`.
+the tables and plots of the studies that were run.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from pathlib import Path
 
 from tools import studies
+from tools.pages import filled
 
 ROOT = Path(__file__).parents[1]
 NAMES = ("text", "quiet", "box", "line", "wide", "slim")
@@ -21,19 +20,6 @@ THEMES = {
 }
 """GitHub's colours by what is drawn in them; wide: HSViT, slim: Scala."""
 FONT = "-apple-system, BlinkMacSystemFont, 'Segoe UI', 'Noto Sans', Helvetica, Arial, sans-serif"
-MARK = re.compile(r"^<!-- written by .*, from here on -->\n", re.M)
-
-
-def filled(page: str, part: str) -> str:
-    """A page with another generated part.
-
-    Raises:
-        ValueError: the page has no mark.
-    """
-    found = MARK.search(page)
-    if not found:
-        raise ValueError(f"no line {MARK.pattern}")
-    return f"{page[: found.end()]}\n{part}"
 
 
 def text(x: float, y: float, said: str, style: str = "text", anchor: str = "middle", size: int = 13) -> str:

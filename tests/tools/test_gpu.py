@@ -47,14 +47,24 @@ def states(out: Path) -> dict[str, dict[str, str]]:
     return {part: {name: record["state"] for name, record in found.items()} for part, found in parts.items()}
 
 
+def bare_machine(tmp_path: Path) -> str:
+    """What `PYTHONPATH` is there."""
+    (tmp_path / "bare").mkdir()
+    (tmp_path / "bare/sitecustomize.py").write_text(HIDE)
+    return str(tmp_path / "bare")
+
+
+def test_it_starts_on_a_bare_machine(tmp_path: Path) -> None:
+    said = gpu(tmp_path / "out", "report", PYTHONPATH=bare_machine(tmp_path))
+    assert said == f"{tmp_path}/out/{ledger.FILE}: no such file; python -m tools.gpu all --out {tmp_path}/out\n"
+
+
 @pytest.mark.slow
 def test_every_part_comes_to_its_end_from_a_bare_machine_and_then_with_what_was_brought(tmp_path: Path) -> None:
     """Steps that lack nothing are done without the project's libraries; the others name what is missing, and are done
     once it is there; nothing is done twice; the report says what it is."""
-    (tmp_path / "bare").mkdir()
-    (tmp_path / "bare/sitecustomize.py").write_text(HIDE)
     out = tmp_path / "out"
-    said = gpu(out, "all", PYTHONPATH=str(tmp_path / "bare"))
+    said = gpu(out, "all", PYTHONPATH=bare_machine(tmp_path))
     bare = states(out)
     for part, found in steps.PARTS.items():
         for name, step in found.items():

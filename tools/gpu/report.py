@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tools.benchmarks import kernels as benchmarks
-from tools.docs import filled
+from tools.pages import filled
 
 from .ledger import FILE
 from .steps import PARTS

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,6 +13,7 @@ from ..train import check_kernels
 from . import Checkpoint, Debug, Ema, Force, Root, Run, refuse_to_overwrite
 
 if TYPE_CHECKING:
+    from ..models.slimmable import Width
     from ..results.saved import SavedRun
 
 
@@ -45,13 +47,14 @@ def evaluate_run(
             chosen = opened.widths(widths or "all", untrained)
             found, counts = opened.evaluate(split, chosen)
             if opened.grid.is_main:
-                rows = report.width_rows(opened.model, chosen, found)
+                rows = report.width_rows(opened.model, chosen, found, opened.trained)
                 report.print_widths(rows, f"{run}, {split}, {opened.read}")
-                name = _picture(opened, "widths", split, widths)
+                some = chosen if widths else ()
+                name = _picture(opened, "widths", split, some)
                 heading, accuracy = f"{title.of(run)}, {split}, {opened.read}", opened.accuracy_of(split)
                 files = [pictures.draw_widths(name, rows, heading, accuracy)]
                 heading += f", width {chosen[-1]}" if len(chosen) > 1 else ""
-                name = _picture(opened, "classes", split, widths)
+                name = _picture(opened, "classes", split, some)
                 files += pictures.write_classes(name, counts, opened.classes, heading)
                 for file in files:
                     typer.echo(file)
@@ -74,7 +77,7 @@ def _evaluate_present(run: SavedRun, present: str, split: str, widths: str, untr
         if present == "sweep":
             rows = report.present_rows(subsets, top1)
             report.print_present(rows, f"{run.folder}, {where}")
-            name = _picture(run, "present", split, str(width) if widths else "")
+            name = _picture(run, "present", split, (width,) if widths else ())
             heading, accuracy = f"{title.of(run.folder)}, {where}", run.accuracy_of(split)
             files = [pictures.draw_present(name, rows, heading, accuracy)]
             files.append(sweeps.write(name.with_suffix(".csv"), subsets, top1))
@@ -89,7 +92,7 @@ def _evaluate_present(run: SavedRun, present: str, split: str, widths: str, untr
             )
 
 
-def _picture(run: SavedRun, what: str, split: str, widths: str = "") -> Path:
+def _picture(run: SavedRun, what: str, split: str, widths: Sequence[Width]) -> Path:
     from ..results.saved import drawn_name
 
     return run.folder / f"{drawn_name(run, what, split, widths)}.png"

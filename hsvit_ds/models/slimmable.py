@@ -64,6 +64,8 @@ class Width:
 
 
 FULL = Width(1, 1)
+Ratio = float | str
+"""A share of the channels: a decimal fraction, 0.25, or a common one, "1/12"."""
 _OTHER = {"leading": "trailing", "trailing": "leading"}
 
 
@@ -72,15 +74,16 @@ class Change:
     """Another granularity after so many epochs."""
 
     epoch: int
-    granularity: float
+    granularity: Ratio
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    smallest: float = 1.0
-    """The smallest width (s), a decimal fraction; 1: the model is not sliced."""
-    granularity: float = 0.125
-    """Step between widths (epsilon); divides 1 - smallest. The widths are X = (1 - smallest) / granularity + 1."""
+    smallest: Ratio = 1.0
+    """The smallest width (s), 0.25 or "3/12"; 1: the model is not sliced."""
+    granularity: Ratio = 0.125
+    """Step between widths (epsilon), 0.125 or "1/12"; divides 1 - smallest. The widths are X = (1 - smallest) /
+    granularity + 1."""
     side: str = "trailing"
     """End of each axis that the smallest width uses: "trailing" as in the paper, "leading" as in the published code."""
     isolated: bool | str = True
@@ -91,14 +94,14 @@ class Config:
     stay; a width that is not among them is abandoned, and no longer reported."""
 
     def __post_init__(self) -> None:
-        if not 0 < self.smallest <= 1:
+        if not 0 < ratio(self.smallest, "smallest") <= 1:
             raise ValueError(f"smallest = {self.smallest}: must be above 0 and at most 1")
         if self.side not in _OTHER:
             raise ValueError(f'side = "{self.side}": must be "leading" or "trailing"')
         if self.isolated not in (True, False, "large", "small"):
             raise ValueError(f'isolated = "{self.isolated}": must be true, false, "large" or "small"')
         self._check_step("", self.granularity)
-        if self.then and self.smallest == 1:
+        if self.then and ratio(self.smallest) == 1:
             raise ValueError("then: smallest = 1 has one width, which stays; set smallest below 1")
         before = 0
         for change in self.then:
@@ -108,28 +111,28 @@ class Config:
             before = change.epoch
             self._check_step(f"then: after epoch {change.epoch} ", change.granularity)
 
-    def _check_step(self, where: str, granularity: float) -> None:
+    def _check_step(self, where: str, granularity: Ratio) -> None:
         """Refuse a family that full width or the smallest is not in."""
-        if not 0 < granularity <= 1:
+        s, step = ratio(self.smallest), ratio(granularity, f"{where}granularity")
+        if not 0 < step <= 1:
             raise ValueError(f"{where}granularity = {granularity}: must be above 0 and at most 1")
-        s, step = _exact(self.smallest), _exact(granularity)
         if (1 - s) % step:
             below = (1 - s) // step
-            near = [str(float((1 - s) / n)) for n in (below, below + 1) if n]
+            near = [_written((1 - s) / n) for n in (below, below + 1) if n]
             raise ValueError(
-                f"{where}granularity = {granularity} does not divide 1 - smallest = {float(1 - s):g}"
+                f"{where}granularity = {granularity} does not divide 1 - smallest = {_written(1 - s)}"
                 f"{', which would lose the smallest' if where else ''}; the nearest that do: {', '.join(near)}"
             )
 
     @cached_property
     def families(self) -> tuple[tuple[int, tuple[Width, ...]], ...]:
         """(The epoch from which on it is trained, its X widths, the smallest first) of each family, in order."""
-        s = _exact(self.smallest)
-        steps = {0: self.granularity} | {change.epoch: change.granularity for change in self.then}
+        s = ratio(self.smallest)
+        steps = {0: ratio(self.granularity)} | {change.epoch: ratio(change.granularity) for change in self.then}
         # One T for all, so that a width of two families is the same.
-        t = lcm(s.denominator, *(_exact(step).denominator for step in steps.values()))
+        t = lcm(s.denominator, *(step.denominator for step in steps.values()))
         return tuple(
-            (epoch, tuple(self._width(n, t) for n in range(int(s * t), t + 1, int(_exact(step) * t))))
+            (epoch, tuple(self._width(n, t) for n in range(int(s * t), t + 1, int(step * t))))
             for epoch, step in steps.items()
         )
 
@@ -141,44 +144,59 @@ class Config:
     def _width(self, numerator: int, denominator: int) -> Width:
         if numerator == denominator:
             return FULL
-        s, ratio = _exact(self.smallest), Fraction(numerator, denominator)
-        part = "large" if 2 * ratio > 1 + s else "small"
-        takes_other = ratio != s and self.isolated in (True, part)
+        s, own = ratio(self.smallest), Fraction(numerator, denominator)
+        part = "large" if 2 * own > 1 + s else "small"
+        takes_other = own > s and self.isolated in (True, part)
         return Width(numerator, denominator, _OTHER[self.side] if takes_other else self.side)
 
-    def find(self, value: float | str, untrained: bool = False) -> Width:
-        """The width of a ratio such as 0.5.
+    def find(self, value: Ratio, untrained: bool = False) -> Width:
+        """The width of a ratio such as 0.5 or "1/12".
 
-        untrained: also one between the smallest and 1 that is not among the X.
+        untrained: also one that is not among the X, between them or, from the smallest's side, below.
 
         Raises:
             ValueError: not a number, outside, or not one of the X, with the nearest that are.
         """
-        try:
-            ratio = _exact(value)
-        except ValueError:
-            raise ValueError(f'width "{value}": must be a number such as 0.5') from None
+        own = ratio(value, "width")
         for width in self.family:
-            if Fraction(width.numerator, width.denominator) == ratio:
+            if Fraction(width.numerator, width.denominator) == own:
                 return width
-        if not _exact(self.smallest) <= ratio <= 1:
-            among = f"from {self.smallest:g} to 1" if self.smallest < 1 else "1, this model's only one"
-            raise ValueError(f"width {value}: must be {among}")
+        if not (0 if untrained else ratio(self.smallest)) < own <= 1:
+            among = f"from {self.family[0]} to 1" if len(self.family) > 1 else "1, this model's only one"
+            raise ValueError(f"width {value}: must be {'above 0 and at most 1' if untrained else among}")
         if untrained:
-            return self._width(ratio.numerator, ratio.denominator)
+            return self._width(own.numerator, own.denominator)
         raise ValueError(
-            f"width {value} is not one of the {len(self.family)} of this model; {nearest(ratio, self.family)}"
+            f"width {value} is not one of the {len(self.family)} of this model; {nearest(float(own), self.family)}"
         )
 
 
-def nearest(ratio: float | Fraction, among: tuple[Width, ...]) -> str:
+def nearest(value: float, among: tuple[Width, ...]) -> str:
     """The two widths closest to a ratio, for a message."""
-    close = sorted(sorted(among, key=lambda width: abs(float(width) - float(ratio)))[:2], key=float)
+    close = sorted(sorted(among, key=lambda width: abs(float(width) - value))[:2], key=float)
     return f"nearest: {', '.join(str(width) for width in close)}"
 
 
-def _exact(value: float | str) -> Fraction:
-    return Fraction(str(value))  # as written: 0.1 is a tenth
+def ratio(value: Ratio, name: str = "") -> Fraction:
+    """As written: 0.1 is a tenth. What a width prints is that width again: 0.083333 is a twelfth.
+
+    Raises:
+        ValueError: not a number; name: what of.
+    """
+    try:
+        exact = Fraction(str(value))
+    except ValueError:
+        raise ValueError(f'{name} = "{value}": must be a number such as 0.5, or a fraction such as "1/12"') from None
+    except ZeroDivisionError:
+        raise ValueError(f'{name} = "{value}": a fraction\'s denominator must not be 0') from None
+    simple = exact.limit_denominator(1000)
+    return simple if f"{float(simple):.6f}" == f"{float(exact):.6f}" else exact
+
+
+def _written(value: Fraction) -> str:
+    """As a recipe can say it: 0.0625, "1/12"."""
+    decimal = str(float(value))
+    return decimal if Fraction(decimal) == value else f'"{value}"'
 
 
 class Linear(nn.Linear):

@@ -19,12 +19,14 @@ MANY = 20
 
 @dataclass(frozen=True)
 class Row:
-    """A width. macs: multiply-adds of an image. top1: %, by split, None where it was not measured."""
+    """A width. macs: multiply-adds of an image. top1: %, by split, None where it was not measured. trained: whether the
+    run trained this width."""
 
     width: Width
     parameters: int
     macs: int
     top1: Mapping[str, float | None]
+    trained: bool
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,11 @@ class Card:
         lines = [_line(["width", "parameters", "GMACs", *heads]), _line(["---"] * (3 + len(heads)))]
         for row in self.rows:
             scores = [row.top1[split] for split in self.sizes]
-            cells = [str(row.width), f"{row.parameters:,}", f"{row.macs / 1e9:.4f}"]
+            cells = [
+                f"{row.width}{'' if row.trained else ' (untrained)'}",
+                f"{row.parameters:,}",
+                f"{row.macs / 1e9:.4f}",
+            ]
             cells += ["not measured" if score is None else f"{score:.2f}" for score in scores]
             lines.append(
                 _line([f"**{cell}**" for cell in cells] if row.width == width and len(self.rows) > 1 else cells)

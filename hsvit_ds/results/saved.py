@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import combinations, count
@@ -219,8 +219,14 @@ class SavedRun:
         splits = dict.fromkeys((data.val, data.test))
         scores = {split: self.measured(split) for split in splits}
         rows = tuple(
-            Row(w, models.parameters(self.model, w), models.macs(self.model, w), {s: scores[s].get(w) for s in splits})
-            for w in dict.fromkeys((*self.trained, width))
+            Row(
+                w,
+                models.parameters(self.model, w),
+                models.macs(self.model, w),
+                {s: scores[s].get(w) for s in splits},
+                w in self.trained,
+            )
+            for w in sorted({*self.trained, width}, key=float)
         )
         sizes = {split: self.reader.count(split) for split in splits if scores[split]}
         return Card(
@@ -255,10 +261,9 @@ class SavedRun:
         return self.grid.norms if self.grid.replicas > 1 else None
 
 
-def drawn_name(run: SavedRun, what: str, split: str, widths: str = "") -> str:
-    """What `hsvit evaluate` calls a file of its own: the run drew others."""
-    parts = ["evaluate", what, split, f"step-{run.steps}", *(["ema"] if run.ema else []), *widths.split(",")]
-    return "-".join(filter(None, parts))
+def drawn_name(run: SavedRun, what: str, split: str, widths: Sequence[Width] = ()) -> str:
+    """What `hsvit evaluate` calls a file of its own: the run drew others. widths: of some alone."""
+    return "-".join(["evaluate", what, split, f"step-{run.steps}", *(["ema"] if run.ema else []), *(map(str, widths))])
 
 
 def open_run(folder: Path, ema: bool = False, root: str = "", checkpoint: str = "latest") -> SavedRun:

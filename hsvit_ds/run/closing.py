@@ -37,7 +37,7 @@ def draw(
     files += write_classes(folder / f"classes-{test}.png", counts, class_names(recipe.data), named)
     if len(widths) == 1:
         return files, []
-    rows = width_rows(model, widths, {key.removeprefix(f"{test}/"): value for key, value in final.items()})
+    rows = width_rows(model, widths, {key.removeprefix(f"{test}/"): value for key, value in final.items()}, widths)
     files.append(draw_widths(folder / f"widths-{test}.png", rows, named, accuracy_of(test, reader.count(test))))
     return files, rows
 

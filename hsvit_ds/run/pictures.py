@@ -30,15 +30,19 @@ def accuracy_of(split: str, images: int) -> str:
 
 
 def draw_widths(path: Path, rows: Sequence[WidthRow], title: str, accuracy: str) -> Path:
-    """A PNG of accuracy against GMACs, one point a width. accuracy: see `accuracy_of`."""
+    """A PNG of accuracy against GMACs, one point a width, a hollow one if it was not trained. accuracy: see
+    `accuracy_of`."""
     figure, axes = _figure(7, 4.5)
     points = [(row.macs / 1e9, row.top1) for row in rows]
-    axes.plot(*zip(*points, strict=True), marker="o")
+    (line,) = axes.plot(*zip(*points, strict=True))
+    for row, point in zip(rows, points, strict=True):
+        fill = line.get_color() if row.trained else "white"
+        axes.plot(*point, marker="o", color=line.get_color(), markerfacecolor=fill)
     for row, point, after in zip(rows, points, [*points[1:], points[-1]], strict=True):
         # The line goes on to the right, up or down: the name stands on its other side.
         rises = after[1] >= point[1]
         offset = (5, -5) if rises else (5, 5)
-        axes.annotate(str(row.width), point, textcoords="offset points", xytext=offset, va="top" if rises else "bottom")
+        axes.annotate(row.name, point, textcoords="offset points", xytext=offset, va="top" if rises else "bottom")
     axes.set(xlabel="GMACs of an image (billions of multiply-adds)", ylabel=accuracy)
     axes.set_title(title, parse_math=False)
     axes.margins(0.12)

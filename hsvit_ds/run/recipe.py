@@ -163,7 +163,7 @@ def _build(table: dict[str, Any], where: str) -> Recipe:
         # As JSON pydantic is strict about types and still takes a TOML array for a tuple.
         return TypeAdapter(Recipe).validate_json(json.dumps(table), strict=True)
     except ValidationError as error:
-        lines = [_explain(e) for e in error.errors()]
+        lines = dict.fromkeys(_explain(e) for e in error.errors())
         raise RefusedError(f"{where}: {'; '.join(lines)}") from error
     except TypeError as error:  # a TOML date, which JSON does not have
         raise RefusedError(f"{where}: {error}") from error
@@ -181,6 +181,8 @@ def _explain(error: Any) -> str:
         return f'{key}.kind = "{error["input"]["kind"]}": must be one of {", ".join(_kinds(key))}'
     if error["type"] == "missing":
         return f"{key} is missing"
+    if error["loc"][-1] in ("float", "str"):  # the two kinds of a Ratio
+        return f'{key.rpartition(".")[0]} = {error["input"]!r}: must be a number, or a fraction such as "1/12"'
     return f"{key} = {error['input']!r}: {message[:1].lower()}{message[1:]}"
 
 

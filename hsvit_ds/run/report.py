@@ -166,19 +166,32 @@ def duration(seconds: float) -> str:
 
 @dataclass(frozen=True)
 class WidthRow:
-    """One subnet. macs: multiply-adds of an image. top1: %."""
+    """One subnet. macs: multiply-adds of an image. top1: %. trained: whether the run trained this width."""
 
     width: Width
     parameters: int
     macs: int
     top1: float
+    trained: bool
+
+    @property
+    def name(self) -> str:
+        return f"{self.width}{'' if self.trained else ' (untrained)'}"
 
 
-def width_rows(model: models.Model, widths: Sequence[Width], found: Mapping[str, float]) -> list[WidthRow]:
-    """A row for each width, from an evaluation's metrics."""
+def width_rows(
+    model: models.Model, widths: Sequence[Width], found: Mapping[str, float], trained: Sequence[Width]
+) -> list[WidthRow]:
+    """A row for each width, from an evaluation's metrics. trained: the widths that the run trained."""
     return [
-        WidthRow(w, models.parameters(model, w), models.macs(model, w), found.get(f"top1_w{w}", found["top1"]))
-        for w in widths
+        WidthRow(
+            width,
+            models.parameters(model, width),
+            models.macs(model, width),
+            found.get(f"top1_w{width}", found["top1"]),
+            width in trained,
+        )
+        for width in widths
     ]
 
 
@@ -187,7 +200,7 @@ def print_widths(rows: Sequence[WidthRow], title: str) -> None:
     table = Table("width", "side", "parameters", "GMACs", "top-1, %", title=title, caption=SIDE)
     for row in rows:
         side = "all" if row.width.is_full else row.width.side
-        table.add_row(str(row.width), side, f"{row.parameters:,}", f"{row.macs / 1e9:.4f}", f"{row.top1:.2f}")
+        table.add_row(row.name, side, f"{row.parameters:,}", f"{row.macs / 1e9:.4f}", f"{row.top1:.2f}")
     Voice().print(table)
 
 

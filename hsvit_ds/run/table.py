@@ -148,7 +148,7 @@ def first_words(path: Path, overrides: list[str], ranks: int) -> str:
         table = read(path, overrides)
         model, data = table["model"], table.get("data", {})
         kind, named = _MODELS[model["kind"]], model.get("name" if model["kind"] == "timm" else "variant")
-        slimmable = model.get("widths", {}).get("smallest", 1) < 1
+        slimmable = model.get("widths", {}).get("smallest", 1) != 1
         article = "a slimmable" if slimmable else "an" if kind == "HSViT" else "a"
         of = f"{article} {kind}{f' ({named})' if named else ''}"
         name = table.get("run", {}).get("name") or run_name(path)

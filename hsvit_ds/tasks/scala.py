@@ -40,9 +40,9 @@ class Config:
     (US-Net, arXiv 1903.05134). An empty range gives no pass. Full and three from all below it, so that the smallest is
     not in every step: "interior" (figure 4). One of all: "single" (AutoFormer, arXiv 2107.00651). `width` alone:
     "fixed" (separate training)."""
-    width: float = 1.0
+    width: slimmable.Ratio = 1.0
     """The width of sampling = "fixed"."""
-    pinned: tuple[float, ...] = ()
+    pinned: tuple[slimmable.Ratio, ...] = ()
     """Of sampling = "paper" and "code": widths that every step trains, each instead of one drawn from the range that it
     lies in: [0.8125] or [0.4375] (figures 13 and 14)."""
     same_widths: bool = True
@@ -77,7 +77,7 @@ class Config:
             raise ValueError(f"full_lr = {self.full_lr}: must be above 0 and at most 1")
         if self.transfer == "none" and not self.label_weight:
             raise ValueError('transfer = "none" and label_weight = 0: the smaller widths would learn nothing')
-        if self.sampling != "fixed" and self.width != 1.0:
+        if self.sampling != "fixed" and slimmable.ratio(self.width, "width") != 1:
             raise ValueError(f'width = {self.width} is for sampling = "fixed"; this is "{self.sampling}"')
         if self.pinned and self.sampling not in ("paper", "code"):
             raise ValueError(
@@ -101,7 +101,7 @@ class Config:
         if self.sampling == "fixed":
             width = widths.find(self.width)
             if width not in family:
-                near = slimmable.nearest(self.width, family)
+                near = slimmable.nearest(float(width), family)
                 raise ValueError(f"width {width} is not in every family of model.widths.then; {near}")
             return [(width,)]
         smallest, full, between = family[0], family[-1], family[1:-1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from itertools import pairwise
 
 import pytest
@@ -106,9 +107,11 @@ def test_impossible_families_are_refused(options: dict, message: str) -> None:  
     ("value", "untrained", "message"),
     [
         ("0.3", False, "width 0.3 is not one of the 4 of this model; nearest: 0.25, 0.50"),
-        (0.2, True, "width 0.2: must be from 0.25 to 1"),
-        (1.1, True, "width 1.1: must be from 0.25 to 1"),
-        ("wide", True, 'width "wide": must be a number such as 0.5'),
+        (0.2, False, "width 0.2: must be from 0.25 to 1"),
+        (1.1, True, "width 1.1: must be above 0 and at most 1"),
+        (0.0, True, "width 0.0: must be above 0 and at most 1"),
+        ("wide", True, 'width = "wide": must be a number such as 0.5, or a fraction such as "1/12"'),
+        ("1/0", True, 'width = "1/0": a fraction\'s denominator must not be 0'),
     ],
 )
 def test_a_width_off_the_grid_is_refused_with_the_nearest(value: float | str, untrained: bool, message: str) -> None:
@@ -120,6 +123,41 @@ def test_an_untrained_width_takes_the_side_of_those_between() -> None:
     widths = Config(smallest=0.25, granularity=0.25)
     assert widths.find(0.375, untrained=True) == Width(3, 8, "leading")
     assert widths.find("0.5") == widths.find(0.5) == widths.family[1]
+
+
+@pytest.mark.parametrize("side", ["leading", "trailing"])
+def test_an_untrained_width_below_the_smallest_takes_its_side(side: str) -> None:
+    widths = Config(smallest=0.25, granularity=0.25, side=side)
+    assert widths.find(0.125, untrained=True) == Width(1, 8, side)
+    assert widths.find("1/12", untrained=True) == Width(1, 12, side)
+
+
+def test_widths_are_fractions_too() -> None:
+    twelfths = Config(smallest="3/12", granularity="1/12", isolated=False, side="leading")
+    assert twelfths.family == (*(Width(n, 12) for n in range(3, 12)), Width(1, 1))
+    assert Config(smallest="1/12", granularity="1/12").family[0] == Width(1, 12, "trailing")
+    assert Config(smallest="0.25", granularity="1/4").family == Config(smallest=0.25, granularity=0.25).family
+
+
+@pytest.mark.parametrize("denominator", [*range(1, 33), 48, 64, 96, 100, 128, 192, 256, 384])
+def test_every_width_that_is_printed_is_accepted_again(denominator: int) -> None:
+    for numerator in range(1, denominator + 1):
+        width = Width(numerator, denominator)
+        for value in (str(width), float(width), f"{numerator}/{denominator}"):
+            found = Config(smallest=str(width), granularity=f"{max(denominator - numerator, 1)}/{denominator}").find(
+                value
+            )
+            assert float(found) == float(width)
+            assert str(found) == str(width)
+
+
+def test_the_granularity_that_is_advised_is_accepted() -> None:
+    with pytest.raises(ValueError, match=r"granularity = 0\.0833 does not divide") as refused:
+        Config(smallest=0.25, granularity=0.0833)
+    advised = re.findall(r'"?([\d./]+)"?', str(refused.value).partition("the nearest that do: ")[2])
+    assert advised == ["1/12", "0.075"]
+    for value in advised:
+        assert Config(smallest=0.25, granularity=value).family
 
 
 def test_a_width_that_does_not_divide_an_axis_is_refused() -> None:

@@ -199,8 +199,14 @@ def test_a_width_that_was_never_trained_is_refused(tmp_path: Path) -> None:
     code, output = command("export", tmp_path, "--width", "0.5")
     assert code == 2
     assert "width 0.50 was never trained (trained: 1.00); --untrained takes it anyway" in output
-    code, output = command("evaluate", tmp_path, "--widths", "0.5,1", "--untrained")
+    code, output = command("evaluate", tmp_path, "--widths", "1/8,0.5,1", "--untrained")
     assert code == 0, output
+    assert [line.split("│")[1].strip() for line in output.splitlines() if line.startswith("│")] == [
+        "0.125 (untrained)", "0.50 (untrained)", "1.00",
+    ]  # fmt: skip
+    code, output = command("export", tmp_path, "--width", "1/8", "--untrained")
+    assert code == 0, output
+    assert "| **0.125 (untrained)** |" in (tmp_path / "export-0.125/README.md").read_text()
     code, output = command("export", tmp_path, "--width", "0.3")
     assert code == 2
     assert "width 0.3 is not one of the 7 of this model; nearest: 0.25, 0.375" in output

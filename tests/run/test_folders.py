@@ -96,7 +96,7 @@ def test_names_are_printed_and_drawn_as_they_are(
     out = capsys.readouterr().out
     for start in ("say", "row", "sum", "title"):
         assert f"{start} {name}" in out
-    rows = [report.WidthRow(Width(4, 4), 1, 1, 50.0)]
+    rows = [report.WidthRow(Width(4, 4), 1, 1, 50.0, trained=True)]
     pictures.draw_widths(tmp_path / "widths.png", rows, name, "top-1")
     pictures.draw_present(tmp_path / "present.png", [report.PresentRow(1, (50.0,))], name, "top-1")
     answers = Answers((Width(4, 4),), torch.eye(2, dtype=torch.int64), torch.ones(1, 2, dtype=torch.int64))

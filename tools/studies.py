@@ -22,6 +22,7 @@ from hsvit_ds.run import table
 from hsvit_ds.run.summary import Summary
 from hsvit_ds.sweeps import cells
 from hsvit_ds.sweeps.cells import Cell, Sweep
+from hsvit_ds.sweeps.estimate import work
 
 ROOT = Path(__file__).parents[1]
 STUDIES = ROOT / "recipes/studies"
@@ -104,7 +105,7 @@ def _row(runs: Sequence[tuple[Cell, Summary]], varied: Sequence[str]) -> dict[st
         "width": costs.width,
         "parameters": costs.parameters,
         "macs": costs.macs,
-        "minutes": round(mean(one.seconds for _, one in runs) / 60, 1),
+        "training_macs": round(work(cell)),
     }
 
 
@@ -136,12 +137,12 @@ def _list(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     columns = list(dict.fromkeys(name for row in rows for name in row["top1"]))
     if len(columns) > 1:  # the largest width is among them
         columns = [name for name in columns if name]
-    heads = ["", *(name or "top-1" for name in columns), "parameters", "GMACs", "minutes"]
+    heads = ["", *(name or "top-1" for name in columns), "parameters", "GMACs", "training, TMACs"]
     yield f"| {' | '.join(heads)} |"
     yield f"| --- |{' ---: |' * (len(heads) - 1)}"
     for row in rows:
         scores = [words(row["top1"][name]) if name in row["top1"] else "" for name in columns]
-        costs = [f"{row['parameters']:,}", f"{row['macs'] / 1e9:.4f}", f"{row['minutes']:.1f}"]
+        costs = [f"{row['parameters']:,}", f"{row['macs'] / 1e9:.4f}", f"{row['training_macs'] / 1e12:.2f}"]
         yield f"| {' | '.join([row['label'], *scores, *costs])} |"
 
 

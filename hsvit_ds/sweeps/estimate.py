@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Sequence
-from statistics import mean
 from typing import NamedTuple
 
 from ..data import splits
@@ -14,9 +13,6 @@ from ..run import timing
 from ..run.processes import Share
 from ..tasks import scala
 from .cells import Cell
-
-_DRAWS = 100
-"""Steps whose widths are drawn for the mean of all."""
 
 
 class Estimate(NamedTuple):
@@ -45,7 +41,7 @@ def estimate(cells: Sequence[Cell], share: Share) -> Estimate:
         return Estimate(seconds, f"as {counted(len(done), 'finished cell')} took from the first step on")
     first = left[0]
     timed = timing.first_steps(recipes.dumps(first.recipe), first.plan.ranks, share)
-    rate = timed.images_per_second * _macs(first)
+    rate = timed.images_per_second * work(first) / _images(first)
     seconds = {cell.name: timed.start + _left(cell) / rate for cell in left}
     steps = f"{counted(timing.STEPS, 'step')} of {first.name} took ({timed.images_per_second:,.0f} images/s)"
     return Estimate(seconds, f"as {steps}, and its start ({timed.start:.0f} s); without evaluations")
@@ -61,27 +57,28 @@ def _seconds(cell: Cell, share: Share) -> float:
 def _pace(done: Sequence[tuple[Cell, float]], cell: Cell) -> float:
     """Seconds for a multiply-add, of finished cells of the same recipe where there are such."""
     same = [pair for pair in done if pair[0].path == cell.path] or done
-    return sum(seconds for _, seconds in same) / sum(_work(other) for other, _ in same)
+    return sum(seconds for _, seconds in same) / sum(work(other) for other, _ in same)
 
 
 def _left(cell: Cell) -> float:
     """What of a cell's work is still to be done."""
     found = cell.summary
-    return _work(cell) * (1 - found.step / found.steps if found and found.steps else 1)
+    return work(cell) * (1 - found.step / found.steps if found and found.steps else 1)
 
 
-def _work(cell: Cell) -> float:
-    """Multiply-adds of its training steps, forward."""
-    return _macs(cell) * float(cell.plan.steps * cell.recipe.run.global_batch)
-
-
-def _macs(cell: Cell) -> float:
-    """Multiply-adds of an image in a step, forward, over the widths that are trained."""
-    recipe, plan = cell.recipe, cell.plan
+def work(cell: Cell) -> float:
+    """Multiply-adds of a cell's training, on average over seeds: an image's at a width, three times for forward and
+    backward. Teachers and evaluations are not counted."""
+    recipe, plan, facts = cell.recipe, cell.plan, splits.facts(cell.recipe.data)
     if not isinstance(recipe.task, scala.Config):
-        return plan.macs
-    facts = splits.facts(recipe.data)
+        return 3.0 * _images(cell) * plan.macs
     sampler = scala.Sampler(recipe.task, recipe.model.widths, recipe.run.seed, plan.steps_per_epoch)
-    steps = range(0, plan.steps, max(1, plan.steps // _DRAWS))
     shape = facts.image_size, facts.channels, facts.classes
-    return mean(sum(recipe.model.macs(*shape, width) for width in sampler.draw(step)) for step in steps)
+    each = _images(cell) / recipe.run.epochs
+    epochs = sampler.expected_epochs(plan.steps).items()
+    return 3.0 * each * sum(count * recipe.model.macs(*shape, width) for width, count in epochs)
+
+
+def _images(cell: Cell) -> int:
+    """That are trained on, each as often as it is."""
+    return cell.plan.steps * cell.recipe.run.global_batch

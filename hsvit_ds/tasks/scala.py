@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -137,7 +138,7 @@ class Sampler:
     """Which widths a step trains: integer draws, a pure function of (seed, step, first sample of the micro batch)."""
 
     def __init__(self, config: Config, widths: slimmable.Config, seed: int, steps_per_epoch: int) -> None:
-        self.config, self.seed = config, seed
+        self.config, self.seed, self.steps_per_epoch = config, seed, steps_per_epoch
         self.full, self.full_steps = widths.family[-1], config.full_epochs * steps_per_epoch
         self.phases = [(epoch * steps_per_epoch, config.ranges(widths, family)) for epoch, family in widths.families]
         """(First step, ranges) of each family."""
@@ -169,6 +170,17 @@ class Sampler:
 
     def _in(self, ranges: list[tuple[Width, ...]]) -> set[Width]:
         return {width for range_ in ranges for width in range_} | ({self.full} if self.full_steps else set())
+
+    def expected_epochs(self, steps: int) -> dict[Width, float]:
+        """How many epochs each width is trained for in the first `steps` steps, on average over seeds, the smallest
+        first. In Scala those between are for 2 / (X - 2) of a run's each, their mean (equation 1)."""
+        found = dict.fromkeys(self.possible, 0.0)
+        starts = sorted({0, *(first for first, _ in self.phases), self.full_steps, steps})
+        for start, end in pairwise(start for start in starts if start <= steps):
+            for range_ in self._ranges(start):
+                for width in range_:
+                    found[width] += (end - start) / self.steps_per_epoch / len(range_)
+        return found
 
     def trained(self, steps: int) -> tuple[Width, ...]:
         """The widths drawn in the first `steps` steps (by the first micro batch) and not abandoned since, the smallest

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -127,6 +128,43 @@ def test_a_pinned_width_takes_the_place_of_the_one_of_its_range(sampling: str, p
     assert len(held.trained(200)) == 13 - len(free.phases[0][1][place]) + 1
     both = sampler(0.25, 0.0625, sampling=sampling, pinned=(0.4375, 0.8125))
     assert [float(width) for width in both.trained(200)] == [0.25, 0.4375, 0.8125, 1.0]
+
+
+@pytest.mark.parametrize(("granularity", "epochs"), [(0.0625, 55), (0.125, 120), (0.25, 300)])
+def test_expected_epochs_are_those_of_equation_1(granularity: float, epochs: int) -> None:
+    """300 epochs, X = 13, 7, 4: the paper's figures."""
+    found = sampler(0.25, granularity).expected_epochs(3000)
+    smallest, *between, full = found.values()
+    assert smallest == full == pytest.approx(300)
+    assert sum(between) / len(between) == pytest.approx(600 / (len(found) - 2))
+    assert sum(between) / len(between) == pytest.approx(epochs, abs=0.5)
+
+
+def test_expected_epochs_are_those_of_the_published_code() -> None:
+    """Its ranges and 10 epochs of full width alone: 48 of 300 for the large ones, 58 for the small ones."""
+    smallest, *between, full = sampler(0.25, 0.0625, sampling="code", full_epochs=10).expected_epochs(3000).values()
+    assert (smallest, full) == (pytest.approx(290), pytest.approx(300))
+    assert [round(epochs) for epochs in between] == [58] * 5 + [48] * 6
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"sampling": "paper"}, {"sampling": "code", "full_epochs": 30}, {"sampling": "sandwich"},
+        {"sampling": "interior"}, {"sampling": "single"}, {"sampling": "fixed", "width": 0.5}, {"pinned": (0.75,)},
+        {"full_epochs": 500},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_expected_epochs_are_the_mean_of_what_is_drawn(options: dict) -> None:  # type: ignore[type-arg]
+    """Epochs of 10 steps, another family after 200 of 400."""
+    widths = Widths(smallest=0.25, granularity=0.125, then=(Change(epoch=200, granularity=0.25),))
+    found = Sampler(Config(**options), widths, 0, 10)
+    drawn = Counter(width for step in range(4000) for width in found.draw(step))
+    expected = found.expected_epochs(4000)
+    assert drawn.keys() <= expected.keys()
+    for width, epochs in expected.items():
+        assert drawn[width] / 10 == pytest.approx(epochs, abs=max(15, 0.1 * epochs) if 0 < epochs < 400 else 0)
 
 
 @pytest.mark.parametrize("sampling", ["paper", "code", "sandwich", "interior", "single"])

@@ -42,7 +42,9 @@ def test_a_row_is_of_the_seeds_of_a_cell(tmp_path: Path) -> None:
     for row, depth in zip(found["rows"], (2, 1), strict=True):
         expected = [round(50.0 + seed + 10 * depth + 16 / 7, 4) for seed in (0, 1, 2)]
         assert row["top1"] == {"": expected}
-        said = f"| {row['label']} | {mean(expected):.2f} ± {stdev(expected):.2f} | 40 | 5.0000 | 1.5 |"
+        plan = next(cell.plan for cell in sweep.cells if cell.recipe.model.depth == depth)
+        training = 3 * plan.steps * sweep.cells[0].recipe.run.global_batch * plan.macs / 1e12
+        said = f"| {row['label']} | {mean(expected):.2f} ± {stdev(expected):.2f} | 40 | 5.0000 | {training:.2f} |"
         assert said in studies.markdown(found, "a.svg")
     assert "3 seeds, mean ± sample deviation" in studies.markdown(found, "a.svg")
 

@@ -177,7 +177,7 @@ def picture(found: Mapping[str, Any]) -> str:
     from matplotlib.figure import Figure
 
     with mpl.rc_context({"svg.hashsalt": "hsvit-ds", "font.size": 9}):
-        figure = Figure(figsize=(7, 3.6), layout="constrained")
+        figure = Figure(figsize=(7, 4), layout="constrained")
         axes, rows, pair = figure.subplots(), found["rows"], _axes(found["rows"])
         if pair:
             down, across = (table.short(key, pair) for key in pair)
@@ -186,7 +186,7 @@ def picture(found: Mapping[str, Any]) -> str:
                 values = [table.text(row["keys"][pair[0]]) for row in own]
                 axes.plot(values, [row["top1"][""][0] for row in own], "o-", label=f"{across} {line}")
             axes.set(xlabel=down, ylabel=TOP1)
-            axes.legend(fontsize=8)
+            figure.legend(loc="outside lower center", ncols=2, fontsize=8)
         elif any(len(row["top1"]) > 1 for row in rows):
             for row in rows:
                 scores = {name: values for name, values in row["top1"].items() if name and "," not in name}
@@ -195,7 +195,7 @@ def picture(found: Mapping[str, Any]) -> str:
                 axes.errorbar(at, points, bars, marker="o", capsize=2, label=row["label"])
             by_width = any(name.startswith(WIDTH) for row in rows for name in row["top1"])
             axes.set(xlabel="width" if by_width else "submodules that answer", ylabel=TOP1)
-            axes.legend(fontsize=8)
+            figure.legend(loc="outside lower center", ncols=2, fontsize=8)
         else:
             points, bars = zip(*(_bar(row["top1"][""]) for row in rows), strict=True)
             axes.errorbar(points, [row["label"] for row in rows], xerr=bars, fmt="o", capsize=2)

@@ -163,10 +163,15 @@ def _build(table: dict[str, Any], where: str) -> Recipe:
         # As JSON pydantic is strict about types and still takes a TOML array for a tuple.
         return TypeAdapter(Recipe).validate_json(json.dumps(table), strict=True)
     except ValidationError as error:
-        lines = dict.fromkeys(_explain(e) for e in error.errors())
+        # Of a key of two types each complains, and the other one says what it is.
+        lines = [_explain(e) for e in error.errors() if e["loc"][-1] != "str"]
         raise RefusedError(f"{where}: {'; '.join(lines)}") from error
     except TypeError as error:  # a TOML date, which JSON does not have
         raise RefusedError(f"{where}: {error}") from error
+
+
+_OR_WORD = {"float": 'must be a number, or a fraction such as "1/12"', "bool": "must be true, false or a word"}
+"""What is said of keys that are of such a type or a string."""
 
 
 def _explain(error: Any) -> str:
@@ -181,8 +186,8 @@ def _explain(error: Any) -> str:
         return f'{key}.kind = "{error["input"]["kind"]}": must be one of {", ".join(_kinds(key))}'
     if error["type"] == "missing":
         return f"{key} is missing"
-    if error["loc"][-1] in ("float", "str"):  # the two kinds of a Ratio
-        return f'{key.rpartition(".")[0]} = {error["input"]!r}: must be a number, or a fraction such as "1/12"'
+    if error["loc"][-1] in _OR_WORD:
+        return f"{key.rpartition('.')[0]} = {error['input']!r}: {_OR_WORD[error['loc'][-1]]}"
     return f"{key} = {error['input']!r}: {message[:1].lower()}{message[1:]}"
 
 

@@ -162,6 +162,9 @@ SCALA = ROOT / "recipes/digits/scala.toml"
     ("override", "message"),
     [
         ("model.distilled=true", "model.distilled = true needs a teacher: set task.teacher.name"),
+        ("model.widths.smallest=true", 'model.widths.smallest = True: must be a number, or a fraction such as "1/12"'),
+        ("model.widths.granularity=1/0", 'granularity = "1/0": a fraction\'s denominator must not be 0'),
+        ("model.widths.isolated=3", "model.widths.isolated = 3: must be true, false or a word"),
         ("model.distilled=true task={kind='supervised'}", 'model.distilled = true needs task.kind = "scala"'),
         (
             "task.sampling=fixed task.width=0.3",

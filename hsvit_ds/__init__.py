@@ -10,6 +10,7 @@ __all__ = [
     "create_model",
     "import_deit",
     "import_hsvit",
+    "import_hydravit",
     "import_scala",
     "import_weights",
     "list_models",
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from .engine.interop import (
         import_deit,
         import_hsvit,
+        import_hydravit,
         import_scala,
         import_weights,
         load_model,

@@ -15,7 +15,7 @@ from . import models
 from .data.sets import IMAGENET_MEAN, IMAGENET_STD
 from .engine.interop import MODEL, load_model, load_run
 from .errors import RefusedError
-from .models import hsvit, slimmable, vit
+from .models import hsvit, slimmable, vit, vit_config
 from .models.network import any_seed
 from .models.weights import load_exactly, read_foreign, unwrapped, with_own_classifier
 
@@ -27,7 +27,7 @@ def _known() -> Iterator[tuple[str, Config, int]]:
     for variant, side in {"C2A2": 32, "C3A4": 32, "C4A8": 32, "ImageNet-256": 256}.items():
         yield f"hsvit_{variant}", hsvit.Config(variant=variant), side
     widths = slimmable.Config(smallest=0.25, granularity=0.0625)
-    for variant in vit.VARIANTS:
+    for variant in vit_config.VARIANTS:
         yield f"scala_{variant}", vit.Config(variant=variant, distilled=True, widths=widths), 224
 
 

@@ -13,16 +13,17 @@ from . import Debug, Force, refuse_to_overwrite
 
 
 def import_weights(
-    file: Annotated[Path, typer.Argument(help="Weights of the published HSViT or Scala code, or of timm's DeiT.")],
+    file: Annotated[Path, typer.Argument(help="Weights of the published HSViT, Scala or HydraViT, or of timm's DeiT.")],
     out: Annotated[Path, typer.Option("-o", "--out", help="Where to write .safetensors.")],
     image_size: Annotated[int, typer.Option(help="HSViT: side of the images, pixels.")] = 0,
     pool_strides: Annotated[str, typer.Option(help="HSViT: stride of each block's pool: 2,1,2,1")] = "",
     heads: Annotated[int, typer.Option(help="Attention heads; 8 for HSViT, one for 64 channels of a DeiT.")] = 0,
     smallest: Annotated[
-        float, typer.Option(help="Scala: the smallest width; without it the weights are a DeiT's.")
+        float, typer.Option(help="Scala, HydraViT: the smallest width; without it the weights are a DeiT's.")
     ] = 1.0,
-    granularity: Annotated[float, typer.Option(help="Scala: the step between widths.")] = 0.0625,
+    granularity: Annotated[float, typer.Option(help="Scala, HydraViT: the step between widths.")] = 0.0625,
     side: Annotated[str, typer.Option(help="Scala: the smallest width's channels, leading or trailing.")] = "leading",
+    hydravit: Annotated[bool, typer.Option("--hydravit", help="HydraViT: a width is whole heads.")] = False,
     force: Force = False,
     trust: Annotated[bool, typer.Option("--trust", help="Unpickle a file that could run code.")] = False,
     debug: Debug = False,
@@ -50,6 +51,7 @@ def import_weights(
             smallest=smallest,
             granularity=granularity,
             side=side,
+            hydravit=hydravit,
         )
         interop.save_model(model, out)
         count = sum(p.numel() for p in model.parameters())

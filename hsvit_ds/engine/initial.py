@@ -172,7 +172,8 @@ def _check_kind(model: ViT | HSViT, found: Found, taken: int, count: int) -> Non
             f'{found.key}: {taken} of {counted(count, "tensor")} of this model (kind = "{c.kind}", depth = {c.depth}) '
             f"are there; they seem to be {known}"
         )
-    if (heads := found.config.get("heads", c.heads)) != c.heads:
+    is_as_wide = found.config.get("embedding", c.embedding) == c.embedding
+    if (heads := found.config.get("heads", c.heads)) != c.heads and is_as_wide:
         raise RefusedError(
             f"{found.key}: of a model with {counted(heads, 'head')}, without which the weights mean something else, "
             f"although no shape tells; set model.heads = {heads} (here {c.heads})"

@@ -41,9 +41,11 @@ def import_weights(
     smallest: float = 1.0,
     granularity: float = 0.0625,
     side: str = "leading",
+    hydravit: bool = False,
 ) -> models.Model:
-    """Build the model that weights belong to, told by their keys: the published HSViT's, or a DeiT's, which Scala's
-    are too where `smallest` is below 1. Arguments and errors: `import_hsvit`, `import_scala`, `import_deit`."""
+    """Build the model that weights belong to, told by their keys: the published HSViT's, or a DeiT's, which where
+    `smallest` is below 1 are Scala's too, or HydraViT's (`hydravit`). Arguments and errors: `import_hsvit`,
+    `import_scala`, `import_hydravit`, `import_deit`."""
     weights = unwrapped(state_dict)
     if not any(key.startswith(("blocks.", "patch_embed.")) for key in weights):
         if not any("conv2d_layers." in key for key in weights):
@@ -57,6 +59,8 @@ def import_weights(
         return import_hsvit(state_dict, image_size=image_size, pool_strides=pool_strides, heads=heads or 8)
     if smallest == 1:
         return import_deit(state_dict, heads)
+    if hydravit:
+        return import_hydravit(state_dict, smallest=smallest, granularity=granularity, heads=heads)
     return import_scala(state_dict, smallest=smallest, granularity=granularity, side=side, heads=heads)
 
 
@@ -76,6 +80,15 @@ def import_scala(
     """
     widths = {"smallest": smallest, "granularity": granularity, "side": side}
     return _import_vit(state_dict, widths, heads, qkv="fused", softmax_scale="full", norm_eps=1e-5)
+
+
+def import_hydravit(
+    state_dict: Mapping[str, Any], *, smallest: slimmable.Ratio, granularity: slimmable.Ratio, heads: int = 0
+) -> vit.ViT:
+    """Build a `ViT` that computes what the published HydraViT code (github ds-kiel/HydraViT) does with weights: a width
+    is so many of the heads, the leading ones. Arguments and errors: see `import_scala`."""
+    widths = {"smallest": smallest, "granularity": granularity, "slice": "heads", "side": "leading", "isolated": False}
+    return _import_vit(state_dict, widths, heads)
 
 
 def import_deit(state_dict: Mapping[str, Any], heads: int = 0) -> vit.ViT:

@@ -159,6 +159,11 @@ class Architecture:
             )
 
     def _check_shares(self) -> None:
+        if self.widths.slice == "heads":
+            raise ValueError(
+                'widths.slice = "heads" is for a ViT; the widths of an HSViT take whole attention groups, as its ranks '
+                'do, with all their heads; leave it "channels"'
+            )
         if self.embedding % self.heads:
             raise ValueError(f"heads = {self.heads} does not divide embedding = {self.embedding}")
         if self.groups % self.submodules:

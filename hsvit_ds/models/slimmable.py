@@ -1,4 +1,5 @@
-"""Widths, and layers that compute with the slice of their parameters that a width uses (Scala, arXiv 2412.04786).
+"""Widths, and layers that compute with the slice of their parameters that a width uses (Scala, arXiv 2412.04786;
+HydraViT, arXiv 2409.17978).
 
 A width is a whole number of T-ths of every sliced axis, and the end of the axis that it takes. Isolated Activation
 (equations 2 and 3): the smallest width and the widths between take opposite ends, so that training the smallest at
@@ -84,6 +85,9 @@ class Config:
     granularity: Ratio = 0.125
     """Step between widths (epsilon), 0.125 or "1/12"; divides 1 - smallest. The widths are X = (1 - smallest) /
     granularity + 1."""
+    slice: str = "channels"
+    """What a width takes its share of: the "channels" of every head, so that all are narrower (Scala); or a ViT's
+    "heads", fewer of their full width, k of H at width k / H (HydraViT, arXiv 2409.17978)."""
     side: str = "trailing"
     """End of each axis that the smallest width uses: "trailing" as in the paper, "leading" as in the published code."""
     isolated: bool | str = True
@@ -96,6 +100,8 @@ class Config:
     def __post_init__(self) -> None:
         if not 0 < ratio(self.smallest, "smallest") <= 1:
             raise ValueError(f"smallest = {self.smallest}: must be above 0 and at most 1")
+        if self.slice not in ("channels", "heads"):
+            raise ValueError(f'slice = "{self.slice}": must be "channels" or "heads"')
         if self.side not in _OTHER:
             raise ValueError(f'side = "{self.side}": must be "leading" or "trailing"')
         if self.isolated not in (True, False, "large", "small"):

@@ -1,7 +1,8 @@
-"""A vision transformer that can be sliced by width: DeiT (arXiv 2012.12877) under Scala (arXiv 2412.04786).
+"""A vision transformer that can be sliced by width: DeiT (arXiv 2012.12877) under Scala (arXiv 2412.04786) or HydraViT
+(arXiv 2409.17978).
 
 Parameter names are timm's, so weights travel both ways. A width takes its share of the channels of every layer; depth,
-heads, patches and tokens stay.
+patches and tokens stay, and either the number of heads (Scala) or their width (HydraViT).
 
 Shape letters: B images, C channels, H x W pixels, n patches, T tokens (patches and 1 or 2 special ones), d embedding at
 a width, Q classes.
@@ -9,8 +10,8 @@ a width, Q classes.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -23,139 +24,16 @@ from hsvit_kernels.reference import attend
 from . import slimmable
 from .network import Network, any_seed
 from .slimmable import FULL, Width
+from .vit_config import Architecture
 from .weights import Start
 
 
-@dataclass(frozen=True)
-class Variant:
-    embedding: int
-    heads: int
-
-
-VARIANTS = {"DeiT-Ti": Variant(192, 3), "DeiT-S": Variant(384, 6), "DeiT-B": Variant(768, 12)}
-
-
 @dataclass(frozen=True, kw_only=True)
-class Config(Start):
-    kind: Literal["vit"] = "vit"
-    variant: str = ""
-    """A published variant: DeiT-Ti, DeiT-S, DeiT-B; gives embedding and heads where not set."""
-    embedding: int = 0
-    """Width of a token at full width (d); 0: the variant's."""
-    heads: int = 0
-    """Attention heads at every width; 0: the variant's."""
-    depth: int = 12
-    """Blocks."""
-    mlp_ratio: float = 4.0
-    """Hidden features of an MLP over `embedding`."""
-    patch_size: int = 16
-    """Side of a patch, pixels; divides the image's."""
-    distilled: bool = False
-    """A distillation token with a head of its own, which learns from the teacher; answers are the mean of both."""
-    drop_path: float = 0.0
-    """Probability of skipping a branch for an image in training, from 0 linearly to this at the last block."""
-    layer_scale: float = 0.0
-    """First value of LayerScale's factors (CaiT, arXiv 2103.17239); 0: none."""
-    qkv: str = "per_role"
-    """"per_role": q, k, v and every head are sliced one by one, so each keeps its role and each subnet is an ordinary
-    ViT; "fused": the three as one block, as in the published Scala code, where rows trade roles between widths."""
-    softmax_scale: str = "head"
-    """1 / sqrt of the head width at the "head"'s width, or of the "full" network's at every width, as published."""
-    norm_eps: float = 1e-6
-    """Of every LayerNorm: 1e-6 as in timm; the published Scala code computes with 1e-5."""
-    sliced: str = "all"
-    """"all" layers, or only the hidden features of each "mlp" (MatFormer, arXiv 2310.07707)."""
-    widths: slimmable.Config = field(default_factory=slimmable.Config)
+class Config(Architecture, Start):
+    """What a recipe's `model` says of a ViT; below the model, `Architecture` is enough."""
 
-    def __post_init__(self) -> None:
-        choices = {"qkv": ("per_role", "fused"), "softmax_scale": ("head", "full"), "sliced": ("all", "mlp")}
-        for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(f'{name} = "{getattr(self, name)}": must be one of {", ".join(allowed)}')
-        if self.variant and self.variant not in VARIANTS:
-            raise ValueError(f'variant = "{self.variant}": must be one of {", ".join(VARIANTS)}')
-        if not self.variant and not (self.embedding and self.heads):
-            raise ValueError("name a variant, or set both embedding and heads")
-        for name in ("depth", "patch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} = {getattr(self, name)}: must be at least 1")
-        for name in ("embedding", "heads", "layer_scale", "norm_eps"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} = {getattr(self, name)}: must not be negative")
-        if not 0 <= self.drop_path < 1:
-            raise ValueError(f"drop_path = {self.drop_path}: must be in [0, 1)")
-
-    @property
-    def submodules(self) -> int:
-        """A ViT is not shared between submodule ranks."""
-        return 1
-
-    @property
-    def splits_images(self) -> bool:
-        """See HSViT."""
-        return False
-
-    @property
-    def hidden(self) -> int:
-        """Features inside an MLP, at full width."""
-        return round(self.embedding * self.mlp_ratio)
-
-    @property
-    def special_tokens(self) -> int:
-        return 2 if self.distilled else 1
-
-    def resolved(self, image_size: int) -> Config:
-        """Fill what the variant gives; refuse what cannot be divided, with the arithmetic."""
-        full = self
-        if self.variant:
-            variant = VARIANTS[self.variant]
-            full = replace(self, embedding=self.embedding or variant.embedding, heads=self.heads or variant.heads)
-        if full.embedding % full.heads:
-            raise ValueError(f"heads = {full.heads} does not divide embedding = {full.embedding}")
-        if image_size % full.patch_size:
-            raise ValueError(f"patch_size = {full.patch_size} does not divide the images' side of {image_size} pixels")
-        for width in full.widths.family:
-            full.check_width(width)
-        return full
-
-    def check_width(self, width: Width) -> None:
-        """Refuse a width that the heads or a layer cannot be cut to, with the nearest that they can."""
-        parts = {"MLP": (self.hidden, 1)}
-        if self.sliced == "all":
-            parts = {"embedding": (self.embedding, self.heads)} | parts
-        for name, (size, unit) in parts.items():
-            if size * width.numerator % (width.denominator * unit):
-                valid = tuple(Width(n, size // unit) for n in range(1, size // unit + 1))
-                raise ValueError(
-                    f"width {width}: {float(width):g} x {name} {size} = {size * float(width):g} is not "
-                    f"{f'a multiple of heads = {unit}' if unit > 1 else 'a whole number'}; "
-                    f"{slimmable.nearest(float(width), valid)}"
-                )
-
-    def at(self, width: Width) -> Config:
-        """The standalone network at a width: an ordinary ViT."""
-        outer = width if self.sliced == "all" else FULL
-        embedding = outer.of(self.embedding)
-        return replace(
-            self,
-            weights="",
-            resize=False,
-            variant="",
-            embedding=embedding,
-            mlp_ratio=width.of(self.hidden) / embedding,
-            softmax_scale="head",
-            sliced="all",
-            widths=slimmable.Config(),
-        )
-
-    def macs(self, image_size: int, channels: int, classes: int, width: Width = FULL) -> int:
-        """Multiply-adds of one image, forward (Scala's GFLOPs); norms, softmax, GELU and additions not counted. The
-        last block is counted for all tokens, although only the special ones are computed there."""
-        c = self.resolved(image_size).at(width)
-        patches = (image_size // c.patch_size) ** 2
-        tokens, d = patches + c.special_tokens, c.embedding
-        block = tokens * (4 * d * d + 2 * d * c.hidden) + 2 * tokens**2 * d
-        return patches * channels * c.patch_size**2 * d + c.depth * block + c.special_tokens * d * classes
+    def at(self, width: Width) -> Self:
+        return replace(super().at(width), weights="", resize=False)
 
     def build(
         self,
@@ -176,8 +54,9 @@ class Attention(nn.Module):
     def __init__(self, config: Config, state: StepState) -> None:
         super().__init__()
         d, by_role, every = config.embedding, config.qkv == "per_role", config.sliced == "all"
-        heads = config.heads if by_role else 1
-        self.heads = config.heads
+        # Parts that are sliced one by one: the heads of each role, or where whole heads are taken, the roles.
+        heads = config.heads if by_role and not config.slices_heads else 1
+        self.heads, self.slices_heads = config.heads, config.slices_heads
         self.scale = (d // config.heads) ** -0.5 if config.softmax_scale == "full" else None
         ends: dict[str, Any] = {"slice_in": every, "slice_out": every, "state": state}
         self.qkv = slimmable.Linear(d, 3 * d, out_segments=3 * heads if by_role else 1, **ends)
@@ -188,7 +67,8 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, width: Width, residual: Tensor | None, rows: int) -> Tensor:
         """x [B, T, d]; residual and the result hold the first `rows` tokens."""
-        q, k, v = self.qkv(x, width).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        heads = width.of(self.heads) if self.slices_heads else self.heads
+        q, k, v = self.qkv(x, width).unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
         x = self._attend(q[:, :, :rows], k, v).transpose(1, 2).flatten(2)
         return self.proj(x, width, residual=residual)
 

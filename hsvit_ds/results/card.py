@@ -13,6 +13,7 @@ from ..models.slimmable import Width
 from ..models.timm_models import Classifier
 from ..models.vit import ViT
 
+_SLICED = {"channels": "Scala, arXiv 2412.04786", "heads": "sliced by heads as HydraViT, arXiv 2409.17978"}
 MANY = 20
 """Classes that are named in the card; more are in classes.txt."""
 
@@ -34,8 +35,8 @@ class Card:
     """What a run says of a network.
 
     weights: what the run started from, empty for random ones. checkpoint: which weights, in words. rows: a width each.
-    sizes: images of each split that was measured. by_class: split, and of each class its name, images and top-1 in %;
-    None where that was not measured.
+    slice: that of `slimmable.Config`. sizes: images of each split that was measured. by_class: split, and of each class
+    its name, images and top-1 in %; None where that was not measured.
     """
 
     run: str
@@ -45,6 +46,7 @@ class Card:
     classes: tuple[str, ...]
     preprocessing: Preprocessing
     rows: tuple[Row, ...]
+    slice: str
     sizes: Mapping[str, int]
     by_class: tuple[str, Sequence[tuple[str, str, str]]] | None
 
@@ -54,7 +56,7 @@ class Card:
         title = f"{_name(model)} at width {width}" if sliced else _name(model)
         origin = f"Trained by hsvit-ds {__version__}"
         if sliced:
-            origin = f"A subnet of a slimmable network (Scala, arXiv 2412.04786) that hsvit-ds {__version__} trained"
+            origin = f"A subnet of a slimmable network ({_SLICED[self.slice]}) that hsvit-ds {__version__} trained"
         start = f", started from the weights {_cell(self.weights)}" if self.weights else ""
         parts = [
             f"---\ntags: [image-classification{', timm' if in_timm else ''}]\n"

@@ -13,7 +13,8 @@ DATA = "imagenet1k"
 PAPER, REPOSITORY = "arXiv 2412.04786", "github.com/BeSpontaneous/Scala-pytorch"
 _SCALA = {"task.kind": "scala", "task.sampling": "paper", "task.transfer": "progressive", "task.label_weight": 1.0}
 _SCALA |= {"model.widths.isolated": True, "model.widths.smallest": 0.25}
-_OWN = {"model.widths.then": [], "task.pinned": [], "task.transfer_token": "distillation"}
+_OWN = {"model.widths.slice": "channels", "model.widths.then": []}
+_OWN |= {"task.pinned": [], "task.transfer_token": "distillation"}
 """What no published curve has another of; a recipe that does not know the key does as this says."""
 _S = {"model.variant": "DeiT-S", "run.epochs": 100}
 _B = {"model.variant": "DeiT-B"}

@@ -237,6 +237,7 @@ class SavedRun:
             self.classes,
             self.preprocessing,
             rows,
+            self.model.config.widths.slice,
             sizes,
             self._by_class(width),
         )

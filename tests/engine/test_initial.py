@@ -144,6 +144,28 @@ def test_a_rank_takes_its_own_submodules(tmp_path: Path) -> None:
         assert torch.equal(tensor, whole[name]), name
 
 
+BY = {
+    how: replace(VIT, heads=4, widths=slimmable.Config(smallest=0.25, granularity=0.25, slice=how))
+    for how in ("channels", "heads")
+}
+
+
+@pytest.mark.parametrize(("there", "here"), [("channels", "heads"), ("heads", "channels")])
+def test_networks_sliced_by_channels_and_by_heads_start_from_each_other(there: str, here: str, tmp_path: Path) -> None:
+    theirs = BY[there].build(**SIZES, seed=1)
+    save_model(theirs, tmp_path / MODEL)
+    model, said = started(BY[here], str(tmp_path))
+    assert len(said) == 1
+    for name, tensor in theirs.state_dict().items():
+        assert torch.equal(model.state_dict()[name], tensor), name
+
+
+def test_a_subnet_of_fewer_heads_is_refused_by_its_shapes(tmp_path: Path) -> None:
+    save_model(BY["heads"].build(**SIZES, seed=1).subnet(0.5), tmp_path / MODEL)
+    with pytest.raises(RefusedError, match=r"their model has embedding = 32 \(here 64\), heads = 2 \(here 4\)"):
+        started(BY["heads"], str(tmp_path))
+
+
 def test_what_no_shape_tells_is_said_or_refused(tmp_path: Path) -> None:
     save_model(replace(VIT, qkv="fused", norm_eps=1e-5).build(**SIZES), tmp_path / MODEL)
     _, said = started(VIT, str(tmp_path))

@@ -17,6 +17,7 @@ from tools.benchmarks.published import published
 from tools.benchmarks.published_scala import Network
 
 from ..models.test_hsvit import randomised
+from ..models.test_hydravit import hydravit, small
 
 
 def weights(lightning: bool = False) -> tuple[Any, dict[str, Any]]:
@@ -78,6 +79,19 @@ def test_the_command_imports_weights_of_the_published_scala(tmp_path: Path) -> N
     assert import_scala(state, smallest=0.5, granularity=0.5, side="trailing").config.widths == Widths(
         smallest=0.5, granularity=0.5
     )
+
+
+def test_the_command_imports_weights_of_the_published_hydravit(tmp_path: Path) -> None:
+    theirs = small(embedding=256).state_dict()
+    torch.save({"state_dict": theirs}, tmp_path / "hydravit.pth")
+    arguments = ["import", str(tmp_path / "hydravit.pth"), "-o", str(tmp_path / "ours.safetensors"), "--hydravit"]
+    result = CliRunner().invoke(app, [*arguments, "--smallest", "0.25", "--granularity", "0.25"])
+    assert result.exit_code == 0, result.output
+    ours, images = load_model(tmp_path / "ours.safetensors"), torch.randn(3, 3, 16, 16)
+    with torch.no_grad():
+        for heads, width in enumerate(ours.config.widths.family, 1):
+            expected = hydravit(theirs, images, heads, own=64)
+            torch.testing.assert_close(ours(images, width=width), expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["deit_tiny_patch16_224", "deit_tiny_distilled_patch16_224"])

@@ -51,11 +51,12 @@ NEW = {
     "the small widths on the smallest's side": ["model.widths.isolated=large"],
     "the large widths on the smallest's side": ["model.widths.isolated=small"],
     "through the class token": ["task.transfer_token=class"],
+    "whole heads": ["model.widths.slice=heads", "model.heads=8"],
     # Two steps an epoch: the third one is of the other family.
     "another family": ["model.widths.then=[{epoch=1, granularity=0.375}]", "run.global_batch=400"],
 }
 """What a step trains otherwise; by SGD, as AdamW turns rounding where a gradient is nearly zero into steps."""
-STAGES = {name: (0, 1, 2, 3) for name in ("interior", "pinned", "another family")} | {
+STAGES = {name: (0, 1, 2, 3) for name in ("interior", "pinned", "whole heads", "another family")} | {
     "the small widths on the smallest's side": (1,),
     "the large widths on the smallest's side": (2,),
     "through the class token": (3,),

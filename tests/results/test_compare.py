@@ -313,7 +313,8 @@ def test_widths_stand_beside_what_is_published_of_the_same_model(tmp_path: Path)
         assert len(section.runs[0].widths) == 3
     imagenet = scala | {"data.name": "imagenet1k"}
     assert published.of(imagenet)
-    for key, value in {"model.widths.then": [{"epoch": 70, "granularity": 0.125}], "task.pinned": [0.8125]}.items():
+    others = {"model.widths.then": [{"epoch": 70, "granularity": 0.125}], "task.pinned": [0.8125]}
+    for key, value in {**others, "model.widths.slice": "heads"}.items():
         assert published.of({name: known for name, known in imagenet.items() if name != key})  # of an older version
         assert published.of(imagenet | {key: value}) == []
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ HSVITS = {
 }
 VITS = {
     "plain": vit.Config(embedding=32, heads=2, depth=3, patch_size=8, widths=SLIM),
+    "by heads": vit.Config(embedding=32, heads=4, depth=3, patch_size=8, widths=replace(SLIM, slice="heads")),
     "distilled": vit.Config(embedding=32, heads=2, depth=3, patch_size=8, distilled=True, layer_scale=0.5),
     "as published": vit.Config(
         embedding=32, heads=2, depth=3, patch_size=8, softmax_scale="full", qkv="fused", widths=SLIM

@@ -43,6 +43,7 @@ BASES = {"HSViT that rounds": "hsvit", "HSViT in bf16": "hsvit"}
 KINDS: dict[str, tuple[str, list[str]]] = {
     "ViT": ("scala", []),
     "fused ViT": ("scala", ["model.qkv=fused", "model.softmax_scale=full", "model.norm_eps=1e-5"]),
+    "ViT by heads": ("scala", ["model.widths={slice='heads', smallest=0.5, granularity=0.5}"]),
     "HSViT": ("hsvit", SLIM_HSVIT),
 }
 
@@ -76,7 +77,9 @@ def test_every_format_has_the_slices_logits(run: SavedRun, tmp_path: Path) -> No
     expected = run.at(width)(images, width=width)
     check_programs(tmp_path, images, expected)
     card = (tmp_path / "README.md").read_text()
+    method = "by heads as HydraViT" if run.recipe.model.widths.slice == "heads" else "Scala"
     assert "A subnet of a slimmable network" in card
+    assert [name for name in ("by heads as HydraViT", "Scala") if name in card] == [method]
     assert "at width 0.50" in card
     assert "| **0.50** |" in card
     assert "| **43.21** |" in card

@@ -197,6 +197,12 @@ SCALA = ROOT / "recipes/digits/scala.toml"
         ("model.widths.then=[{epoch=30}]", "model.widths.then.0.granularity is missing"),
         ("model.heads=48", "[model] heads = 48 does not divide embedding = 128"),
         ("model.heads=32", "[model] width 0.375: 0.375 x embedding 128 = 48 is not a multiple of heads = 32; nearest:"),
+        ("model.widths.slice=layers", '[model.widths] slice = "layers": must be "channels" or "heads"'),
+        (
+            "model.widths.slice=heads",
+            "[model] width 0.375: 0.375 x heads 4 = 1.5 is not a whole number; nearest: 0.25, 0.50",
+        ),
+        ("model.widths.slice=heads model.qkv=fused", '[model] qkv = "fused" slices q, k and v as one block'),
         ("model.variant=DeiT-X", '[model] variant = "DeiT-X": must be one of DeiT-Ti, DeiT-S, DeiT-B'),
         ("model.groups=4", 'unknown key "model.groups"; known: depth, distilled'),
         ("grid.submodule_ranks=2", "more submodule ranks than submodules"),

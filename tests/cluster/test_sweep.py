@@ -20,7 +20,8 @@ def test_cells_take_the_hosts_in_turn_and_a_stopped_one_goes_on(cluster: Cluster
     values = {"recipes": [str(ROOT / DIGITS)], "seeds": [0, 1], "keys": keys}
     (tmp_path / "study.toml").write_text(tomli_w.dumps(values))
     command = ["hsvit", "sweep", "study.toml", "--hostfile", settle(tmp_path, {"node-1": 1, "node-2": 1})]
-    first, second = (tmp_path / f"runs/study/digits-hsvit,seed={seed}-001" for seed in (0, 1))
+    runs = tmp_path / f"runs/{tmp_path.name}-study"
+    first, second = (runs / f"digits-hsvit,seed={seed}-001" for seed in (0, 1))
     process = cluster.start(command, tmp_path)
     until(lambda: (first / "metrics.jsonl").exists() and (first / "metrics.jsonl").read_text(), "a step", 300)
     assert {*cluster.left("hsvit_ds.train")} == {"node-1", "node-2"}

@@ -309,14 +309,16 @@ def sessions(block: Block) -> Iterator[tuple[str, str]]:
 def printed(said: str, shown: str, tolerance: float) -> bool:
     """Whether a command said what is shown."""
     said, shown = (re.sub(r" +", " ", text) for text in (said, shown))
-    number = r"(\d[\d,]*\.\d+)"
+    number = r"(\d[\d,]*\.\d+|\d{1,3}(?:,\d{3})+)"
     pattern = ""
     for line in shown.splitlines():
         if line == "…":
             pattern += r"(?:.*\n)*?"
         else:
             literal = re.escape(line).replace("…", ".*")
-            pattern += (re.sub(r"\d[\d,]*\\\.\d+", lambda _: number, literal) if tolerance else literal) + r"\n"
+            pattern += (
+                re.sub(r"\d[\d,]*\\\.\d+|\d{1,3}(?:,\d{3})+", lambda _: number, literal) if tolerance else literal
+            ) + r"\n"
     found = re.fullmatch(pattern, said)
     if not found or not tolerance:
         return bool(found)
@@ -387,6 +389,8 @@ def test_what_is_printed_is_told_from_what_is_not() -> None:
     assert printed("top1  99.44\n", "top1 99.16\n", 0.02)
     assert not printed("top1 99.44\n", "top1 99.16\n", 0.0)
     assert not printed("top1 89.00\n", "top1 99.16\n", 0.02)
+    assert printed("829,640 bytes\n", "829,584 bytes\n", 0.02)
+    assert not printed("729,640 bytes\n", "829,584 bytes\n", 0.02)
     assert not printed("a\nb\n", "a\n", 0.0)
     assert not printed("", "a\n…\n", 0.0)
     assert {block.mark for name in NAMES for block in blocks((ROOT / name).read_text())} >= {"quick", "slow"}

@@ -82,10 +82,10 @@ def test_the_command_imports_weights_of_the_published_scala(tmp_path: Path) -> N
 
 
 def test_the_command_imports_weights_of_the_published_hydravit(tmp_path: Path) -> None:
-    theirs = small(embedding=256).state_dict()
+    theirs = small(embedding=192, heads=3, widths=Widths()).state_dict()
     torch.save({"state_dict": theirs}, tmp_path / "hydravit.pth")
     arguments = ["import", str(tmp_path / "hydravit.pth"), "-o", str(tmp_path / "ours.safetensors"), "--hydravit"]
-    result = CliRunner().invoke(app, [*arguments, "--smallest", "0.25", "--granularity", "0.25"])
+    result = CliRunner().invoke(app, [*arguments, "--smallest", "0.333333", "--granularity", "0.333333"])
     assert result.exit_code == 0, result.output
     ours, images = load_model(tmp_path / "ours.safetensors"), torch.randn(3, 3, 16, 16)
     with torch.no_grad():

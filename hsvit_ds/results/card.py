@@ -12,6 +12,7 @@ from ..models import Model
 from ..models.slimmable import Width
 from ..models.timm_models import Classifier
 from ..models.vit import ViT
+from ..run.report import width_name
 
 _SLICED = {"channels": "Scala, arXiv 2412.04786", "heads": "sliced by heads as HydraViT, arXiv 2409.17978"}
 MANY = 20
@@ -83,11 +84,7 @@ class Card:
         lines = [_line(["width", "parameters", "GMACs", *heads]), _line(["---"] * (3 + len(heads)))]
         for row in self.rows:
             scores = [row.top1[split] for split in self.sizes]
-            cells = [
-                f"{row.width}{'' if row.trained else ' (untrained)'}",
-                f"{row.parameters:,}",
-                f"{row.macs / 1e9:.4f}",
-            ]
+            cells = [width_name(row.width, row.trained), f"{row.parameters:,}", f"{row.macs / 1e9:.4f}"]
             cells += ["not measured" if score is None else f"{score:.2f}" for score in scores]
             lines.append(
                 _line([f"**{cell}**" for cell in cells] if row.width == width and len(self.rows) > 1 else cells)

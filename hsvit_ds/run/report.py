@@ -176,7 +176,12 @@ class WidthRow:
 
     @property
     def name(self) -> str:
-        return f"{self.width}{'' if self.trained else ' (untrained)'}"
+        return width_name(self.width, self.trained)
+
+
+def width_name(width: Width, trained: bool) -> str:
+    """0.50, or 0.40625 (untrained)."""
+    return f"{width}{'' if trained else ' (untrained)'}"
 
 
 def width_rows(

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import atexit
+import os
 import signal
+import sys
+from contextlib import suppress
 from pathlib import Path
+from typing import NoReturn
 
 from . import __version__
 from .errors import Log, RefusedError, out, shown
@@ -62,7 +67,27 @@ def main(argv: list[str] | None = None) -> None:
         raise SystemExit(int(ended))
 
 
+def leave(code: int) -> NoReturn:
+    """End this process as Python would, but for taking the interpreter apart.
+
+    A thread of gloo that still holds a tensor then, of a collective that is over, aborts the process: a run that has
+    finished would have failed (PyTorch's issue 190489).
+    """
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError):  # who listened may be gone
+            stream.flush()
+    os._exit(code)
+
+
 if __name__ == "__main__":
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # until there is something to save Ctrl-C ends it, without a trace
-    main()
+    code = 0
+    try:
+        main()
+    except SystemExit as ended:
+        code = int(ended.code or 0)
+    if "WORLD_SIZE" in os.environ:  # a launcher's rank
+        leave(code)
+    raise SystemExit(code)

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ..ranks import ROOT, environment, fork, free_port
+from ..ranks import ROOT, environment, fork, free_port, start
 from ..workers.common import SMALL
 
 pytestmark = pytest.mark.heavy
@@ -39,6 +39,23 @@ def weights(root: Path) -> dict[str, torch.Tensor]:
         for part in ("submodule-000", "submodule-001", "head")
         for name, tensor in load_file(folder / f"{part}.safetensors").items()
     }
+
+
+@pytest.mark.parametrize(("overrides", "code"), [(SHORT, 0), (["model.groups=3"], 2)], ids=["finished", "refused"])
+def test_nothing_that_aborts_while_python_ends_changes_how_a_rank_ended(
+    overrides: list[str], code: int, tmp_path: Path
+) -> None:
+    (tmp_path / "sitecustomize.py").write_text(
+        "import atexit, os, sys\n"
+        "class Thread:\n    def __del__(self, abort=os.abort): abort()\n"
+        "sys.thread = Thread()\n"
+        "atexit.register(lambda: print('what was asked for at the end is done'))\n"
+    )
+    path = f"{tmp_path}:{ROOT}"
+    ranks = start("hsvit_ds.train", [RECIPE, *overrides, f"run.root={tmp_path}"], 2, PYTHONPATH=path)
+    outputs = [rank.communicate(timeout=280)[0] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [code, code], outputs
+    assert all("what was asked for at the end is done" in output for output in outputs)
 
 
 @pytest.mark.slow

@@ -35,7 +35,7 @@ test: env lint types
 	$(BIN)/python -m pytest $(PARALLEL)
 
 test-slow: env
-	$(BIN)/python -m pytest -m slow $(if $(SELECT),-k '$(SELECT)')
+	$(BIN)/python -m pytest $(PARALLEL) -m slow $(if $(SELECT),-k '$(SELECT)')
 
 # Hosts on this machine, in namespaces: needs root, sshd, pdsh and iproute2.
 test-cluster: env

@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+import json
+from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..errors import counted, shown
+from ..errors import RefusedError, counted, shown
 from ..train import check_kernels
-from . import Debug
+from . import Debug, terminal
+
+if TYPE_CHECKING:
+    from ..run.recipe import Plan, Recipe
+    from ..run.widths import Hours
+
+
+class Format(StrEnum):
+    TABLE = "table"
+    JSON = "json"
 
 
 def _print_keys(asked: bool) -> None:
@@ -25,6 +36,10 @@ def show_recipe(
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[key=value]...")] = None,
     ranks: Annotated[int, typer.Option(help="Ranks to resolve for; the grid's own by default.")] = 0,
     memory: Annotated[bool, typer.Option("--memory", help="What each rank will need, instead of the recipe.")] = False,
+    hours: Annotated[
+        bool, typer.Option("--hours", help="What each width alone would take here, timed, instead of the recipe.")
+    ] = False,
+    form: Annotated[Format, typer.Option("--format", help="Of --hours: table or json.")] = Format.TABLE,
     keys: Annotated[
         bool, typer.Option("--keys", is_eager=True, callback=_print_keys, help="Every key of a recipe, as markdown.")
     ] = False,
@@ -36,21 +51,89 @@ def show_recipe(
     """
     with shown(2, debug):
         check_kernels()
+        if memory and hours:
+            raise RefusedError("--memory and --hours: each takes the recipe's place; ask for one")
+        if form != Format.TABLE and not hours:
+            raise RefusedError(f"--format {form}: only --hours has one; leave it out")
         from ..run import recipe as recipes
 
         recipe = recipes.read(file, overrides)
         recipe, plan = recipes.resolve(recipe, ranks or recipe.grid.submodule_ranks)
         if memory:
-            from ..run import report
-            from ..run.memory import needed
+            _print_memory(recipe, plan)
+        elif hours:
+            _print_hours(recipe, plan, form)
+        else:
+            _print_recipe(recipe, plan)
 
-            title = (
-                f"{recipe.run.name}: {counted(plan.replicas, 'replica')} x "
-                f"{counted(recipe.grid.submodule_ranks, 'submodule rank')}, "
-                f"ZeRO-{recipe.engine.zero_stage}, micro batch {plan.micro_batch}, {'bf16' if plan.bf16 else 'fp32'}"
-            )
-            report.print_memory(vars(needed(recipe, plan)), title)
-            return
-        for key, value in vars(plan).items():
-            typer.echo(f"# {key} = {value}")
-        typer.echo("\n" + recipes.dumps(recipe), nl=False)
+
+def _print_recipe(recipe: Recipe, plan: Plan) -> None:
+    from ..run import recipe as recipes
+    from ..run import widths
+
+    for key, value in vars(plan).items():
+        typer.echo(f"# {key} = {value}")
+    if len(epochs := widths.expected_epochs(recipe, plan)) > 1:
+        typer.echo(f"# expected epochs of each width = {widths.words(epochs)}")
+    typer.echo("\n" + recipes.dumps(recipe), nl=False)
+
+
+def _print_memory(recipe: Recipe, plan: Plan) -> None:
+    from ..run import report
+    from ..run.memory import needed
+
+    title = (
+        f"{recipe.run.name}: {counted(plan.replicas, 'replica')} x "
+        f"{counted(recipe.grid.submodule_ranks, 'submodule rank')}, "
+        f"ZeRO-{recipe.engine.zero_stage}, micro batch {plan.micro_batch}, {'bf16' if plan.bf16 else 'fp32'}"
+    )
+    report.print_memory(vars(needed(recipe, plan)), title)
+
+
+def _print_hours(recipe: Recipe, plan: Plan, form: Format) -> None:
+    from ..run import widths
+    from ..run.report import duration
+
+    with terminal.progress("trainings timed") as told:
+        found = widths.hours(recipe, plan, told)
+    if form == Format.JSON:
+        typer.echo(json.dumps(_as_json(recipe, plan, found), indent=1))
+        return
+    rows = [
+        (
+            *(str(one.width), f"{one.parameters:,}", f"{one.macs / 1e9:.4f}", f"{one.epochs:.4g}"),
+            *(f"{one.step:.4g}", duration(found.steps * one.step)),
+        )
+        for one in found.alone
+    ]
+    rows.append(("one by one", "", "", "", "", duration(3600 * found.separate)))
+    rows.append(("together", "", "", "", f"{found.step:.4g}", duration(3600 * found.together)))
+    head = ("width", "parameters", "GMACs", "expected epochs", "s a step alone", "time alone")
+    terminal.table(head, rows, title=f"{recipe.run.name}: {found.steps:,} steps on {counted(plan.ranks, 'rank')}")
+    times = found.separate / found.together
+    typer.echo(
+        f"one by one the {len(found.alone)} widths take {times:.2f} times as long as together; "
+        "by first steps timed here, without starts and evaluations"
+    )
+
+
+def _as_json(recipe: Recipe, plan: Plan, found: Hours) -> dict[str, object]:
+    return {
+        "recipe": recipe.run.name,
+        "ranks": plan.ranks,
+        "steps": found.steps,
+        "widths": [
+            {
+                "width": str(one.width),
+                "parameters": one.parameters,
+                "macs": one.macs,
+                "expected_epochs": one.epochs,
+                "seconds_a_step": one.step,
+                "hours": found.steps * one.step / 3600,
+            }
+            for one in found.alone
+        ],
+        "separate_hours": found.separate,
+        "seconds_a_step": found.step,
+        "hours": found.together,
+    }

@@ -274,6 +274,7 @@ def _costs(run: Outcome) -> dict[str, Any]:
     found |= {"hours": run.hours, "GPU hours": run.device_hours("GPU"), "core hours": run.device_hours("core")}
     for entry in run.costs:
         found |= {f"parameters_w{entry.width}": entry.parameters, f"macs_w{entry.width}": entry.macs}
+        found[f"expected_epochs_w{entry.width}"] = entry.epochs
     if run.latency:
         found |= {"latency on": run.latency.where}
         found |= {f"latency_ms_w{width}": ms for width, ms in run.latency.ms.items()}

@@ -31,6 +31,7 @@ from . import system, table
 from .recipe import Plan, Recipe
 from .summary import Cost, Data, Summary, held
 from .tracking import Tracker, Untracked
+from .widths import expected_epochs
 
 LIBRARIES = ("torch", "torchvision", "triton", "deepspeed", "timm", "numpy", "mlflow")
 _PACKAGE = Path(__file__).parent.parent
@@ -116,7 +117,7 @@ def begin(
     hosts = tuple(dict.fromkeys(grid.gather(socket.gethostname())))
     commit, dirty = checkout(_PACKAGE)
     cuda = grid.device.type == "cuda"
-    data = recipe.data
+    data, epochs = recipe.data, expected_epochs(recipe, plan)
     splits = dict.fromkeys(("train", data.val, data.test))
     return Summary(
         id=uuid.uuid4().hex,
@@ -133,7 +134,8 @@ def begin(
             image_size=reader.facts.image_size,
         ),
         costs=tuple(
-            Cost(width=str(w), parameters=models.parameters(model, w), macs=models.macs(model, w)) for w in widths
+            Cost(width=str(w), parameters=models.parameters(model, w), macs=models.macs(model, w), epochs=epochs[w])
+            for w in widths
         ),
         ranks=grid.size,
         cores=0 if cuda else torch.get_num_threads() * grid.size,

@@ -79,6 +79,8 @@ class Copy:
             end = f"_w{cost.width}" if len(summary.costs) > 1 else ""
             points.append(Point(f"model/parameters{end}", cost.parameters, 0, when))
             points.append(Point(f"model/gmacs{end}", cost.macs / 1e9, 0, when))
+            if cost.epochs is not None:
+                points.append(Point(f"model/expected_epochs{end}", cost.epochs, 0, when))
         self._send(points)
         data = summary.data
         source = str(recipe.get("data.root") or "built in")
@@ -266,10 +268,12 @@ def described(summary: Summary) -> str:
         lines += [f"Other than the defaults: {keys}", ""]
     test = {name: value for name, value in summary.metrics.items() if name.startswith(f"{data.test}/top1")}
     if summary.state == "finished" and test:
-        lines += ["| width | parameters | GMACs | top-1 on " + data.test + ", % |", "| --- | --- | --- | --- |"]
+        lines += [f"| width | parameters | GMACs | expected epochs | top-1 on {data.test}, % |", f"|{' --- |' * 5}"]
         for cost in summary.costs:
             top1 = test.get(f"{data.test}/top1_w{cost.width}", test[f"{data.test}/top1"])
-            lines.append(f"| {cost.width} | {cost.parameters:,} | {cost.macs / 1e9:.4g} | {top1:.2f} |")
+            size = f"{cost.parameters:,} | {cost.macs / 1e9:.4g}"
+            epochs = "" if cost.epochs is None else f"{cost.epochs:.4g}"
+            lines.append(f"| {cost.width} | {size} | {epochs} | {top1:.2f} |")
     elif summary.why:
         lines.append(f"{summary.state}: {summary.why}")
     return "\n".join(lines)

@@ -12,7 +12,7 @@ from ..engine.engine import Engine
 from ..engine.optimizer import describe
 from ..errors import counted
 from ..grid.grid import Grid
-from . import title
+from . import title, widths
 from .recipe import Plan, Recipe
 
 
@@ -39,6 +39,8 @@ def lines(
         f"{counted(plan.steps_per_epoch, 'step')} an epoch, {plan.steps} in all; "
         f"{describe(engine.parameter_groups, grid)}"
     )
+    if len(epochs := widths.expected_epochs(recipe, plan)) > 1:
+        yield f"expected epochs of each width: {widths.words(epochs)}"
     yield from weights
     if reader.working:
         yield reader.working

@@ -30,12 +30,14 @@ RUNNING, FINISHED, STOPPED, FAILED = "running", "finished", "stopped", "failed"
 class Cost:
     """Of one network: of a width, or the only one.
 
-    width: as it is printed, "0.50". macs: multiply-adds of an image.
+    width: as it is printed, "0.50". macs: multiply-adds of an image. epochs: that it is trained for, on average over
+    seeds; None in a summary of before they were counted.
     """
 
     width: str
     parameters: int
     macs: int
+    epochs: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,9 +9,8 @@ from typing import NamedTuple
 from ..data import splits
 from ..errors import counted
 from ..run import recipe as recipes
-from ..run import timing
+from ..run import timing, widths
 from ..run.processes import Share
-from ..tasks import scala
 from .cells import Cell
 
 
@@ -69,13 +68,10 @@ def _left(cell: Cell) -> float:
 def work(cell: Cell) -> float:
     """Multiply-adds of a cell's training, on average over seeds: an image's at a width, three times for forward and
     backward. Teachers and evaluations are not counted."""
-    recipe, plan, facts = cell.recipe, cell.plan, splits.facts(cell.recipe.data)
-    if not isinstance(recipe.task, scala.Config):
-        return 3.0 * _images(cell) * plan.macs
-    sampler = scala.Sampler(recipe.task, recipe.model.widths, recipe.run.seed, plan.steps_per_epoch)
+    recipe, facts = cell.recipe, splits.facts(cell.recipe.data)
     shape = facts.image_size, facts.channels, facts.classes
     each = _images(cell) / recipe.run.epochs
-    epochs = sampler.expected_epochs(plan.steps).items()
+    epochs = widths.expected_epochs(recipe, cell.plan).items()
     return 3.0 * each * sum(count * recipe.model.macs(*shape, width) for width, count in epochs)
 
 

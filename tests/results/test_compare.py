@@ -148,6 +148,14 @@ def test_what_is_the_same_in_every_run_has_no_deviation(tmp_path: Path) -> None:
     assert "| 0.02976 | 630,090 |" in tables.markdown(compared(tmp_path))
 
 
+def test_every_run_has_the_expected_epochs_of_its_widths_where_they_are_known(tmp_path: Path) -> None:
+    for name, epochs in (("new", 2.5), ("old", None)):
+        costs = tuple(Cost(width=width, parameters=1, macs=1, epochs=epochs) for width in ("0.25", "1.00"))
+        folders.run(tmp_path, name, said=folders.summary(costs=costs))
+    found = {row["run"]: row["expected_epochs_w0.25"] for row in tables.raw(compared(tmp_path))}
+    assert found == {"new": 2.5, "old": None}
+
+
 def test_nothing_is_tested_below_three_runs(seeds: Path) -> None:
     assert "p" not in tables.tested(compared(seeds).sections[0])
     for seed, top1 in enumerate((85.0, 86.5, 84.0), 2):

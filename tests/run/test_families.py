@@ -22,6 +22,8 @@ pytestmark = pytest.mark.heavy
 
 FOUR = ("0.25", "0.50", "0.75", "1.00")
 THREE = ("0.25", "0.625", "1.00")
+OUTPUT = "output.txt"
+"""What the run said, beside its folder."""
 
 
 def arguments(root: Path, *more: str) -> list[str]:
@@ -36,7 +38,7 @@ def arguments(root: Path, *more: str) -> list[str]:
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run that nothing happened to, on two ranks."""
     root = tmp_path_factory.mktemp("whole")
-    finish(fork("hsvit_ds.train", arguments(root), 2))
+    (root / OUTPUT).write_text(finish(fork("hsvit_ds.train", arguments(root), 2)))
     return root / "digits-scala-001"
 
 
@@ -78,6 +80,14 @@ def test_a_width_that_is_abandoned_is_no_longer_reported(whole: Path) -> None:
         assert sorted(key for key in known if key.startswith("val/top1_w")) == [f"val/top1_w{w}" for w in THREE]
     assert [key for key in rows.of(told).values if key.startswith("best_w")] == [f"best_w{width}" for width in THREE]
     assert tuple(outcome.of(told, ()).widths) == THREE
+
+
+def test_a_run_says_for_how_many_epochs_each_width_is_trained(whole: Path) -> None:
+    said = "expected epochs of each width: 0.25: 3, 0.50: 2, 0.625: 1, 0.75: 2, 1.00: 3\n"
+    assert (whole.parent / OUTPUT).read_text().count(said) == 1
+    found = summary.read(whole)
+    assert found is not None
+    assert {cost.width: cost.epochs for cost in found.costs} == {"0.25": 3.0, "0.625": 1.0, "1.00": 3.0}
 
 
 def test_the_trained_widths_are_those_of_the_checkpoint(whole: Path) -> None:

@@ -9,6 +9,7 @@ import sqlite3
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,14 @@ from mlflow.entities import Run
 from hsvit_ds.engine.checkpoint import Position
 from hsvit_ds.run import metrics, mlflow_copy, mlflow_run, system
 from hsvit_ds.run import summary as summaries
+from hsvit_ds.run.summary import Cost
 from hsvit_ds.run.tracking import Config, Tracker
 
 from ..ranks import environment
 from ..summaries import summary
 
 CONFIG = Config()
+EPOCHS = {"0.50": 40 / 3, "1.00": 40.0}
 STARTS = 5
 START = """
 import sys
@@ -227,6 +230,33 @@ def test_what_is_made_of_a_run_later_is_an_artifact_too(tmp_path: Path, capsys: 
     (tmp_path / "run-001" / mlflow_copy.STATE).write_text(json.dumps(state | {"uri": "sqlite:////nowhere/mlflow.db"}))
     mlflow_copy.add(tmp_path / "run-001", [export])
     assert "MLflow at sqlite:////nowhere/mlflow.db has not taken them: " in capsys.readouterr().err
+
+
+def test_the_expected_epochs_of_each_width_are_in_mlflow_where_the_summary_has_them(tmp_path: Path) -> None:
+    """One of an older version has none, and is read."""
+    costs = tuple(Cost(width=width, parameters=10, macs=20, epochs=epochs) for width, epochs in EPOCHS.items())
+    begins = summary(costs=costs, state="finished", metrics={"test/top1": 90.0, "test/top1_w0.50": 80.0})
+    for name in ("new", "old"):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "recipe.toml").write_text("")
+        (folder / metrics.FILE).write_text("")
+        replace(begins, id=name, title=name).write(folder)
+        if name == "old":
+            table = json.loads((folder / summaries.FILE).read_text())
+            for cost in table["costs"]:
+                del cost["epochs"]
+            (folder / summaries.FILE).write_text(json.dumps(table))
+        found = summaries.read(folder)
+        assert found is not None
+        assert {cost.width: cost.epochs for cost in found.costs} == (EPOCHS if name == "new" else dict.fromkeys(EPOCHS))
+        assert mlflow_copy.send("", "hsvit-ds", folder, {}, found)
+    new, old = (tracked(tmp_path)[name].data for name in ("new", "old"))
+    ours = {f"model/expected_epochs_w{width}": epochs for width, epochs in EPOCHS.items()}
+    assert ours.items() <= new.metrics.items()
+    assert old.metrics.keys() == new.metrics.keys() - ours.keys() != set()
+    assert "| 0.50 | 10 | 2e-08 | 13.33 | 80.00 |" in new.tags["mlflow.note.content"]
+    assert "| 0.50 | 10 | 2e-08 |  | 80.00 |" in old.tags["mlflow.note.content"]
 
 
 def test_a_resumed_run_goes_on_with_its_summary(tmp_path: Path) -> None:

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 def evaluate_run(
     run: Run,
     widths: Annotated[str, typer.Option(help="0.25,0.5; by default all that were trained.")] = "",
+    mix: Annotated[
+        list[str] | None, typer.Option(help="A width for each block, 0.25x6,1x6; may be given several times.")
+    ] = None,
     present: Annotated[
         str, typer.Option(help="Submodules that answer alone, 0,2,3; or sweep: by how many of them answer.")
     ] = "",
@@ -41,19 +44,21 @@ def evaluate_run(
 
         opened = saved.open_run(run, ema, root, checkpoint)
         split = opened.split(split)
+        chosen = opened.mixes(mix or [], untrained)
         if present:
             _evaluate_present(opened, present, split, widths, untrained)
         else:
-            chosen = opened.widths(widths or "all", untrained)
+            if widths or not mix:
+                chosen = tuple(sorted((*opened.widths(widths or "all", untrained), *chosen), key=float))
             found, counts = opened.evaluate(split, chosen)
             if opened.grid.is_main:
                 rows = report.width_rows(opened.model, chosen, found, opened.trained)
                 report.print_widths(rows, f"{run}, {split}, {opened.read}")
-                some = chosen if widths else ()
+                some = chosen if widths or mix else ()
                 name = _picture(opened, "widths", split, some)
                 heading, accuracy = f"{title.of(run)}, {split}, {opened.read}", opened.accuracy_of(split)
                 files = [pictures.draw_widths(name, rows, heading, accuracy)]
-                heading += f", width {chosen[-1]}" if len(chosen) > 1 else ""
+                heading += f", {chosen[-1].words}" if len(chosen) > 1 else ""
                 name = _picture(opened, "classes", split, some)
                 files += pictures.write_classes(name, counts, opened.classes, heading)
                 for file in files:
@@ -101,6 +106,7 @@ def _picture(run: SavedRun, what: str, split: str, widths: Sequence[Width]) -> P
 def export_run(
     run: Run,
     width: Annotated[str, typer.Option(help="Which subnet, as 0.5; by default the largest.")] = "",
+    mix: Annotated[str, typer.Option(help="Instead, a width for each block, as 0.25x6,1x6.")] = "",
     budget: Annotated[
         str, typer.Option(help="The best measured subnet within 1.3G (multiply-adds), 6Mparams or 8ms.")
     ] = "",
@@ -122,7 +128,7 @@ def export_run(
         from ..run import mlflow_copy
 
         opened = saved.open_run(run, ema, root, checkpoint)
-        chosen = opened.choose(width, budget, untrained)
+        chosen = opened.choose(width, budget, untrained, mix)
         folder = out or run / f"export-{chosen.width}"
         refuse_to_overwrite(folder, force)
         typer.echo(chosen.words)

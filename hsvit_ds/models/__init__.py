@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 
 from . import hsvit, timm_models, vit
-from .slimmable import Width
+from .network import AnyWidth
 
 Config = hsvit.Config | vit.Config | timm_models.Config
 Model = hsvit.HSViT | vit.ViT | timm_models.Classifier
@@ -22,7 +22,7 @@ def without_weights(config: Config) -> Config:
     return replace(config, weights="", resize=False)
 
 
-def parameters(model: Model, width: Width | float) -> int:
+def parameters(model: Model, width: AnyWidth) -> int:
     """Numbers of the standalone network at a width."""
     width = model.width(width)
     with torch.device("meta"):
@@ -32,7 +32,7 @@ def parameters(model: Model, width: Width | float) -> int:
     return sum(p.numel() for p in small.parameters())
 
 
-def macs(model: Model, width: Width | float) -> int:
+def macs(model: Model, width: AnyWidth) -> int:
     """Multiply-adds of one image, forward, at a width."""
     found: int = model.config.macs(model.image_size, model.channels, model.classes, model.width(width))
     return found

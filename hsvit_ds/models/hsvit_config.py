@@ -8,7 +8,7 @@ from typing import Literal, Self
 from ..errors import counted
 from . import backbone as backbones
 from . import slimmable
-from .slimmable import FULL, Width
+from .slimmable import FULL, Mix, Width
 
 
 @dataclass(frozen=True)
@@ -99,8 +99,8 @@ class Architecture:
             raise ValueError(f"{set_too[0]} is of HSViT's own trunk; a backbone takes its place")
         if self.depth < 0:
             raise ValueError("a backbone gives no depth: set depth, the attention layers (2 in the paper)")
-        if len(self.widths.family) > 1:
-            raise ValueError(f"widths.smallest = {self.widths.smallest}: a backbone is not sliced")
+        if len(self.widths.all) > 1:
+            raise ValueError(f"{self.widths.said}: a backbone is not sliced")
 
     def resolved(self, image_size: int) -> Self:
         """Fill what the variant and the image side give; refuse what cannot be divided, with the arithmetic."""
@@ -173,13 +173,18 @@ class Architecture:
                 raise ValueError(f"submodules = {self.submodules} does not divide kernels {kernels}")
         if self.kernels[-1] % self.groups:
             raise ValueError(f"groups = {self.groups} does not divide the {self.kernels[-1]} kernels of the last block")
-        for width in self.widths.family:
+        for width in self.widths.all:
             self.check_width(width)
 
     def check_width(self, width: Width) -> None:
         """Refuse a width that the groups or a block's kernels cannot be cut to, with the nearest that they can."""
+        if isinstance(width, Mix):
+            raise ValueError(
+                f"mix {width}: an HSViT has one width for all layers; a mix needs a ViT that was trained with "
+                'sliced = "mlp"'
+            )
         if not self.convolution and not width.is_full:
-            raise ValueError("widths.smallest: without convolutions (convolution = false) there is nothing to slice")
+            raise ValueError(f"width {width}: without convolutions (convolution = false) there is nothing to slice")
         for name, size in (("groups", self.groups), *(("kernels", k) for k in self.kernels)):
             share = size // self.submodules
             if share * width.numerator % width.denominator:

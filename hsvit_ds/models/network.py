@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,7 +10,11 @@ from torch import Tensor, nn
 
 from hsvit_kernels.random import Draw
 
-from .slimmable import FULL, Width
+from . import slimmable
+from .slimmable import FULL, Ratio, Width
+
+AnyWidth = Width | float | Sequence[Ratio]
+"""As a forward takes it."""
 
 
 def any_seed() -> int:
@@ -36,13 +41,18 @@ class Network(nn.Module):
     def num_classes(self) -> int:
         return self.classes
 
-    def width(self, width: Width | float) -> Width:
-        """One of the model's widths by its ratio, as 0.5; another Width stays, if the model can be cut to it.
+    def width(self, width: AnyWidth) -> Width:
+        """One of the model's widths by its ratio, as 0.5, or the mix of one for each layer, as [0.5, 1]; another Width
+        stays, if the model can be cut to it.
 
         Raises:
-            ValueError: not one of them, with the nearest.
+            ValueError: not one of them, with the nearest, or a mix that the model has not.
         """
-        found: Width = width if isinstance(width, Width) else self.config.widths.find(width)
+        widths: slimmable.Config = self.config.widths
+        if isinstance(width, Width):
+            found = width
+        else:
+            found = widths.mix(width) if isinstance(width, list | tuple) else widths.find(width)  # type: ignore[arg-type]
         if found is not FULL:
             self.config.check_width(found)
         return found

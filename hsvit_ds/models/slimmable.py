@@ -1,5 +1,4 @@
-"""Widths, and layers that compute with the slice of their parameters that a width uses (Scala, arXiv 2412.04786;
-HydraViT, arXiv 2409.17978).
+"""Widths of a slimmable network (Scala, arXiv 2412.04786; HydraViT, arXiv 2409.17978; MatFormer, arXiv 2310.07707).
 
 A width is a whole number of T-ths of every sliced axis, and the end of the axis that it takes. Isolated Activation
 (equations 2 and 3): the smallest width and the widths between take opposite ends, so that training the smallest at
@@ -8,17 +7,14 @@ every step disturbs the others least.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
+from itertools import groupby, pairwise
 from math import lcm
-from typing import Any
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
-
-from hsvit_kernels import StepState, sliced_linear
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -36,6 +32,10 @@ class Width:
 
     def __float__(self) -> float:
         return self.numerator / self.denominator
+
+    @property
+    def ratio(self) -> Fraction:
+        return Fraction(self.numerator, self.denominator)
 
     @property
     def is_full(self) -> bool:
@@ -63,6 +63,61 @@ class Width:
         used = self.of(size)
         return x.narrow(axis, 0 if self.side == "leading" else size - used, used)
 
+    def layer(self, number: int) -> Width:
+        """That of a layer: every one has the same."""
+        return self
+
+    @property
+    def each(self) -> tuple[Width, ...]:
+        """The widths that layers have."""
+        return (self,)
+
+    @property
+    def words(self) -> str:
+        return f"width {self}"
+
+
+@dataclass(frozen=True)
+class Mix(Width):
+    """A width for each layer (Mix'n'Match of MatFormer, arXiv 2310.07707), the first layer's first; as a number their
+    mean. A network that asks for its layers' widths can be cut to it, others refuse it."""
+
+    layers: tuple[Width, ...] = ()
+
+    @classmethod
+    def of_layers(cls, layers: Sequence[Width]) -> Mix:
+        """Raises:
+        ValueError: no layers, or a layer that is narrower than the one before it.
+        """
+        if not layers:
+            raise ValueError("a mix needs a width for each layer")
+        mean = sum((width.ratio for width in layers), Fraction(0)) / len(layers)
+        sides = {width.side for width in layers if not width.is_full}
+        made = cls(*mean.as_integer_ratio(), sides.pop() if len(sides) == 1 else "both", tuple(layers))
+        for before, width in pairwise(layers):
+            if width.ratio < before.ratio:
+                raise ValueError(f"mix {made}: {width} after {before}; widths must not decrease from layer to layer")
+        return made
+
+    def __str__(self) -> str:
+        """0.25x3,0.50,1.00x2: the widths, and how many layers in a row have them."""
+        runs = [(width, len(list(run))) for width, run in groupby(map(str, self.layers))]
+        return ",".join(width if count == 1 else f"{width}x{count}" for width, count in runs)
+
+    def of(self, size: int) -> int:
+        raise ValueError(f"{self.words}: there is no width of all layers that {size} could be cut to")
+
+    def layer(self, number: int) -> Width:
+        return self.layers[number]
+
+    @property
+    def each(self) -> tuple[Width, ...]:
+        return self.layers
+
+    @property
+    def words(self) -> str:
+        return f"mix {self}"
+
 
 FULL = Width(1, 1)
 Ratio = float | str
@@ -85,6 +140,9 @@ class Config:
     granularity: Ratio = 0.125
     """Step between widths (epsilon), 0.125 or "1/12"; divides 1 - smallest. The widths are X = (1 - smallest) /
     granularity + 1."""
+    family: tuple[Ratio, ...] = ()
+    """The widths one by one, from the smallest to 1, instead of `smallest` and `granularity`: ["1/8", "1/4", "1/2", 1]
+    (MatFormer, arXiv 2310.07707)."""
     slice: str = "channels"
     """What a width takes its share of: the "channels" of every head, so that all are narrower (Scala); or a ViT's
     "heads", fewer of their full width, k of H at width k / H (HydraViT, arXiv 2409.17978)."""
@@ -107,6 +165,29 @@ class Config:
         if self.isolated not in (True, False, "large", "small"):
             raise ValueError(f'isolated = "{self.isolated}": must be true, false, "large" or "small"')
         self._check_step("", self.granularity)
+        self._check_family()
+        self._check_then()
+
+    def _check_family(self) -> None:
+        """Refuse widths that are no family, or beside which others are set."""
+        if not self.family:
+            return
+        named = f"family = {list(self.family)}"
+        for key, default in (("smallest", 1.0), ("granularity", 0.125), ("then", ())):
+            if getattr(self, key) != default:
+                raise ValueError(f"{named} says every width of the run; leave {key} out, or family")
+        widths = [ratio(value, "family: width") for value in self.family]
+        if widths[0] <= 0:
+            raise ValueError(f"{named}: width {self.family[0]} must be above 0")
+        for (before, last), (value, own) in pairwise(zip(self.family, widths, strict=True)):
+            if own <= last:
+                raise ValueError(f"{named}: width {value} must be above the {before} before it")
+        if widths[-1] != 1:
+            raise ValueError(f"{named}: must end with 1, the full width")
+        if len(widths) == 1:
+            raise ValueError(f"{named} has one width, which a model that is not sliced has; leave family out")
+
+    def _check_then(self) -> None:
         if self.then and ratio(self.smallest) == 1:
             raise ValueError("then: smallest = 1 has one width, which stays; set smallest below 1")
         before = 0
@@ -133,6 +214,9 @@ class Config:
     @cached_property
     def families(self) -> tuple[tuple[int, tuple[Width, ...]], ...]:
         """(The epoch from which on it is trained, its X widths, the smallest first) of each family, in order."""
+        if self.family:
+            named = (ratio(value) for value in self.family)
+            return ((0, tuple(self._width(own.numerator, own.denominator) for own in named)),)
         s = ratio(self.smallest)
         steps = {0: ratio(self.granularity)} | {change.epoch: ratio(change.granularity) for change in self.then}
         # One T for all, so that a width of two families is the same.
@@ -143,17 +227,40 @@ class Config:
         )
 
     @cached_property
-    def family(self) -> tuple[Width, ...]:
+    def all(self) -> tuple[Width, ...]:
         """Every width that is trained at some time, the smallest first, with its side."""
         return tuple(sorted({width for _, widths in self.families for width in widths}, key=float))
+
+    @property
+    def least(self) -> Fraction:
+        """The smallest width (s)."""
+        return ratio(self.family[0] if self.family else self.smallest)
+
+    @property
+    def said(self) -> str:
+        """What slices the model, as its recipe says it."""
+        return f"widths.family = {list(self.family)}" if self.family else f"widths.smallest = {self.smallest}"
+
+    def is_large(self, width: Fraction) -> bool:
+        """Whether it lies above the middle of the smallest width and 1 (equations 7 and 8)."""
+        return 2 * width > 1 + self.least
 
     def _width(self, numerator: int, denominator: int) -> Width:
         if numerator == denominator:
             return FULL
-        s, own = ratio(self.smallest), Fraction(numerator, denominator)
-        part = "large" if 2 * own > 1 + s else "small"
+        s, own = self.least, Fraction(numerator, denominator)
+        part = "large" if self.is_large(own) else "small"
         takes_other = own > s and self.isolated in (True, part)
         return Width(numerator, denominator, _OTHER[self.side] if takes_other else self.side)
+
+    def mix(self, values: str | Sequence[Ratio], untrained: bool = False) -> Mix:
+        """The mix of a ratio for each layer, or of a text such as "0.25x3,0.5,1x2". untrained: see `find`.
+
+        Raises:
+            ValueError: as of `find`, a text that says something else, or widths that decrease.
+        """
+        each = _each(values) if isinstance(values, str) else values
+        return Mix.of_layers([self.find(value, untrained) for value in each])
 
     def find(self, value: Ratio, untrained: bool = False) -> Width:
         """The width of a ratio such as 0.5 or "1/12".
@@ -164,17 +271,28 @@ class Config:
             ValueError: not a number, outside, or not one of the X, with the nearest that are.
         """
         own = ratio(value, "width")
-        for width in self.family:
-            if Fraction(width.numerator, width.denominator) == own:
+        for width in self.all:
+            if width.ratio == own:
                 return width
-        if not (0 if untrained else ratio(self.smallest)) < own <= 1:
-            among = f"from {self.family[0]} to 1" if len(self.family) > 1 else "1, this model's only one"
+        if not (0 if untrained else self.least) < own <= 1:
+            among = f"from {self.all[0]} to 1" if len(self.all) > 1 else "1, this model's only one"
             raise ValueError(f"width {value}: must be {'above 0 and at most 1' if untrained else among}")
         if untrained:
             return self._width(own.numerator, own.denominator)
         raise ValueError(
-            f"width {value} is not one of the {len(self.family)} of this model; {nearest(float(own), self.family)}"
+            f"width {value} is not one of the {len(self.all)} of this model; {nearest(float(own), self.all)}"
         )
+
+
+def _each(text: str) -> list[str]:
+    """0.5x2,1 is 0.5, 0.5, 1."""
+    found: list[str] = []
+    for part in text.split(","):
+        value, times, count = part.partition("x")
+        if times and not (count.strip().isdecimal() and int(count)):
+            raise ValueError(f'mix "{text}": {part} must be a width, or one of several layers in a row, as 0.5x3')
+        found += [value.strip()] * (int(count) if times else 1)
+    return found
 
 
 def nearest(value: float, among: tuple[Width, ...]) -> str:
@@ -203,116 +321,3 @@ def _written(value: Fraction) -> str:
     """As a recipe can say it: 0.0625, "1/12"."""
     decimal = str(float(value))
     return decimal if Fraction(decimal) == value else f'"{value}"'
-
-
-class Linear(nn.Linear):
-    """A linear layer whose inputs, outputs or both are sliced.
-
-    Args:
-        in_segments, out_segments: equal parts of the inputs and outputs that are sliced one by one.
-        state: gathers the gradients of a step's passes; the layer must then be used once in each pass.
-    """
-
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        *,
-        slice_in: bool = True,
-        slice_out: bool = True,
-        in_segments: int = 1,
-        out_segments: int = 1,
-        state: StepState | None = None,
-    ) -> None:
-        super().__init__(in_features, out_features)
-        self.slice_in, self.slice_out = slice_in, slice_out
-        self.in_segments, self.out_segments, self.state = in_segments, out_segments, state
-
-    def forward(self, x: Tensor, width: Width = FULL, **epilogue: Any) -> Tensor:  # type: ignore[override]
-        """[..., inputs at this width] to [..., outputs at this width]; epilogue: `sliced_linear`'s."""
-        return sliced_linear(
-            x,
-            self.weight,
-            self.bias,
-            out_features=width.of(self.out_features) if self.slice_out else self.out_features,
-            side=width.side,
-            in_segments=self.in_segments,
-            out_segments=self.out_segments,
-            state=self.state if self.state is not None and self.state.gathers else None,
-            **epilogue,
-        )
-
-    def slices(self, width: Width) -> dict[str, Tensor]:
-        """The parameters of the standalone layer at `width`."""
-        found: dict[str, Tensor] = dict(self.named_parameters())
-        if self.slice_out:
-            found = {name: width.take(p, 0, self.out_segments) for name, p in found.items()}
-        if self.slice_in:
-            found["weight"] = width.take(found["weight"], 1, self.in_segments)
-        return found
-
-
-class LayerNorm(nn.LayerNorm):
-    """Normalises over the features of a width."""
-
-    def __init__(self, features: int, eps: float, sliced: bool = True) -> None:
-        super().__init__(features, eps)
-        self.sliced = sliced
-
-    def slices(self, width: Width) -> dict[str, Tensor]:
-        return {name: width.take(p) if self.sliced else p for name, p in self.named_parameters()}
-
-    def forward(self, x: Tensor, width: Width = FULL) -> Tensor:
-        return F.layer_norm(x, x.shape[-1:], eps=self.eps, **self.slices(width))
-
-
-class LayerScale(nn.Module):
-    """A learned factor for each channel of a branch."""
-
-    def __init__(self, features: int, first: float, sliced: bool) -> None:
-        super().__init__()
-        self.gamma = nn.Parameter(torch.full((features,), first))
-        self.sliced = sliced
-
-    def slices(self, width: Width) -> dict[str, Tensor]:
-        return {"gamma": width.take(self.gamma) if self.sliced else self.gamma}
-
-    def forward(self, x: Tensor, width: Width) -> Tensor:
-        return x * self.slices(width)["gamma"]
-
-
-class Conv2d(nn.Conv2d):
-    """A convolution whose output channels, and input channels where `slice_in` is on, are sliced; of a depthwise one,
-    which has a kernel a channel, the channels.
-
-    Args:
-        out_segments: equal parts of the output channels that are sliced one by one.
-    """
-
-    def __init__(
-        self,
-        c_in: int,
-        c_out: int,
-        kernel: int,
-        *,
-        slice_in: bool,
-        slice_out: bool,
-        out_segments: int = 1,
-        **options: Any,
-    ) -> None:
-        super().__init__(c_in, c_out, kernel, **options)
-        self.slice_in, self.slice_out, self.out_segments = slice_in, slice_out, out_segments
-
-    def slices(self, width: Width) -> dict[str, Tensor]:
-        found: dict[str, Tensor] = dict(self.named_parameters())
-        if self.slice_out:
-            found = {name: width.take(p, 0, self.out_segments) for name, p in found.items()}
-        if self.slice_in:
-            found["weight"] = width.take(found["weight"], 1)
-        return found
-
-    def forward(self, x: Tensor, width: Width = FULL) -> Tensor:
-        found = self.slices(width)
-        weight, is_depthwise = found["weight"], self.groups == self.in_channels == self.out_channels
-        groups = weight.shape[0] if is_depthwise else self.groups
-        return F.conv2d(x, weight, found.get("bias"), self.stride, self.padding, self.dilation, groups)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from hsvit_kernels import grouped_attention
 from hsvit_kernels.random import Draw, Site, generator, keep_scale, threshold
 
-from . import slimmable
+from . import layers
 from .batchnorm import BatchNorm
 from .hsvit_config import Architecture
 from .slimmable import FULL, Width
@@ -72,8 +72,8 @@ class SeparableBlock(nn.Module):
         return F.relu(self.pool(x), inplace=True)
 
 
-def _conv(c_in: int, c_out: int, kernel: int, groups: int, submodules: int, slice_in: bool) -> slimmable.Conv2d:
-    return slimmable.Conv2d(
+def _conv(c_in: int, c_out: int, kernel: int, groups: int, submodules: int, slice_in: bool) -> layers.Conv2d:
+    return layers.Conv2d(
         c_in,
         c_out,
         kernel,

@@ -21,8 +21,8 @@ from hsvit_kernels import StepState
 from hsvit_kernels.random import Draw, Site, generator
 from hsvit_kernels.reference import attend
 
-from . import slimmable
-from .network import Network, any_seed
+from . import layers
+from .network import AnyWidth, Network, any_seed
 from .slimmable import FULL, Width
 from .vit_config import Architecture
 from .weights import Start
@@ -59,8 +59,8 @@ class Attention(nn.Module):
         self.heads, self.slices_heads = config.heads, config.slices_heads
         self.scale = (d // config.heads) ** -0.5 if config.softmax_scale == "full" else None
         ends: dict[str, Any] = {"slice_in": every, "slice_out": every, "state": state}
-        self.qkv = slimmable.Linear(d, 3 * d, out_segments=3 * heads if by_role else 1, **ends)
-        self.proj = slimmable.Linear(d, d, in_segments=heads, **ends)
+        self.qkv = layers.Linear(d, 3 * d, out_segments=3 * heads if by_role else 1, **ends)
+        self.proj = layers.Linear(d, d, in_segments=heads, **ends)
         if by_role:
             # No key bias can change a softmax: its gradient is rounding noise, which Adam would turn into steps.
             self.qkv.bias.register_hook(_without_keys)
@@ -89,11 +89,11 @@ def _without_keys(grad: Tensor | None) -> Tensor | None:
 
 
 class Mlp(nn.Module):
-    def __init__(self, config: Config, state: StepState) -> None:
+    def __init__(self, config: Config, hidden: int, state: StepState) -> None:
         super().__init__()
         every = config.sliced == "all"
-        self.fc1 = slimmable.Linear(config.embedding, config.hidden, slice_in=every, state=state)
-        self.fc2 = slimmable.Linear(config.hidden, config.embedding, slice_out=every, state=state)
+        self.fc1 = layers.Linear(config.embedding, hidden, slice_in=every, state=state)
+        self.fc2 = layers.Linear(hidden, config.embedding, slice_out=every, state=state)
 
     def forward(self, x: Tensor, width: Width, residual: Tensor | None, rows: int) -> Tensor:
         return self.fc2(self.fc1(x, width, gelu=True), width, residual=residual)
@@ -102,16 +102,16 @@ class Mlp(nn.Module):
 class Block(nn.Module):
     """x + attention(norm(x)), then x + MLP(norm(x)); LayerScale and drop path on both branches."""
 
-    def __init__(self, config: Config, state: StepState) -> None:
+    def __init__(self, config: Config, hidden: int, state: StepState) -> None:
         super().__init__()
         d, eps, every = config.embedding, config.norm_eps, config.sliced == "all"
-        self.norm1 = slimmable.LayerNorm(d, eps, every)
+        self.norm1 = layers.LayerNorm(d, eps, every)
         self.attn = Attention(config, state)
-        self.norm2 = slimmable.LayerNorm(d, eps, every)
-        self.mlp = Mlp(config, state)
+        self.norm2 = layers.LayerNorm(d, eps, every)
+        self.mlp = Mlp(config, hidden, state)
         self.ls1 = self.ls2 = None
         if config.layer_scale:
-            self.ls1, self.ls2 = (slimmable.LayerScale(d, config.layer_scale, every) for _ in range(2))
+            self.ls1, self.ls2 = (layers.LayerScale(d, config.layer_scale, every) for _ in range(2))
 
     def forward(self, x: Tensor, width: Width, kept: Tensor | None, rows: int) -> Tensor:
         """x [B, T, d] to its first `rows` tokens; kept [2, B, 1, 1]: drop path's factors of both branches."""
@@ -131,7 +131,7 @@ class PatchEmbed(nn.Module):
     def __init__(self, config: Config, channels: int) -> None:
         super().__init__()
         p, every = config.patch_size, config.sliced == "all"
-        self.proj = slimmable.Conv2d(channels, config.embedding, p, stride=p, slice_in=False, slice_out=every)
+        self.proj = layers.Conv2d(channels, config.embedding, p, stride=p, slice_in=False, slice_out=every)
 
     def forward(self, images: Tensor, width: Width) -> Tensor:
         """[B, C, H, W] to [B, n, d]."""
@@ -157,16 +157,16 @@ class ViT(Network):
         self.cls_token = nn.Parameter(torch.empty(1, 1, d))
         self.dist_token = nn.Parameter(torch.empty(1, 1, d)) if c.distilled else None
         self.pos_embed = nn.Parameter(torch.empty(1, patches + c.special_tokens, d))
-        self.blocks = nn.ModuleList(Block(c, self.step_state) for _ in range(c.depth))
-        self.norm = slimmable.LayerNorm(d, c.norm_eps, every)
+        self.blocks = nn.ModuleList(Block(c, hidden, self.step_state) for hidden in c.hidden)
+        self.norm = layers.LayerNorm(d, c.norm_eps, every)
         self.head, self.head_dist = self._heads(classes)
         if not self.cls_token.is_meta:
             self._initialise(seed)
 
-    def _heads(self, classes: int) -> tuple[slimmable.Linear, slimmable.Linear | None]:
+    def _heads(self, classes: int) -> tuple[layers.Linear, layers.Linear | None]:
         # Not gathered in place: a loss without the class head is possible in a step's last pass.
         ends = {"slice_in": self.config.sliced == "all", "slice_out": False}
-        heads = [slimmable.Linear(self.config.embedding, classes, **ends) for _ in range(self.config.special_tokens)]
+        heads = [layers.Linear(self.config.embedding, classes, **ends) for _ in range(self.config.special_tokens)]
         return heads[0], heads[1] if self.config.distilled else None
 
     @torch.no_grad()
@@ -199,14 +199,14 @@ class ViT(Network):
         self.to(before.device, before.dtype)
 
     def forward(
-        self, images: Tensor, draw: Draw | None = None, width: Width | float = FULL
+        self, images: Tensor, draw: Draw | None = None, width: AnyWidth = FULL
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Classify images.
 
         Args:
             images: [B, C, H, W], normalised.
             draw: the randomness of a training forward; on one rank by default keyed on PyTorch's generator.
-            width: which subnet, as 0.5.
+            width: which subnet, as 0.5; where only MLPs are sliced, also a width a block, as [0.5, 1].
 
         Returns:
             Logits [B, Q], a distilled model's the mean of both heads'; in training, after `set_distilled_training`, its
@@ -218,29 +218,35 @@ class ViT(Network):
         """
         width = self.width(width)
         x = self._tokens(images, draw, width, rows=self.config.special_tokens)
-        logits: Tensor = self.head(x[:, 0], width)
+        outer = self._outer(width)
+        logits: Tensor = self.head(x[:, 0], outer)
         if self.head_dist is None:
             return logits
-        distilled: Tensor = self.head_dist(x[:, 1], width)
+        distilled: Tensor = self.head_dist(x[:, 1], outer)
         return (logits, distilled) if self.training and self.distilled_training else (logits + distilled) / 2
 
-    def forward_features(self, images: Tensor, draw: Draw | None = None, width: Width | float = FULL) -> Tensor:
+    def forward_features(self, images: Tensor, draw: Draw | None = None, width: AnyWidth = FULL) -> Tensor:
         """[B, C, H, W] to all tokens after the last norm, [B, T, d at the width], the special ones first."""
         return self._tokens(images, draw, self.width(width), rows=self.pos_embed.shape[1])
+
+    def _outer(self, width: Width) -> Width:
+        """That of what lies outside of MLPs' hidden features."""
+        return width if self.config.sliced == "all" else FULL
 
     def _tokens(self, images: Tensor, draw: Draw | None, width: Width, rows: int) -> Tensor:
         """The first `rows` tokens after the last norm: of the last block only they are computed."""
         self._check(images)
-        outer = width if self.config.sliced == "all" else FULL
-        patches = self.patch_embed(images, width)
+        outer = self._outer(width)
+        patches = self.patch_embed(images, outer)
         special = [t for t in (self.cls_token, self.dist_token) if t is not None]
         first = [outer.take(t, 2).to(patches.dtype).expand(images.shape[0], -1, -1) for t in special]
         x = torch.cat((*first, patches), dim=1) + outer.take(self.pos_embed, 2)
         kept = self._drop_path(images, draw)
         for index, block in enumerate(self.blocks):
             last = index == self.config.depth - 1
-            x = block(x, width, None if kept is None else kept[2 * index : 2 * index + 2], rows if last else x.shape[1])
-        normed: Tensor = self.norm(x, width)
+            own = width.layer(index)
+            x = block(x, own, None if kept is None else kept[2 * index : 2 * index + 2], rows if last else x.shape[1])
+        normed: Tensor = self.norm(x, outer)
         return normed
 
     def _drop_path(self, images: Tensor, draw: Draw | None) -> Tensor | None:
@@ -255,18 +261,20 @@ class ViT(Network):
         return kept.t()[:, :, None, None]
 
     @torch.no_grad()
-    def subnet(self, width: Width | float) -> ViT:
+    def subnet(self, width: AnyWidth) -> ViT:
         """The standalone network at a width, with copies of its weights."""
         width = self.width(width)
         small = ViT(
             self.config.at(width), image_size=self.image_size, channels=self.channels, classes=self.classes
         ).train(self.training)
-        outer = width if self.config.sliced == "all" else FULL
+        outer = self._outer(width)
         found = {
             f"{name}.{key}": value
             for name, module in self.named_modules()
             if hasattr(module, "slices")
-            for key, value in module.slices(width).items()
+            for key, value in module.slices(
+                width.layer(int(name.split(".")[1])) if name.startswith("blocks.") else outer
+            ).items()
         }
         for name in ("cls_token", "dist_token", "pos_embed"):
             if (parameter := getattr(self, name)) is not None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Literal, Self
 
+from ..errors import counted
 from . import slimmable
-from .slimmable import FULL, Width
+from .slimmable import FULL, Mix, Width
 
 
 @dataclass(frozen=True)
@@ -31,8 +32,8 @@ class Architecture:
     """Attention heads, of every width unless `widths.slice` is "heads"; 0: the variant's."""
     depth: int = 12
     """Blocks."""
-    mlp_ratio: float = 4.0
-    """Hidden features of an MLP over `embedding`."""
+    mlp_ratio: float | tuple[float, ...] = 4.0
+    """Hidden features of an MLP over `embedding`; a list: of each block's."""
     patch_size: int = 16
     """Side of a patch, pixels; divides the image's."""
     distilled: bool = False
@@ -67,10 +68,25 @@ class Architecture:
         for name in ("embedding", "heads", "layer_scale", "norm_eps"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} = {getattr(self, name)}: must not be negative")
+        self._check_ratios()
         if not 0 <= self.drop_path < 1:
             raise ValueError(f"drop_path = {self.drop_path}: must be in [0, 1)")
         if self.slices_heads:
             self._check_heads()
+
+    def _check_ratios(self) -> None:
+        if min(self._ratios, default=0.0) <= 0:
+            raise ValueError(f"mlp_ratio = {self.mlp_ratio}: must be above 0")
+        if len(self._ratios) != self.depth:
+            raise ValueError(
+                f"mlp_ratio = {list(self._ratios)} has {counted(len(self._ratios), 'number')} for depth = "
+                f"{self.depth}; give one a block, or one for all"
+            )
+
+    @property
+    def _ratios(self) -> tuple[float, ...]:
+        each = self.mlp_ratio
+        return (each,) * self.depth if isinstance(each, float | int) else each
 
     def _check_heads(self) -> None:
         if self.qkv == "fused":
@@ -99,9 +115,9 @@ class Architecture:
         return False
 
     @property
-    def hidden(self) -> int:
-        """Features inside an MLP, at full width."""
-        return round(self.embedding * self.mlp_ratio)
+    def hidden(self) -> tuple[int, ...]:
+        """Features inside each block's MLP, at full width."""
+        return tuple(round(self.embedding * ratio) for ratio in self._ratios)
 
     @property
     def special_tokens(self) -> int:
@@ -117,36 +133,52 @@ class Architecture:
             raise ValueError(f"heads = {full.heads} does not divide embedding = {full.embedding}")
         if image_size % full.patch_size:
             raise ValueError(f"patch_size = {full.patch_size} does not divide the images' side of {image_size} pixels")
-        for width in full.widths.family:
+        for width in full.widths.all:
             full.check_width(width)
         return full
 
     def check_width(self, width: Width) -> None:
-        """Refuse a width that the heads or a layer cannot be cut to, with the nearest that they can."""
-        parts = {"MLP": (self.hidden, 1)}
+        """Refuse a width that the heads or a layer cannot be cut to, with the nearest that they can, and a mix that the
+        blocks cannot have."""
+        if isinstance(width, Mix):
+            self._check_mix(width)
+        parts = [("MLP", size, 1, width.layer(number)) for number, size in enumerate(self.hidden)]
         if self.slices_heads:
-            parts = {"heads": (self.heads, 1)} | parts
+            parts.insert(0, ("heads", self.heads, 1, width))
         elif self.sliced == "all":
-            parts = {"embedding": (self.embedding, self.heads)} | parts
-        for name, (size, unit) in parts.items():
-            if size * width.numerator % (width.denominator * unit):
+            parts.insert(0, ("embedding", self.embedding, self.heads, width))
+        for name, size, unit, own in dict.fromkeys(parts):
+            if size * own.numerator % (own.denominator * unit):
                 valid = tuple(Width(n, size // unit) for n in range(1, size // unit + 1))
                 raise ValueError(
-                    f"width {width}: {float(width):g} x {name} {size} = {size * float(width):g} is not "
+                    f"width {own}: {float(own):g} x {name} {size} = {size * float(own):g} is not "
                     f"{f'a multiple of heads = {unit}' if unit > 1 else 'a whole number'}; "
-                    f"{slimmable.nearest(float(width), valid)}"
+                    f"{slimmable.nearest(float(own), valid)}"
                 )
 
+    def _check_mix(self, mix: Mix) -> None:
+        if self.sliced != "mlp":
+            raise ValueError(
+                f'mix {mix}: sliced = "{self.sliced}" slices what blocks hand on, which would not fit from one width '
+                'to another; a mix needs a network that was trained with sliced = "mlp"'
+            )
+        if len(mix.layers) != self.depth:
+            raise ValueError(
+                f"mix {mix} has {counted(len(mix.layers), 'width')} for {counted(self.depth, 'block')}; give one a "
+                "block"
+            )
+
     def at(self, width: Width) -> Self:
-        """The standalone network at a width: an ordinary ViT."""
+        """The standalone network at a width: an ordinary ViT; at a mix each block has its own `mlp_ratio`."""
         outer = width if self.sliced == "all" else FULL
         embedding = outer.of(self.embedding)
+        ratios = tuple(width.layer(number).of(size) / embedding for number, size in enumerate(self.hidden))
         return replace(
             self,
             variant="",
             embedding=embedding,
             heads=width.of(self.heads) if self.slices_heads else self.heads,
-            mlp_ratio=width.of(self.hidden) / embedding,
+            mlp_ratio=ratios if len(set(ratios)) > 1 else ratios[0],
             softmax_scale="head",
             sliced="all",
             widths=slimmable.Config(),
@@ -158,5 +190,5 @@ class Architecture:
         c = self.resolved(image_size).at(width)
         patches = (image_size // c.patch_size) ** 2
         tokens, d = patches + c.special_tokens, c.embedding
-        block = tokens * (4 * d * d + 2 * d * c.hidden) + 2 * tokens**2 * d
-        return patches * channels * c.patch_size**2 * d + c.depth * block + c.special_tokens * d * classes
+        blocks = c.depth * (4 * tokens * d * d + 2 * tokens**2 * d) + 2 * tokens * d * sum(c.hidden)
+        return patches * channels * c.patch_size**2 * d + blocks + c.special_tokens * d * classes

@@ -9,20 +9,24 @@ from .. import __version__
 from ..data.preprocessing import Preprocessing
 from ..errors import counted
 from ..models import Model
-from ..models.slimmable import Width
+from ..models.slimmable import Mix, Width
 from ..models.timm_models import Classifier
 from ..models.vit import ViT
 from ..run.report import width_name
 
-_SLICED = {"channels": "Scala, arXiv 2412.04786", "heads": "sliced by heads as HydraViT, arXiv 2409.17978"}
+_SLICED = {
+    "channels": "Scala, arXiv 2412.04786",
+    "heads": "sliced by heads as HydraViT, arXiv 2409.17978",
+    "mlp": "sliced in its MLPs as MatFormer, arXiv 2310.07707",
+}
 MANY = 20
 """Classes that are named in the card; more are in classes.txt."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """A width. macs: multiply-adds of an image. top1: %, by split, None where it was not measured. trained: whether the
-    run trained this width."""
+    """A width. macs: multiply-adds of an image. top1: %, by split, None where it was not measured. trained: see
+    `report.WidthRow`."""
 
     width: Width
     parameters: int
@@ -36,8 +40,8 @@ class Card:
     """What a run says of a network.
 
     weights: what the run started from, empty for random ones. checkpoint: which weights, in words. rows: a width each.
-    slice: that of `slimmable.Config`. sizes: images of each split that was measured. by_class: split, and of each class
-    its name, images and top-1 in %; None where that was not measured.
+    slice: that of `slimmable.Config`, or "mlp". sizes: images of each split that was measured. by_class: split, and of
+    each class its name, images and top-1 in %; None where that was not measured.
     """
 
     run: str
@@ -54,7 +58,7 @@ class Card:
     def text(self, model: Model, width: Width, in_timm: bool) -> str:
         """README.md of the export of `model`, the network of a width."""
         sliced = len(self.rows) > 1 or not width.is_full
-        title = f"{_name(model)} at width {width}" if sliced else _name(model)
+        title = f"{_name(model)} at {width.words}" if sliced else _name(model)
         origin = f"Trained by hsvit-ds {__version__}"
         if sliced:
             origin = f"A subnet of a slimmable network ({_SLICED[self.slice]}) that hsvit-ds {__version__} trained"
@@ -96,14 +100,17 @@ class Card:
 
     def _classes(self, width: Width) -> str:
         if self.by_class is None:
-            return f"Not measured at this width and checkpoint: `hsvit evaluate RUN --widths {width}` does."
+            option = "--mix" if isinstance(width, Mix) else "--widths"
+            return f"Not measured at this width and checkpoint: `hsvit evaluate RUN {option} {width}` does."
         split, rows = self.by_class
         lines = [_line(["class", f"images of {split}", "top-1, %"]), _line(["---"] * 3)]
         return "\n".join([*lines, *(_line([_cell(cell) for cell in row]) for row in rows)])
 
     def _loading(self, model: Model, in_timm: bool) -> str:
         load = _TIMM if in_timm else _OWN
-        if isinstance(model, ViT) and model.config.norm_eps != 1e-6:
+        if isinstance(model, ViT) and isinstance(model.config.mlp_ratio, tuple):
+            load += _MIXED
+        elif isinstance(model, ViT) and model.config.norm_eps != 1e-6:
             load += _EPS.format(eps=model.config.norm_eps)
         return f"{load}\n\n{_PROGRAM}\n\n{_ONNX}\n\n{_COMMAND}"
 
@@ -160,6 +167,9 @@ probabilities = model(x).softmax(-1)
 _EPS = """
 
 Its LayerNorms use an eps of {eps:g}, which timm's config cannot say: set `m.eps = {eps:g}` for every LayerNorm `m`."""
+_MIXED = """
+
+timm's config has one size for the MLPs of all blocks, which these have not: there is none."""
 _OWN = """With hsvit-ds (FOLDER is where these files are):
 
 ```python

@@ -24,7 +24,7 @@ from .card import Card
 
 
 def export(model: Model, width: Width, out: Path, card: Card) -> list[Path]:
-    """Write the network of a width into the folder `out`; the files.
+    """Write the network of a width or a mix into the folder `out`; the files.
 
     model.safetensors (for hsvit-ds, and for timm where it has the model), config.json (timm's), model.pt2
     (torch.export), model.onnx, classes.txt and README.md; the batch is free in both programs.
@@ -50,10 +50,11 @@ def export(model: Model, width: Width, out: Path, card: Card) -> list[Path]:
 
 
 def _timm_has(model: Model) -> TypeGuard[ViT | Classifier]:
-    """Whether timm builds it by itself: not what this project registers there, such as transformers' CvT."""
-    return isinstance(model, ViT) or (
-        isinstance(model, Classifier) and type(model.net).__module__.partition(".")[0] == "timm"
-    )
+    """Whether timm builds it by itself: not what this project registers there, such as transformers' CvT, nor a ViT
+    whose blocks have MLPs of several sizes."""
+    if isinstance(model, ViT):
+        return not isinstance(model.config.mlp_ratio, tuple)
+    return isinstance(model, Classifier) and type(model.net).__module__.partition(".")[0] == "timm"
 
 
 def timm_config(model: ViT | Classifier, seen: Preprocessing) -> dict[str, Any]:

@@ -135,17 +135,19 @@ def _of_file(path: Path, model: Model, own: str, width: str, budget: str) -> Cho
     """Of an export, which has one width, `own` of the network that it was taken from."""
     if width and budget:
         raise RefusedError("give one of --width and --budget")
-    (only,) = model.config.widths.family
+    (only,) = model.config.widths.all
     if width and not _same(width, own):
         raise RefusedError(f"{path}: has width {own} alone, not {width}; export that one from its run")
     if budget:
         Budget.of(budget).choose(model, (only,), {}, "")
     words = cost_of(model, only)
-    return Chosen(only, words.replace(f"width {only}", f"width {own}") if own else words)
+    named = f"{'mix' if 'x' in own or ',' in own else 'width'} {own}"
+    return Chosen(only, words.replace(f"width {only}", named) if own else words)
 
 
 def _same(width: str, own: str) -> bool:
     try:
-        return float(width) == float(own)
+        asked = float(width)
     except ValueError:
         raise RefusedError(f"--width {width}: must be a number such as 0.5") from None
+    return own.replace(".", "").isdecimal() and asked == float(own)  # a mix's is none

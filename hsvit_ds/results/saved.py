@@ -41,6 +41,8 @@ from .card import Card, Row
 ROLES = ("train", "val", "test")
 SUBSETS = 20
 """Subsets of submodules of one size that a sweep scores at most."""
+LONGEST = 160
+"""Letters of the widths in the name of a file, of which a file system takes 255."""
 
 
 @dataclass(frozen=True)
@@ -89,13 +91,20 @@ class SavedRun:
         """The widths in "all" or "0.25,0.5", the smallest first; refused where a width is not a trained one."""
         if text == "all":
             return self.trained
+        return self._found(self.model.config.widths.find, text.split(","), untrained)
+
+    def mixes(self, texts: Sequence[str], untrained: bool = False) -> tuple[Width, ...]:
+        """Those in texts such as "0.25x3,1", the smallest first; refused where a layer's width is not a trained one."""
+        return self._found(self.model.config.widths.mix, texts, untrained)
+
+    def _found(self, find: Callable[[str, bool], Width], texts: Sequence[str], untrained: bool) -> tuple[Width, ...]:
         try:
-            found = [self.model.config.widths.find(part, untrained) for part in text.split(",")]
+            found = [find(text, untrained) for text in texts]
             for width in found:
                 self.model.config.check_width(width)
         except ValueError as error:
             raise RefusedError(f"{self.folder}: {error}") from error
-        missing = [width for width in found if width not in self.trained]
+        missing = [layer for width in found for layer in width.each if layer not in self.trained]
         if missing and not untrained:
             known = ", ".join(str(width) for width in self.trained)
             past = any(missing[0] in family for _, family in self.recipe.model.widths.families[:-1])
@@ -103,7 +112,7 @@ class SavedRun:
             raise RefusedError(
                 f"{self.folder}: width {missing[0]} {why} (trained: {known}); --untrained takes it anyway"
             )
-        return tuple(sorted(set(found), key=float))
+        return tuple(sorted(dict.fromkeys(found), key=float))
 
     def split(self, role: str) -> str:
         """The name of the split that is "train", "val" or "test" to the run."""
@@ -174,14 +183,15 @@ class SavedRun:
             found.add(tuple(sorted(submodule for _, submodule in chosen)))
         return sorted(found)
 
-    def choose(self, width: str, budget: str, untrained: bool = False) -> Chosen:
-        """The width of `width`, or the best measured one within `budget`; without both the largest trained."""
-        if width and budget:
-            raise RefusedError("give one of --width and --budget")
+    def choose(self, width: str, budget: str, untrained: bool = False, mix: str = "") -> Chosen:
+        """The width of `width`, the mix of `mix`, or what `Budget.choose` takes within `budget`; by default the largest
+        trained width."""
+        if bool(width) + bool(budget) + bool(mix) > 1:
+            raise RefusedError(f"give one of --width{', --mix' if mix else ''} and --budget")
         if budget:
             split = self.recipe.data.val
             return Budget.of(budget).choose(self.at(*self.trained), self.trained, self.measured(split), split)
-        found = self.widths(width, untrained) if width else self.trained[-1:]
+        found = self.widths(width, untrained) if width else self.mixes([mix], untrained) if mix else self.trained[-1:]
         if len(found) != 1:
             raise RefusedError(f"--width {width}: must be one width")
         return Chosen(found[0], cost_of(self.model, found[0]))
@@ -224,9 +234,9 @@ class SavedRun:
                 models.parameters(self.model, w),
                 models.macs(self.model, w),
                 {s: scores[s].get(w) for s in splits},
-                w in self.trained,
+                set(w.each) <= set(self.trained),
             )
-            for w in sorted({*self.trained, width}, key=float)
+            for w in sorted(dict.fromkeys((*self.trained, width)), key=float)
         )
         sizes = {split: self.reader.count(split) for split in splits if scores[split]}
         return Card(
@@ -237,7 +247,7 @@ class SavedRun:
             self.classes,
             self.preprocessing,
             rows,
-            self.model.config.widths.slice,
+            "mlp" if getattr(self.model.config, "sliced", "") == "mlp" else self.model.config.widths.slice,
             sizes,
             self._by_class(width),
         )
@@ -264,7 +274,10 @@ class SavedRun:
 
 def drawn_name(run: SavedRun, what: str, split: str, widths: Sequence[Width] = ()) -> str:
     """What `hsvit evaluate` calls a file of its own: the run drew others. widths: of some alone."""
-    return "-".join(["evaluate", what, split, f"step-{run.steps}", *(["ema"] if run.ema else []), *(map(str, widths))])
+    named = [str(width) for width in widths]
+    if len("-".join(named)) > LONGEST:
+        named[1:-1] = [f"{len(named) - 2}-more"]
+    return "-".join(["evaluate", what, split, f"step-{run.steps}", *(["ema"] if run.ema else []), *named])
 
 
 def open_run(folder: Path, ema: bool = False, root: str = "", checkpoint: str = "latest") -> SavedRun:
@@ -283,7 +296,7 @@ def open_run(folder: Path, ema: bool = False, root: str = "", checkpoint: str = 
             f"{folder}: its data comes from a command, which is not run because a checkpoint says so: "
             f"{commands[0]!a}; if it is one to run, say so with --root"
         )
-    family = recipe.model.widths.family
+    family = recipe.model.widths.all
     trained = family[-1:]
     if isinstance(recipe.task, scala.Config):
         at = loaded.position

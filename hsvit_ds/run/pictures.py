@@ -199,7 +199,7 @@ def write_classes(path: Path, answers: Answers, names: Sequence[str], title: str
 
 def class_column(width: Width) -> str:
     """What the table of the classes calls the accuracy at a width."""
-    return f"top-1 at width {width}, %"
+    return f"top-1 at {width.words}, %"
 
 
 def _figure(width: float, height: float, empty: bool = False) -> tuple[Figure, Axes]:

@@ -164,14 +164,15 @@ def _build(table: dict[str, Any], where: str) -> Recipe:
         return TypeAdapter(Recipe).validate_json(json.dumps(table), strict=True)
     except ValidationError as error:
         # Of a key of two types each complains, and the other one says what it is.
-        lines = [_explain(e) for e in error.errors() if e["loc"][-1] != "str"]
+        lines = [_explain(e) for e in error.errors() if e["loc"][-1] != "str" and "tuple[float, ...]" not in e["loc"]]
         raise RefusedError(f"{where}: {'; '.join(lines)}") from error
     except TypeError as error:  # a TOML date, which JSON does not have
         raise RefusedError(f"{where}: {error}") from error
 
 
-_OR_WORD = {"float": 'must be a number, or a fraction such as "1/12"', "bool": "must be true, false or a word"}
-"""What is said of keys that are of such a type or a string."""
+_OR_ELSE = {"float": 'must be a number, or a fraction such as "1/12"', "bool": "must be true, false or a word"}
+_OR_ELSE["mlp_ratio"] = "must be a number, or a list of one for each block"
+"""What is said of keys that are of such a type or a string, and of this one."""
 
 
 def _explain(error: Any) -> str:
@@ -186,8 +187,8 @@ def _explain(error: Any) -> str:
         return f'{key}.kind = "{error["input"]["kind"]}": must be one of {", ".join(_kinds(key))}'
     if error["type"] == "missing":
         return f"{key} is missing"
-    if error["loc"][-1] in _OR_WORD:
-        return f"{key.rpartition('.')[0]} = {error['input']!r}: {_OR_WORD[error['loc'][-1]]}"
+    if said := [_OR_ELSE[part] for part in error["loc"][-2:] if part in _OR_ELSE]:
+        return f"{key.rpartition('.')[0]} = {error['input']!r}: {said[0]}"
     return f"{key} = {error['input']!r}: {message[:1].lower()}{message[1:]}"
 
 
@@ -255,8 +256,7 @@ def resolve(recipe: Recipe, ranks: int) -> tuple[Recipe, Plan]:
     _check_blocks(recipe, micro)
     _check_stream(recipe)
     if isinstance(model, hsvit.Config):
-        backbone = model.backbone
-        features.check(backbone.cache, backbone.trained_stages, recipe.engine.zero_stage, recipe.augment)
+        features.check(model.backbone.cache, model.backbone.trained_stages, recipe.engine.zero_stage, recipe.augment)
     steps = _steps_per_epoch(recipe)
     automatic = "bf16" if torch.cuda.is_available() else "fp32"
     precision = automatic if recipe.engine.precision == "auto" else recipe.engine.precision
@@ -327,8 +327,8 @@ def _check_task(task: supervised.Config | scala.Config, model: models.Config) ->
             raise RefusedError(f"[task] {error}") from error
         if distilled and not task.teacher.name:
             raise RefusedError("model.distilled = true needs a teacher: set task.teacher.name")
-    elif distilled or len(model.widths.family) > 1:
-        key = "distilled = true" if distilled else f"widths.smallest = {model.widths.smallest}"
+    elif distilled or len(model.widths.all) > 1:
+        key = "distilled = true" if distilled else model.widths.said
         raise RefusedError(f'model.{key} needs task.kind = "scala"; task.kind = "supervised" trains one output')
 
 

@@ -16,7 +16,7 @@ from rich.text import Text
 
 from .. import models
 from ..errors import has_screen, out
-from ..models.slimmable import Width
+from ..models.slimmable import Mix, Width
 
 SIDE = "side: the end of each layer's channels that a width takes; GMACs: billions of multiply-adds of an image"
 
@@ -166,7 +166,8 @@ def duration(seconds: float) -> str:
 
 @dataclass(frozen=True)
 class WidthRow:
-    """One subnet. macs: multiply-adds of an image. top1: %. trained: whether the run trained this width."""
+    """One subnet. macs: multiply-adds of an image. top1: %. trained: whether the run trained this width, of a mix those
+    of all layers."""
 
     width: Width
     parameters: int
@@ -180,8 +181,9 @@ class WidthRow:
 
 
 def width_name(width: Width, trained: bool) -> str:
-    """0.50, or 0.40625 (untrained)."""
-    return f"{width}{'' if trained else ' (untrained)'}"
+    """0.50, 0.40625 (untrained) or 0.25x3,1.00 (mix)."""
+    kinds = ["untrained"] * (not trained) + ["mix"] * isinstance(width, Mix)
+    return f"{width} ({' '.join(kinds)})" if kinds else str(width)
 
 
 def width_rows(
@@ -194,7 +196,7 @@ def width_rows(
             models.parameters(model, width),
             models.macs(model, width),
             found.get(f"top1_w{width}", found["top1"]),
-            width in trained,
+            set(width.each) <= set(trained),
         )
         for width in widths
     ]

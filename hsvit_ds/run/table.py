@@ -73,7 +73,7 @@ def short(key: str, keys: Collection[str]) -> str:
 
 
 def text(value: Any) -> str:
-    """A key's value as a person writes it: of a path its last part."""
+    """A key's value as a person writes it: of a path, which a fraction is not, its last part."""
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, float):
@@ -82,7 +82,8 @@ def text(value: Any) -> str:
         return ",".join(map(text, value))
     if isinstance(value, Mapping):
         return f"{{{', '.join(f'{key}={text(inner)}' for key, inner in value.items())}}}"
-    return Path(value).name if isinstance(value, str) and "/" in value else str(value)
+    is_path = isinstance(value, str) and "/" in value and not re.fullmatch(r"\d+/\d+", value)
+    return Path(value).name if is_path else str(value)
 
 
 def find(name: str, names: Collection[str], asked: str) -> str:
@@ -148,7 +149,8 @@ def first_words(path: Path, overrides: list[str], ranks: int) -> str:
         table = read(path, overrides)
         model, data = table["model"], table.get("data", {})
         kind, named = _MODELS[model["kind"]], model.get("name" if model["kind"] == "timm" else "variant")
-        slimmable = model.get("widths", {}).get("smallest", 1) != 1
+        widths = model.get("widths", {})
+        slimmable = bool(widths.get("family")) or widths.get("smallest", 1) != 1
         article = "a slimmable" if slimmable else "an" if kind == "HSViT" else "a"
         of = f"{article} {kind}{f' ({named})' if named else ''}"
         name = table.get("run", {}).get("name") or run_name(path)

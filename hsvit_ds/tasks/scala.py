@@ -29,7 +29,7 @@ from ..models.slimmable import Width
 from . import teacher
 from .teacher import Teacher
 
-SAMPLING = ("paper", "code", "sandwich", "interior", "single", "fixed")
+SAMPLING = ("paper", "code", "sandwich", "interior", "all", "single", "fixed")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,8 +39,8 @@ class Config:
     """A step's widths. Full, one drawn from (mid, 1), one from (smallest, mid] and the smallest: "paper"; from [mid, 1)
     and (smallest, mid) with mid rounded down to a width, as in the published "code"; two from all between, "sandwich"
     (US-Net, arXiv 1903.05134). An empty range gives no pass. Full and three from all below it, so that the smallest is
-    not in every step: "interior" (figure 4). One of all: "single" (AutoFormer, arXiv 2107.00651). `width` alone:
-    "fixed" (separate training)."""
+    not in every step: "interior" (figure 4). Every one: "all" (MatFormer, arXiv 2310.07707). One of them: "single"
+    (AutoFormer, arXiv 2107.00651). `width` alone: "fixed" (separate training)."""
     width: slimmable.Ratio = 1.0
     """The width of sampling = "fixed"."""
     pinned: tuple[slimmable.Ratio, ...] = ()
@@ -108,14 +108,16 @@ class Config:
         smallest, full, between = family[0], family[-1], family[1:-1]
         if self.sampling == "single":
             found = [family]
+        elif self.sampling == "all":
+            found = [(width,) for width in reversed(family)]
         elif self.sampling == "sandwich":
             found = [(full,), *[between] * min(2, len(between)), (smallest,)]
         elif self.sampling == "interior":
             found = [(full,), *[family[:-1]] * min(3, len(family) - 1)]
         else:
-            # mid lies at index (X - 1) / 2; the code rounds it down, and counts it among the large ones.
-            last = len(family) - 1
-            first_large = last // 2 if self.sampling == "code" else last // 2 + 1
+            # The code rounds mid down to a width, and counts it among the large ones.
+            middle = sum(not widths.is_large(width.ratio) for width in family) - (self.sampling == "code")
+            first_large = max(middle, 1)
             found = [(full,), *self._pin(widths, [family[first_large:-1], family[1:first_large]]), (smallest,)]
         return [range_ for range_ in found[: 1 if smallest == full else None] if range_]
 
@@ -139,7 +141,7 @@ class Sampler:
 
     def __init__(self, config: Config, widths: slimmable.Config, seed: int, steps_per_epoch: int) -> None:
         self.config, self.seed, self.steps_per_epoch = config, seed, steps_per_epoch
-        self.full, self.full_steps = widths.family[-1], config.full_epochs * steps_per_epoch
+        self.full, self.full_steps = widths.all[-1], config.full_epochs * steps_per_epoch
         self.phases = [(epoch * steps_per_epoch, config.ranges(widths, family)) for epoch, family in widths.families]
         """(First step, ranges) of each family."""
 

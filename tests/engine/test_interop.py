@@ -73,7 +73,7 @@ def test_the_command_imports_weights_of_the_published_scala(tmp_path: Path) -> N
     ours = load_model(tmp_path / "ours.safetensors")
     images = torch.randn(3, 3, 32, 32)
     with torch.no_grad():
-        for width in ours.config.widths.family:
+        for width in ours.config.widths.all:
             z, u = theirs(images, float(width))
             torch.testing.assert_close(ours(images, width=width), (z + u) / 2, rtol=1e-5, atol=1e-5)
     assert import_scala(state, smallest=0.5, granularity=0.5, side="trailing").config.widths == Widths(
@@ -89,7 +89,7 @@ def test_the_command_imports_weights_of_the_published_hydravit(tmp_path: Path) -
     assert result.exit_code == 0, result.output
     ours, images = load_model(tmp_path / "ours.safetensors"), torch.randn(3, 3, 16, 16)
     with torch.no_grad():
-        for heads, width in enumerate(ours.config.widths.family, 1):
+        for heads, width in enumerate(ours.config.widths.all, 1):
             expected = hydravit(theirs, images, heads, own=64)
             torch.testing.assert_close(ours(images, width=width), expected, rtol=1e-4, atol=1e-4)
 

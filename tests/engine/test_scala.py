@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from hsvit_ds.data import augment
 from hsvit_ds.engine.checkpoint import Position
 from hsvit_ds.engine.outcomes import Settled
-from hsvit_ds.models.slimmable import Linear
+from hsvit_ds.models.layers import Linear
 from hsvit_ds.run.interval import Interval
 from hsvit_ds.run.trainer import Trainer
 
@@ -52,11 +52,14 @@ NEW = {
     "the large widths on the smallest's side": ["model.widths.isolated=small"],
     "through the class token": ["task.transfer_token=class"],
     "whole heads": ["model.widths.slice=heads", "model.heads=8"],
+    "MLPs of named widths": ["model.sliced=mlp", "model.widths={family=['1/8', '1/4', 1]}", "task.sampling=all"],
     # Two steps an epoch: the third one is of the other family.
     "another family": ["model.widths.then=[{epoch=1, granularity=0.375}]", "run.global_batch=400"],
 }
 """What a step trains otherwise; by SGD, as AdamW turns rounding where a gradient is nearly zero into steps."""
-STAGES = {name: (0, 1, 2, 3) for name in ("interior", "pinned", "whole heads", "another family")} | {
+STAGES = {
+    name: (0, 1, 2, 3) for name in ("interior", "pinned", "whole heads", "MLPs of named widths", "another family")
+} | {
     "the small widths on the smallest's side": (1,),
     "the large widths on the smallest's side": (2,),
     "through the class token": (3,),

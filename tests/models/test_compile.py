@@ -93,7 +93,7 @@ def test_a_model_is_one_graph_that_is_compiled_once(
 def test_every_width_is_a_graph(build: Callable[[], nn.Module]) -> None:
     torch._dynamo.reset()
     model = build().train()
-    for width in model.config.widths.family:  # type: ignore[union-attr]
+    for width in model.config.widths.all:  # type: ignore[union-attr]
         found = step(model, torch.bfloat16, width)(0)
         assert found.shape == (4, 10)
 

@@ -83,7 +83,7 @@ def hydravit(w: dict[str, Tensor], x: Tensor, heads: int, side: str = "leading",
 def test_logits_and_gradients_equal_the_published_code(family: str) -> None:
     ours = small(widths=FAMILIES[family]).train()
     theirs = copy.deepcopy(dict(ours.named_parameters()))
-    widths = ours.config.widths.family
+    widths = ours.config.widths.all
     assert [width.of(HEADS) for width in widths] == [1, 2, 3, 4]
     for width in widths:
         ours.zero_grad()
@@ -103,11 +103,11 @@ def test_logits_and_gradients_equal_the_published_code(family: str) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_logits_and_gradients_are_those_of_the_standalone_subnet(family: str, options: dict[str, Any]) -> None:
     model = small(widths=FAMILIES[family], **options).train()
-    for width in model.config.widths.family:
+    for width in model.config.widths.all:
         model.zero_grad()
         alone = model.subnet(width)
         assert (alone.config.heads, alone.config.embedding) == (width.of(HEADS), width.of(HEADS) * OWN)
-        assert alone.config.widths.family == (FULL,)
+        assert alone.config.widths.all == (FULL,)
         logits = [net(images(), **given) for net, given in ((model, {"width": width}), (alone, {}))]
         torch.testing.assert_close(*logits, rtol=1e-5, atol=1e-5)
         for answer in logits:
@@ -125,7 +125,7 @@ def test_logits_and_gradients_are_those_of_the_standalone_subnet(family: str, op
 def test_a_width_trains_its_own_heads_whole_from_its_side(family: str) -> None:
     model = small(widths=FAMILIES[family]).train()
     d = HEADS * OWN
-    for width in model.config.widths.family:
+    for width in model.config.widths.all:
         model.zero_grad()
         model(images(), width=width).square().mean().backward()
         used = width.of(d)
@@ -140,7 +140,7 @@ def test_deit_bs_subnets_are_the_published_networks() -> None:
     """GMACs of HydraViT's figures at 3 to 12 heads; 3, 6 and 12 heads are DeiT-Ti, -S and -B."""
     with torch.device("meta"):
         model = DEIT_B.build(image_size=224, channels=3, classes=1000)
-    found = [round(macs(model, width) / 1e9, 2) for width in model.config.widths.family]
+    found = [round(macs(model, width) / 1e9, 2) for width in model.config.widths.all]
     assert found == [1.25, 2.14, 3.25, 4.60, 6.18, 7.99, 10.04, 12.31, 14.82, 17.56]
     for heads, variant in ((3, "DeiT-Ti"), (6, "DeiT-S"), (12, "DeiT-B")):
         width = model.config.widths.find(f"{heads}/12")

@@ -39,7 +39,7 @@ KINDS: dict[str, Any] = {
     "distilled vit": replace(VIT, distilled=True),
     "timm": timm_models.Config(name="test_vit", drop_path=0.3),
 }
-SLICED = [name for name, config in KINDS.items() if len(config.widths.family) > 1]
+SLICED = [name for name, config in KINDS.items() if len(config.widths.all) > 1]
 
 
 def built(name: str, seed: int = 0) -> Model:
@@ -85,7 +85,7 @@ def test_twenty_steps_repeat_from_their_seed_also_with_checkpointed_activations(
 
 
 def test_running_statistics_move_as_pytorchs_do_and_nothing_is_left_pending() -> None:
-    layer, theirs, half = BatchNorm(6), nn.BatchNorm2d(6), SLIM.family[0]
+    layer, theirs, half = BatchNorm(6), nn.BatchNorm2d(6), SLIM.all[0]
     for step in range(3):
         x = torch.randn(4, 6, 3, 3)
         torch.testing.assert_close(layer(x), theirs(x))

@@ -30,7 +30,7 @@ def slim(config: Config = SLIM) -> HSViT:
 
 
 def recalibrated(model: HSViT, images: Tensor) -> HSViT:
-    widths = model.config.widths.family[:-1]
+    widths = model.config.widths.all[:-1]
     with recalibrate(model, widths):
         for width in widths:
             model(images, width=width)
@@ -42,7 +42,7 @@ def test_widths_are_taken_within_each_submodule(config: Config) -> None:
     """So a rank's share of a width needs nothing of the others, in training with dropout too."""
     whole = slim(config).train()
     x, draw = torch.randn(6, 3, 32, 32), Draw.of(3, image=torch.arange(6))
-    for width in SLIM.widths.family:
+    for width in SLIM.widths.all:
         sums = []
         for here in (range(0, 1), range(1, 2)):
             part = config.build(image_size=32, channels=3, classes=7, here=here).train()
@@ -58,7 +58,7 @@ def test_widths_are_taken_within_each_submodule(config: Config) -> None:
 def test_a_width_of_hsvit_is_a_smaller_hsvit(config: Config) -> None:
     x = torch.randn(16, 3, 32, 32)
     model = recalibrated(slim(config), x).eval()
-    for width in SLIM.widths.family:
+    for width in SLIM.widths.all:
         small = model.subnet(width)
         assert small.config.groups == width.of(16)
         assert small.config.kernels == (width.of(64), width.of(128))

@@ -56,7 +56,7 @@ def test_sizes_at_every_width_are_the_published(variant: str) -> None:
     config = Config(variant=variant, distilled=True, widths=SEVEN).resolved(224)
     expected = [int(number) for number in SIZES[variant].split()]
     found = []
-    for width in SEVEN.family:
+    for width in SEVEN.all:
         found += [count(config.at(width)), round(config.macs(224, 3, 1000, width) / 1e5)]
     assert found == expected
     plain = Config(variant=variant)
@@ -85,7 +85,7 @@ def published() -> tuple[Network, ViT]:
     return theirs, ours
 
 
-@pytest.mark.parametrize("width", replace(SEVEN, side="leading").family, ids=str)
+@pytest.mark.parametrize("width", replace(SEVEN, side="leading").all, ids=str)
 def test_logits_and_gradients_equal_the_published_code(width: Width) -> None:
     theirs, ours = published()
     images = torch.randn(5, 3, 16, 16, generator=torch.Generator().manual_seed(1))
@@ -121,9 +121,9 @@ def test_a_subnet_is_an_ordinary_vit_with_the_slices_logits(options: dict[str, A
     model = small(**options).eval()
     images = torch.randn(4, 3, 16, 16)
     with torch.no_grad():
-        for width in model.config.widths.family:
+        for width in model.config.widths.all:
             alone = model.subnet(width)
-            assert alone.config.widths.family == (FULL,)
+            assert alone.config.widths.all == (FULL,)
             torch.testing.assert_close(alone(images), model(images, width=width), rtol=1e-5, atol=1e-5)
 
 
@@ -153,7 +153,7 @@ def test_the_smallest_width_uses_the_side_of_the_recipe(side: str) -> None:
 def test_each_range_trains_its_side(isolated: str) -> None:
     """Table 10, b and c: the widths up to 0.625, or those above, train the channels of the smallest's side."""
     model = small(widths=replace(SEVEN, isolated=isolated))
-    for width in model.config.widths.family[:-1]:
+    for width in model.config.widths.all[:-1]:
         ratio = float(width)
         leads = ratio > 0.625 if isolated == "large" else 0.25 < ratio <= 0.625
         used = round(96 * ratio)
@@ -161,11 +161,11 @@ def test_each_range_trains_its_side(isolated: str) -> None:
         assert torch.equal(touched(model, "blocks.1.attn.proj.weight", width), expected), width
 
 
-SEVEN_OF = {side: replace(SEVEN, side=side).family for side in ("leading", "trailing")}
+SEVEN_OF = {side: replace(SEVEN, side=side).all for side in ("leading", "trailing")}
 
 
 def test_per_role_keeps_roles_and_heads_and_fused_trades_them() -> None:
-    half = SEVEN.family[2]  # leading
+    half = SEVEN.all[2]  # leading
     rows = touched(small(), "blocks.0.attn.qkv.weight", half)
     expected = torch.arange(3 * 96).view(3, 3, 32)[:, :, :16].flatten()  # role, head, channel
     assert torch.equal(rows, expected)
@@ -173,7 +173,7 @@ def test_per_role_keeps_roles_and_heads_and_fused_trades_them() -> None:
 
 
 def test_the_softmax_scale_is_a_choice() -> None:
-    images, width = torch.randn(2, 3, 16, 16), SEVEN.family[0]
+    images, width = torch.randn(2, 3, 16, 16), SEVEN.all[0]
     by_head, fixed = small().eval(), small(softmax_scale="full").eval()
     torch.testing.assert_close(by_head(images), fixed(images))
     assert not torch.allclose(by_head(images, width=width), fixed(images, width=width), rtol=1e-3)
@@ -188,7 +188,7 @@ def test_the_norm_eps_is_a_choice() -> None:
 def test_a_key_bias_has_no_gradient() -> None:
     """It cannot change a softmax; rounding noise there would become steps under Adam."""
     model = small().train()
-    model(torch.randn(4, 3, 16, 16), width=SEVEN.family[3]).square().sum().backward()
+    model(torch.randn(4, 3, 16, 16), width=SEVEN.all[3]).square().sum().backward()
     bias = model.blocks[0].attn.qkv.bias.grad
     assert bias[:96].any()
     assert not bias[96:192].any()
@@ -197,7 +197,7 @@ def test_a_key_bias_has_no_gradient() -> None:
 
 def test_layer_scale_acts_and_learns() -> None:
     model, images = small(layer_scale=0.1).train(), torch.randn(2, 3, 16, 16)
-    width = SEVEN.family[3]
+    width = SEVEN.all[3]
     model(images, width=width).sum().backward()
     gamma = model.blocks[0].ls1.gamma
     assert torch.equal(gamma.grad != 0, torch.arange(96) < 60)
@@ -209,11 +209,11 @@ def test_layer_scale_acts_and_learns() -> None:
 
 def test_matformer_slices_the_mlp_only() -> None:
     model = small(sliced="mlp", widths=replace(SEVEN, isolated=False, side="leading"))
-    half = model.config.widths.family[2]
+    half = model.config.widths.all[2]
     assert len(touched(model, "blocks.0.attn.qkv.weight", half)) == 288
     assert torch.equal(touched(model, "blocks.0.mlp.fc1.weight", half), torch.arange(192))
     assert model.config.at(half).embedding == 96
-    assert model.config.at(half).hidden == 192
+    assert model.config.at(half).hidden == (192, 192)
 
 
 def test_drop_path_skips_branches_by_image_more_often_with_depth() -> None:
@@ -237,7 +237,7 @@ def test_drop_path_skips_branches_by_image_more_often_with_depth() -> None:
 def test_any_image_and_patch_size(image_size: int, patch: int) -> None:
     model = small(image_size=image_size, patch_size=patch).eval()
     assert model.pos_embed.shape[1] == (image_size // patch) ** 2 + 1
-    assert model(torch.randn(2, 3, image_size, image_size), width=SEVEN.family[0]).shape == (2, 7)
+    assert model(torch.randn(2, 3, image_size, image_size), width=SEVEN.all[0]).shape == (2, 7)
 
 
 def test_initial_weights_are_deits_and_depend_on_the_seed() -> None:

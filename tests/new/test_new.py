@@ -78,7 +78,7 @@ def test_class_folders_become_shards_in_three_splits_and_a_recipe(goal: Goal, tm
     }
     assert list(splits.class_names(recipe.data)) == NAMES
     assert recipe.data.image_size == 64
-    assert len(recipe.model.widths.family) == (4 if goal == Goal.elastic else 1)
+    assert len(recipe.model.widths.all) == (4 if goal == Goal.elastic else 1)
     assert content(source) == before, "the source is left as it is"
 
 

@@ -53,7 +53,7 @@ def built(config: Any, seed: int = 1) -> list[Model]:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn(parameter.shape, generator=source), alpha=0.1)
-    widths = model.config.widths.family
+    widths = model.config.widths.all
     if isinstance(model, hsvit.HSViT) and len(widths) > 1:
         with recalibrate(model, widths):
             for width in widths:

@@ -19,7 +19,7 @@ FOLDER = Path("runs/it's a run-001")
 
 @pytest.mark.parametrize("smallest", [1.0, 0.25])
 def test_the_next_commands_are_taken(smallest: float) -> None:
-    widths = Config(smallest=smallest, granularity=0.25).family
+    widths = Config(smallest=smallest, granularity=0.25).all
     lines = [shlex.split(line) for line in commands.after(FOLDER, widths, "sqlite:////x/mlflow.db")]
     assert [line[1] for line in lines] == ["evaluate", *(["export"] if smallest < 1 else []), "predict", "ui"]
     assert lines[-1][1:] == ["ui", "--backend-store-uri", "sqlite:////x/mlflow.db"]

@@ -143,6 +143,7 @@ def test_accumulation_is_derived() -> None:
             "model.widths.smallest=0.4 model.widths.granularity=0.2 task.kind=scala",
             "[model] width 0.40: 0.4 x 8 groups",
         ),
+        ("model.widths.family=[0.5,1]", 'model.widths.family = [0.5, 1.0] needs task.kind = "scala"'),
         ("model.widths.smallest=0.4", "[model.widths] granularity = 0.125 does not divide 1 - smallest = 0.6"),
         ("run.epochs", 'override "run.epochs": must have the form key.path=value'),
     ],
@@ -164,6 +165,19 @@ SCALA = ROOT / "recipes/digits/scala.toml"
         ("model.distilled=true", "model.distilled = true needs a teacher: set task.teacher.name"),
         ("model.widths.smallest=true", 'model.widths.smallest = True: must be a number, or a fraction such as "1/12"'),
         ("model.widths.granularity=1/0", 'granularity = "1/0": a fraction\'s denominator must not be 0'),
+        (
+            "model.widths.family=[0.5,1]",
+            "[model.widths] family = [0.5, 1.0] says every width of the run; leave smallest",
+        ),
+        ("model.widths={family=[0.5,true]}", "model.widths.family.1 = True: must be a number, or a fraction such as"),
+        ("model.mlp_ratio=wide", "model.mlp_ratio = 'wide': must be a number, or a list of one for each block"),
+        ("model.mlp_ratio=[2,'x']", "model.mlp_ratio = [2, 'x']: must be a number, or a list of one for each block"),
+        (
+            "model.mlp_ratio=[2,4]",
+            "[model] mlp_ratio = [2.0, 4.0] has 2 numbers for depth = 4; give one a block, or one",
+        ),
+        ("model.widths={family=0.5}", "model.widths.family = 0.5: input should be a valid"),
+        ("model.widths={family=['1/9',1]}", "[model] width 0.111111: 0.111111 x embedding 128 = 14.2222 is not"),
         ("model.widths.isolated=3", "model.widths.isolated = 3: must be true, false or a word"),
         ("model.distilled=true task={kind='supervised'}", 'model.distilled = true needs task.kind = "scala"'),
         (
@@ -257,7 +271,14 @@ def test_bad_input_of_timms_models_is_refused_in_one_line(override: str, message
 @pytest.mark.parametrize(("granularity", "count"), [(0.25, 4), (0.125, 7), (0.0625, 13), (0.03125, 25)])
 def test_one_key_sets_how_many_networks_are_trained(granularity: float, count: int) -> None:
     recipe, _ = recipes.resolve(recipes.read(SCALA, [f"model.widths.granularity={granularity}"]), 1)
-    assert len(recipe.model.widths.family) == count
+    assert len(recipe.model.widths.all) == count
+
+
+def test_named_widths_are_read_as_numbers_and_fractions_and_written_again() -> None:
+    recipe = recipes.read(SCALA, ["model.widths={family=['1/8', 0.25, '1/2', 1]}"])
+    assert [str(width) for width in recipe.model.widths.all] == ["0.125", "0.25", "0.50", "1.00"]
+    assert recipes.from_table(recipes.to_table(recipe), "").model == recipe.model
+    assert recipes.from_table(tomllib.loads(recipes.dumps(recipe)), "").model == recipe.model
 
 
 def test_accumulation_without_batchnorm_needs_no_bn_batch() -> None:

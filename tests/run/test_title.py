@@ -31,6 +31,7 @@ def changes(*overrides: str) -> str:
         (("run.name=a", "run.root=b", "data.workers=1", "tracking.mlflow=false", "grid.timeout=5"), ""),
         (("engine.zero_stage=0", "checkpoint.keep_last=1", "engine.precision=bf16"), "precision=bf16"),
         (("model.widths={smallest=0.5, granularity=0.25}",), "smallest=0.5 granularity=0.25"),
+        (("model.widths={family=['1/8', 1]}",), "family=1/8,1"),
         (("task.teacher.name=a/b/run-001",), "teacher.name=run-001"),
         (("optimizer.lr=1e-3",), "lr=0.001"),
     ],
@@ -61,13 +62,17 @@ def test_every_recipe_has_a_first_line_that_is_true(path: Path) -> None:
     recipe, said = recipes.read(path, needed), table.first_words(path, needed, 2)
     assert said.startswith(f"{recipe.run.name}: a")
     assert said.endswith(f" on {recipe.data.name}, 2 ranks")
-    assert ("slimmable" in said) == (len(recipe.model.widths.family) > 1)
+    assert ("slimmable" in said) == (len(recipe.model.widths.all) > 1)
     assert {"hsvit": "HSViT", "vit": "ViT", "timm": "timm"}[recipe.model.kind] in said
 
 
 def test_overrides_are_in_the_first_line() -> None:
     overrides = ["run.name=x", "model.widths.smallest=1.0", "data.name=other", "data.classes=3"]
     assert table.first_words(SCALA, overrides, 1) == "x: a ViT on other, 1 rank"
+
+
+def test_a_model_with_named_widths_is_slimmable_in_the_first_line() -> None:
+    assert "a slimmable ViT" in table.first_words(SCALA, ["model.widths={family=['1/8', 1]}"], 1)
 
 
 @pytest.mark.parametrize("text", ["", "model = 1", "[model]\nkind = 3", "[model", "data = []\n[model]\nkind = 'vit'"])

@@ -92,6 +92,8 @@ def test_micro_batches_can_draw_their_own_widths() -> None:
         ({"sampling": "sandwich"}, 4, 7),
         ({"sampling": "interior"}, 4, 7),
         ({"sampling": "interior", "granularity": 0.375}, 3, 3),
+        ({"sampling": "all"}, 7, 7),
+        ({"sampling": "all", "granularity": 0.25}, 4, 4),
         ({"sampling": "single"}, 1, 7),
         ({"sampling": "fixed", "width": 0.5}, 1, 1),
         ({"sampling": "paper", "full_epochs": 1}, 4, 7),
@@ -104,6 +106,33 @@ def test_baselines_draw_as_they_should(options: dict[str, Any], passes: int, dra
     assert len({width for widths in draws for width in widths}) == drawn
     assert all(list(map(float, widths)) == sorted(map(float, widths), reverse=True) for widths in draws)
     assert len(found.trained(300)) == drawn
+
+
+@pytest.mark.parametrize(
+    ("family", "sampling", "large", "small"),
+    [
+        (("1/8", "1/4", "1/2", 1), "paper", [], [0.25, 0.5]),  # mid is 9/16
+        (("1/8", "1/4", "1/2", 1), "code", [0.5], [0.25]),
+        ((0.125, 0.25, 0.75, 0.875, 1), "paper", [0.75, 0.875], [0.25]),
+        ((0.5, 0.75, 1), "paper", [], [0.75]),
+        ((0.5, 1), "code", [], []),
+    ],
+)
+def test_the_ranges_of_named_widths_meet_in_the_middle_of_smallest_and_full(
+    family: tuple[Any, ...], sampling: str, large: list[float], small: list[float]
+) -> None:
+    widths = Widths(family=family)
+    ranges = Config(sampling=sampling).ranges(widths, widths.all)
+    expected = [[1.0], large, small, [float(widths.all[0])]]
+    assert [[float(width) for width in range_] for range_ in ranges] == [range_ for range_ in expected if range_]
+
+
+def test_all_of_a_named_family_are_in_every_step() -> None:
+    widths = Widths(family=("1/8", "1/4", "1/2", 1))
+    found = Sampler(Config(sampling="all"), widths, seed=0, steps_per_epoch=10)
+    assert {found.draw(step) for step in range(50)} == {tuple(reversed(widths.all))}
+    assert found.trained(1) == found.possible == widths.all
+    assert list(found.expected_epochs(30).values()) == [3.0] * 4
 
 
 def test_interior_widths_are_all_below_full_alike() -> None:
@@ -185,7 +214,7 @@ def test_a_width_that_is_abandoned_is_no_longer_trained_and_a_new_one_is_once_it
     assert len(found.trained(70)) == 7  # an evaluation at the end of the seventh epoch
     assert [str(width) for width in found.trained(71)] == ["0.25", "0.50", "0.75", "1.00"]  # drawn before, too
     assert len(found.trained(300)) == 4
-    assert [str(width) for width in found.trained(400)] == [str(w) for w in Widths(smallest=0.25).family]
+    assert [str(width) for width in found.trained(400)] == [str(w) for w in Widths(smallest=0.25).all]
     grows = sampler(0.25, 0.375, then=(Change(epoch=1, granularity=0.09375),))
     assert len(grows.trained(10)) == 3
     assert set(grows.trained(11)) == {*grows.trained(10), *grows.draw(10)}
@@ -301,7 +330,7 @@ def test_no_gradient_reaches_the_larger_network() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"sampling": "all"}, 'sampling = "all": must be one of paper, code, sandwich, interior, single, fixed'),
+        ({"sampling": "some"}, 'sampling = "some": must be one of paper, code, sandwich, interior, all, single, fixed'),
         ({"transfer_token": "cls"}, 'transfer_token = "cls": must be one of distillation, class'),
         (
             {"sampling": "sandwich", "pinned": (0.5,)},

@@ -47,7 +47,7 @@ def ours(size: int, patch: int, classes: int, bf16: bool, qkv: str, images: Tens
     )
 
     def passes() -> Iterator[Iterator[Tensor]]:
-        yield total((engine(images, width=width) for width in reversed(widths.family)), labels)
+        yield total((engine(images, width=width) for width in reversed(widths.all)), labels)
 
     return lambda: engine.step(passes, len(RATIOS), 1e-3, 0)
 

@@ -46,14 +46,14 @@ def _ours(name: str, images: Tensor, labels: Tensor, captured: bool, toy: bool) 
     low = torch.bfloat16 if images.is_cuda else None
     if images.is_cuda:
         with hsvit_kernels.listing() as cases, torch.autocast("cuda", torch.bfloat16):
-            for width in widths.family:
+            for width in widths.all:
                 model(images, width=width)
         hsvit_kernels.prepare(cases, images.device)
     if captured:
         model.forward = Captured(model, model.forward, low)  # type: ignore[assignment,method-assign]
 
     def forwards() -> Iterator[Any]:
-        for width in reversed(widths.family):
+        for width in reversed(widths.all):
             with torch.autocast(images.device.type, torch.bfloat16, enabled=low is not None):
                 yield model(images, width=width)
 

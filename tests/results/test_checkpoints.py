@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,10 @@ from hsvit_ds.results.saved import open_run
 from ..workers.common import steps, trainer
 
 
-@pytest.fixture
-def run(tmp_path: Path) -> Path:
-    """Of three checkpoints, after steps 1, 2 and 3; the second one is the best."""
-    made = trainer(tmp_path, ["ema.decay=0.9", "checkpoint.keep_last=3"], base="scala")
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("trained")
+    made = trainer(folder, ["ema.decay=0.9", "checkpoint.keep_last=3"], base="scala")
     lines: list[dict[str, float]] = []
     for step, top1 in enumerate((40.0, 60.0, 50.0), 1):
         steps(made, step)
@@ -29,7 +30,14 @@ def run(tmp_path: Path) -> Path:
         assert made.checkpoints.wait() is None
         lines.append({"step": step, "time": 0.0, "val/top1_w0.50": top1, "ema/val_top1_w0.50": top1 + 1})
     lines.append({"step": 3, "time": 0.0, "test/top1_w0.50": 51.0})
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+@pytest.fixture
+def run(trained: Path, tmp_path: Path) -> Path:
+    """Of three checkpoints, after steps 1, 2 and 3; the second one is the best."""
+    shutil.copytree(trained, tmp_path, symlinks=True, dirs_exist_ok=True)
     return tmp_path
 
 

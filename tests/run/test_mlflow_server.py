@@ -58,6 +58,7 @@ def tracker(folder: Path, uri: str, start: Position) -> Tracker:
     return Tracker(Config(uri=uri), folder, {"a": 1}, summary(id=folder.parent.name), start)
 
 
+@pytest.mark.slow
 def test_a_server_that_was_away_is_caught_up_with(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "run"
     with served(tmp_path) as server:

@@ -76,6 +76,7 @@ def tracked(root: Path) -> dict[str, Run]:
     return {run.info.run_name: run for run in there.search_runs([experiment.experiment_id])}
 
 
+@pytest.mark.slow
 def test_runs_that_start_together_are_all_tracked(tmp_path: Path) -> None:
     names = [f"run-{number:03d}" for number in range(STARTS)]
     starts = [

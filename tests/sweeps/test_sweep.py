@@ -75,7 +75,7 @@ def processes(folder: Path) -> list[psutil.Process]:
     return found
 
 
-@pytest.mark.heavy
+@pytest.mark.slow
 def test_two_keys_and_two_seeds_are_four_runs_side_by_side(tmp_path: Path) -> None:
     written(tmp_path, seeds=[0, 1], keys=SHORT | ONE_RANK, grid={"model.dropout": [0.0, 0.3]})
     jobs = min(2, len(os.sched_getaffinity(0)))

@@ -242,7 +242,8 @@ def _wanted(config: Config, path: Path) -> Iterator[_Wanted]:
 def _name(path: Path, varied: dict[str, Any], keys: dict[str, Any] | tuple[()]) -> str:
     """Of a cell, from itself alone, so that it stays when others are added. keys: of its whole recipe."""
     parts = [f"{table.short(key, keys)}={table.text(value)}" for key, value in varied.items()]
-    return re.sub(r"[^\w.,=+-]+", "-", ",".join([table.run_name(path), *parts]))
+    text = re.sub(r"[{}]", "", ",".join([table.run_name(path), *parts])).replace(", ", ",")
+    return re.sub(r"[^\w.,=+-]+", "-", text)
 
 
 def _told_apart(path: Path, cells: list[Cell]) -> Iterator[Cell]:
@@ -272,7 +273,13 @@ def _placed(cell: Cell) -> Cell:
 
 
 def _toml(value: Any) -> str:
-    """As an override has it: a word as it is, everything else as JSON, which TOML reads alike."""
-    if isinstance(value, str) and table.split(f"key={value}")[1] == value:
-        return value
-    return json.dumps(value, ensure_ascii=False)
+    """As an override has it: a word as it is, everything else in one line."""
+    return value if isinstance(value, str) and table.split(f"key={value}")[1] == value else _inline(value)
+
+
+def _inline(value: Any) -> str:
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{json.dumps(key)} = {_inline(inner)}' for key, inner in value.items())}}}"
+    if isinstance(value, list):
+        return f"[{', '.join(map(_inline, value))}]"
+    return json.dumps(value, ensure_ascii=False)  # which TOML reads alike

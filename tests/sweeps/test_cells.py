@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 from hsvit_ds.cli import app
 from hsvit_ds.errors import RefusedError
+from hsvit_ds.models import slimmable
 from hsvit_ds.run import recipe as recipes
 from hsvit_ds.sweeps import cells
 from hsvit_ds.sweeps.cells import Sweep
@@ -118,6 +119,17 @@ def test_cells_that_would_share_a_name_are_told_apart(tmp_path: Path) -> None:
     for cell in made.cells:
         (tmp_path / f"{cell.name}-001").mkdir()  # a name that a file system takes
         assert not set(cell.name) & set(" /?\"'")
+
+
+def test_a_list_of_tables_is_a_value(tmp_path: Path) -> None:
+    (cell,) = sweep(
+        tmp_path,
+        recipes=[SCALA],
+        keys={"run.epochs": 3},
+        cells=[{"model.widths.then": [{"epoch": 2, "granularity": 0.75}]}],
+    ).cells
+    assert cell.name == "digits-hsvit_scala,then=epoch=2,granularity=0.75"
+    assert cell.recipe.model.widths.then == (slimmable.Change(epoch=2, granularity=0.75),)
 
 
 @pytest.mark.parametrize("path", STUDIES, ids=lambda path: f"{path.parent.name}/{path.stem}")

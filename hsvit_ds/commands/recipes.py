@@ -109,11 +109,12 @@ def _print_hours(recipe: Recipe, plan: Plan, form: Format) -> None:
     rows.append(("one by one", "", "", "", "", duration(3600 * found.separate)))
     rows.append(("together", "", "", "", f"{found.step:.4g}", duration(3600 * found.together)))
     head = ("width", "parameters", "GMACs", "expected epochs", "s a step alone", "time alone")
-    terminal.table(head, rows, title=f"{recipe.run.name}: {found.steps:,} steps on {counted(plan.ranks, 'rank')}")
-    times = found.separate / found.together
+    steps, ranks = counted(found.steps, "step"), counted(plan.ranks, "rank")
+    terminal.table(head, rows, title=f"{recipe.run.name}: {steps} on {ranks}")
+    alone = counted(len(found.alone), "width")
     typer.echo(
-        f"one by one the {len(found.alone)} widths take {times:.2f} times as long as together; "
-        "by first steps timed here, without starts and evaluations"
+        f"one by one {alone} take {found.separate / found.together:.2f}x as long as together; by first steps timed here, "
+        "without starts and evaluations"
     )
 
 

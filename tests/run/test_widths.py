@@ -45,7 +45,7 @@ def timed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Recipe]:
         asked.append(recipe)
         task: Any = recipe.task
         seconds = STEP[str(recipe.model.widths.find(task.width)) if task.sampling == "fixed" else ""]
-        many = task.sampling != "fixed" and len(recipe.model.widths.family) == 7
+        many = task.sampling != "fixed" and len(recipe.model.widths.all) == 7
         return Timed(recipe.run.global_batch / (10 * seconds if many else seconds), 5.0)
 
     monkeypatch.setattr(timing, "first_steps", first_steps)
@@ -118,7 +118,7 @@ def test_hours_are_shown_by_width_and_in_sum(timed: list[Recipe]) -> None:
     assert ["1.00", "805,258", "0.0138", "4", "2", "4m40s"] in lines
     assert ["one by one", "", "", "", "", "8m10s"] in lines
     assert ["together", "", "", "", "3", "7m00s"] in lines
-    assert lines[-1][0].startswith("one by one the 3 widths take 1.17 times as long as together;")
+    assert lines[-1][0].startswith("one by one 3 widths take 1.17x as long as together;")
     found = json.loads(shown(*arguments, "--format", "json"))
     assert (found["recipe"], found["ranks"], found["steps"]) == ("digits-scala", 1, 140)
     assert found["widths"][1] == {

@@ -111,10 +111,10 @@ def _print_hours(recipe: Recipe, plan: Plan, form: Format) -> None:
     head = ("width", "parameters", "GMACs", "expected epochs", "s a step alone", "time alone")
     steps, ranks = counted(found.steps, "step"), counted(plan.ranks, "rank")
     terminal.table(head, rows, title=f"{recipe.run.name}: {steps} on {ranks}")
-    alone = counted(len(found.alone), "width")
+    alone, ratio = counted(len(found.alone), "width"), found.separate / found.together
     typer.echo(
-        f"one by one {alone} take {found.separate / found.together:.2f}x as long as together; by first steps timed here, "
-        "without starts and evaluations"
+        f"one by one {alone} take {ratio:.2f}x as long as together; by first steps timed here, without starts and "
+        "evaluations"
     )
 
 

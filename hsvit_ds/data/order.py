@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -33,7 +34,7 @@ class Order:
     repeats: int = 1
     fill: bool = False
 
-    @property
+    @cached_property
     def samples(self) -> int:
         return sum(self.shards)
 
@@ -47,24 +48,63 @@ class Order:
 
         With repetitions a global batch is its distinct samples, then all of them again, so that copies are far apart.
         """
-        order = self.epoch(epoch)
+        permutation = Permutation(self, epoch)
         distinct = -(-self.global_batch // self.repeats)
         slot = torch.arange(self.global_batch)
 
         def batch(step: int) -> tuple[Tensor, Tensor]:
-            return order[(step * distinct + slot % distinct) % self.samples], slot // distinct
+            return permutation(step * distinct, distinct)[slot % distinct], slot // distinct
 
         return batch
 
     def epoch(self, epoch: int) -> Tensor:
-        """int64 [samples]: the epoch's permutation of the split; shards are shuffled, then windows of samples."""
-        shards = sequence(self.seed, Site.ORDER, epoch, 0, count=len(self.shards)).argsort(stable=True)
-        sizes = torch.tensor(self.shards)
-        starts = sizes.cumsum(0) - sizes
-        order = torch.cat([torch.arange(self.shards[s]) + starts[s] for s in shards.tolist()])
-        window = torch.arange(self.samples) // self.window
-        luck = sequence(self.seed, Site.ORDER, epoch, 1, count=self.samples)
-        return order[(window * 2**32 + luck).argsort(stable=True)]
+        """int64 [samples]: all of the epoch's permutation."""
+        return Permutation(self, epoch)(0, self.samples)
+
+
+class Permutation:
+    """An epoch's permutation of the split, computed where it is asked for: shards are shuffled, then windows.
+
+    It takes time and memory for the shards once, and for the windows that a part of it lies in; that of the last one
+    is kept for the next part.
+    """
+
+    def __init__(self, order: Order, epoch: int) -> None:
+        self._keys = order.seed, Site.ORDER, epoch
+        self._samples, self._window = order.samples, min(order.window, max(order.samples, 1))
+        shuffled = sequence(*self._keys, 0, count=len(order.shards)).argsort(stable=True)
+        lengths = torch.tensor(order.shards, dtype=torch.int64)
+        firsts, lengths = (lengths.cumsum(0) - lengths)[shuffled], lengths[shuffled]
+        self._ends = lengths.cumsum(0)
+        self._shift = firsts - (self._ends - lengths)
+        """By which a sample's number is above its place among the shuffled shards."""
+        self._last = -1, torch.empty(0, dtype=torch.int64)
+
+    def __call__(self, first: int, count: int) -> Tensor:
+        """int64 [count]: what stands at places first, first + 1, …; after the last one it begins anew."""
+        parts = []
+        while count:
+            first %= self._samples
+            part = min(count, self._samples - first)
+            parts.append(self._part(first, part))
+            first, count = first + part, count - part
+        return torch.cat(parts)
+
+    def _part(self, first: int, count: int) -> Tensor:
+        begin, end = first // self._window, -(-(first + count) // self._window)
+        kept = [self._last[1]] if self._last[0] == begin else []
+        if begin + len(kept) < end:
+            kept.append(self._windows(begin + len(kept), end))
+        found = torch.cat(kept)
+        self._last = end - 1, found[(end - 1 - begin) * self._window :].clone()
+        return found[first - begin * self._window :][:count]
+
+    def _windows(self, begin: int, end: int) -> Tensor:
+        """The samples of some windows."""
+        place = torch.arange(begin * self._window, min(end * self._window, self._samples))
+        samples = place + self._shift[torch.searchsorted(self._ends, place, right=True)]
+        luck = sequence(*self._keys, 1, first=begin * self._window, count=len(place))
+        return samples[((place // self._window - begin) * 2**32 + luck).argsort(stable=True)]
 
 
 @dataclass(frozen=True)

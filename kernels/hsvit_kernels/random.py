@@ -155,10 +155,11 @@ def keep_scale(probability: float) -> float:
     return 256 / (256 - threshold(probability))
 
 
-def sequence(*words: int, count: int) -> Tensor:
-    """`count` random 32-bit numbers as int64 in [0, 2**32), keyed on `words`, the same on every machine."""
+def sequence(*words: int, count: int, first: int = 0) -> Tensor:
+    """`count` random 32-bit numbers as int64 in [0, 2**32), keyed on `words`, the same on every machine: of their
+    sequence those from number `first` on."""
     high, low = (torch.tensor(_signed(word), dtype=torch.int32) for word in key(*words))
-    index = torch.arange(count, dtype=torch.int64)
+    index = torch.arange(first, first + count, dtype=torch.int64)
     counter = (index & _MASK32).to(torch.int32)  # wraps on purpose: the bits count, not the sign
-    first, *_ = pcg4d(high, low, (index >> 32).to(torch.int32), counter)
-    return first.to(torch.int64) & _MASK32
+    words = pcg4d(high, low, (index >> 32).to(torch.int32), counter)
+    return words[0].to(torch.int64) & _MASK32

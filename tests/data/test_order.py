@@ -8,8 +8,47 @@ import pytest
 import torch
 
 from hsvit_ds.data.order import Order, Share
+from hsvit_kernels.random import Site, sequence
 
 ORDER = Order(shards=(40, 25, 60, 3), window=16, global_batch=12, seed=5)
+
+
+def whole(order: Order, epoch: int) -> torch.Tensor:
+    """The permutation as its words define it, computed at once: shards are shuffled, then windows of samples."""
+    shards = sequence(order.seed, Site.ORDER, epoch, 0, count=len(order.shards)).argsort(stable=True)
+    sizes = torch.tensor(order.shards)
+    starts = sizes.cumsum(0) - sizes
+    samples = torch.cat([torch.arange(order.shards[s]) + starts[s] for s in shards.tolist()])
+    window = torch.arange(order.samples) // order.window
+    luck = sequence(order.seed, Site.ORDER, epoch, 1, count=order.samples)
+    return samples[(window * 2**32 + luck).argsort(stable=True)]
+
+
+@pytest.mark.parametrize("shards", [(128,), (1,) * 128, (40, 25, 60, 3), (0, 0, 7, 0, 120, 1, 0), (3,)])
+@pytest.mark.parametrize("window", [1, 5, 12, 16, 64, 127, 128, 8192, 2**70])
+@pytest.mark.parametrize(("batch", "repeats", "fill"), [(12, 1, False), (12, 1, True), (12, 5, True), (200, 3, True)])
+def test_a_step_has_what_the_whole_permutation_has_there(
+    shards: tuple[int, ...], window: int, batch: int, repeats: int, fill: bool
+) -> None:
+    order = Order(shards, window, batch, seed=5, repeats=repeats, fill=fill)
+    distinct, slot = -(-batch // repeats), torch.arange(batch)
+    for epoch in (0, 3):
+        expected, step_of = whole(replace(order, window=min(window, 2**20)), epoch), order.batches(epoch)
+        assert torch.equal(order.epoch(epoch), expected)
+        for step in [*range(order.steps_per_epoch), 1, 0, order.steps_per_epoch - 1]:
+            if 0 <= step < order.steps_per_epoch:
+                samples, copies = step_of(step)
+                assert torch.equal(samples, expected[(step * distinct + slot % distinct) % order.samples])
+                assert torch.equal(copies, slot // distinct)
+
+
+def test_a_step_computes_its_own_windows_only() -> None:
+    """Of a billion samples."""
+    order = Order((10_000,) * 100_000, 65_536, 1024, seed=1)
+    samples = order.batches(2)(order.steps_per_epoch - 1)[0]
+    assert len(samples.unique()) == 1024
+    assert set((samples // 10**9).tolist()) == {0}
+    assert len((samples // 10_000).unique()) <= 8
 
 
 def test_an_epoch_holds_every_sample_once() -> None:

@@ -19,6 +19,13 @@ def test_bits_are_fixed_for_good() -> None:
     assert random.sequence(7, count=4).tolist() == [3953852786, 341159785, 86005028, 950705798]
 
 
+@pytest.mark.parametrize("first", [0, 3, 2**32 - 2, 5 * 2**32])
+def test_a_part_of_a_sequence_is_what_the_whole_has_there(first: int) -> None:
+    high, low = random.key(7)
+    whole = [random._hash((high, low, n >> 32, n & 0xFFFFFFFF))[0] for n in range(first, first + 4)]
+    assert random.sequence(7, first=first, count=4).tolist() == whole
+
+
 def test_tensors_and_integers_give_the_same_bits() -> None:
     words = (1, 2**31 + 5, 77, 2**32 - 1)
     tensors = [torch.tensor(random._signed(word), dtype=torch.int32) for word in words]

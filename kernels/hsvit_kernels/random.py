@@ -161,5 +161,5 @@ def sequence(*words: int, count: int, first: int = 0) -> Tensor:
     high, low = (torch.tensor(_signed(word), dtype=torch.int32) for word in key(*words))
     index = torch.arange(first, first + count, dtype=torch.int64)
     counter = (index & _MASK32).to(torch.int32)  # wraps on purpose: the bits count, not the sign
-    words = pcg4d(high, low, (index >> 32).to(torch.int32), counter)
-    return words[0].to(torch.int64) & _MASK32
+    bits, *_ = pcg4d(high, low, (index >> 32).to(torch.int32), counter)
+    return bits.to(torch.int64) & _MASK32

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from hsvit_ds.data.index import build
+from hsvit_ds.data.index import COLUMNS, open_index
+from hsvit_ds.data.indexing import make
 from hsvit_ds.data.layouts import split_shards
 
 
@@ -61,8 +62,22 @@ def write_split(
 
 
 def make_index(folder: Path) -> None:
-    for split, shards in split_shards(folder).items():
-        build(folder, shards, processes=1).save(folder / f"{split}.index.npz")
+    for split in split_shards(folder):
+        make(folder, split)
+
+
+def old_index(folder: Path, split: str) -> Path:
+    """The index of a split as format 2 had it, in place of the one that is there."""
+    index = open_index(folder, split)
+    arrays = {name: index.read(name) for name in COLUMNS} | {
+        name: np.asarray(getattr(index, name))
+        for name in ("shards", "lengths", "bytes", "modified", "checksums", "problems", "classes", "image")
+    }
+    path = folder / f"{split}.index.npz"
+    with path.open("wb") as file:
+        np.savez(file, format=np.array(2), **arrays)  # type: ignore[arg-type]
+    index.path.unlink()
+    return path
 
 
 def data_set(folder: Path, train: int = 48, val: int = 20, held_out: str = "val", **options: Any) -> Path:

@@ -1,4 +1,4 @@
-"""Measures what the documents quote: `python -m tools.benchmark start|step|scala|hybrid|memory|data|compare`.
+"""Measures what the documents quote: `python -m tools.benchmark start|step|scala|hybrid|memory|data|index|compare`.
 
 Every figure is a median of several runs beside a named alternative in the same run; machines are noisy.
 """
@@ -12,7 +12,7 @@ from pathlib import Path
 
 def main() -> None:
     parser = argparse.ArgumentParser("tools.benchmark", description=__doc__)
-    parser.add_argument("what", choices=["start", "step", "scala", "hybrid", "memory", "data", "compare"])
+    parser.add_argument("what", choices=["start", "step", "scala", "hybrid", "memory", "data", "index", "compare"])
     parser.add_argument("folder", type=Path, nargs="?", help="data: of shards NAME-SPLIT-0000.tar")
     parser.add_argument("--repeats", type=int, default=7, help="all but memory: runs of each, warmed up")
     parser.add_argument(
@@ -38,6 +38,10 @@ def main() -> None:
         from tools.benchmarks import memory
 
         memory.run(args.out)
+    elif args.what == "index":
+        from tools.benchmarks import index
+
+        index.run(args.repeats, args.out)
     elif args.what == "compare":
         from tools.benchmarks import compare
 

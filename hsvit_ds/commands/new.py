@@ -101,15 +101,15 @@ def _print(found: Survey, folder: Path) -> None:
 
 def _make(found: Survey, folder: Path, shards: Path, name: str) -> Path | None:
     """Make the shards; of tars that stay as they are the indexes, whose folder is given."""
-    from ..data import index
+    from ..data import indexing
     from ..data.layouts import split_shards
     from ..data.shards.make import Options, class_names, make_split
 
     processes = terminal.cores(0)
     if found.tars:
         shards.mkdir(parents=True, exist_ok=True)
-        for split, paths in split_shards(folder).items():
-            index.build(folder, paths, processes, classes=class_names(folder)).save(shards / f"{split}.index.npz")
+        for split in split_shards(folder):
+            indexing.make(folder, split, where=shards, processes=processes, classes=class_names(folder))
         typer.echo(f"{shards}: the indexes of the shards in {folder}")
         return shards.resolve()
     with terminal.progress("shards") as done:

@@ -76,45 +76,54 @@ def make_shards(
 @app.command("index")
 def index_shards(
     folder: Folder,
-    out: Annotated[Path | None, typer.Option(help="Folder for SPLIT.index.npz; FOLDER by default.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for SPLIT.index.safetensors; FOLDER by default.")] = None,
     shards: Named = None,
     image: Image = "",
     processes: Processes = 0,
     debug: Debug = False,
 ) -> None:
-    """Index each split's shards, which a training run needs. Reads headers, no images.
+    """Index each split's shards, which a training run needs. Reads headers, no images; stopped and started again, it
+    goes on, and of a set that has grown it reads what is new.
 
     Example: hsvit shards index shards
     """
     with shown(2, debug):
-        from ..data import index
+        from ..data import indexing
         from ..data.layouts import options, parsed
         from ..data.shards.check import shards_in
         from ..data.shards.make import class_names
 
         names, patterns = class_names(folder), parsed(shards or [])
-        splits, target, rows, problems, empty = shards_in(folder, patterns), out or folder, [], list[str](), list[str]()
-        _made_folder(target)
+        splits, rows, problems, empty = shards_in(folder, patterns), [], list[str](), list[str]()
+        if out is not None:
+            _made_folder(out)
         total = sum(map(len, splits.values()))
         with terminal.progress("shards") as done:
             read = 0
-            for split, paths in splits.items():
+            for split in splits:
 
-                def one(_: Path) -> None:
+                def one() -> None:
                     nonlocal read
                     done(read := read + 1, total)
 
-                built = index.build(folder, paths, terminal.cores(processes), one, names, image)
-                problems += built.problems
-                if not len(built):
+                made = indexing.make(
+                    folder,
+                    split,
+                    where=out,
+                    processes=terminal.cores(processes),
+                    done=one,
+                    classes=names,
+                    image=image,
+                    patterns=patterns,
+                )
+                problems += made.problems
+                if not len(made):
                     empty.append(split)
                     continue
-                path = target / f"{split}.index.npz"
-                built.save(path)
-                classes = len(set(built.labels.tolist()))
-                rows.append((split, f"{len(built):,}", f"{len(paths):,}", f"{classes:,}", f"{path.stat().st_size:,}"))
+                counts = len(made), len(made.shards), len(made.label_counts()), made.path.stat().st_size
+                rows.append((split, *(f"{count:,}" for count in counts)))
         if rows:
-            terminal.table(("split", "samples", "shards", "classes", "index bytes"), rows, str(target))
+            terminal.table(("split", "samples", "shards", "classes", "index bytes"), rows, str(out or folder))
         if problems:
             terminal.lines(problems, 20)
             more = f"hsvit shards check {folder}{options(patterns)}"
@@ -166,22 +175,20 @@ def show_shards(folder: Folder, shards: Named = None, debug: Debug = False) -> N
     Example: hsvit shards info shards
     """
     with shown(2, debug):
-        import numpy as np
+        from statistics import fmean
 
         from ..data import index
         from ..data.layouts import parsed
         from ..data.shards.make import INFO, disagreement, read_info
 
         patterns = parsed(shards or [])
-        names = sorted(path.name.removesuffix(".index.npz") for path in folder.glob("*.index.npz"))
+        names = index.splits_in(folder)
         if not names:
-            raise RefusedError(
-                f"{folder}: no index there; make it: {index.command(folder / 'x', folder, patterns=patterns)}"
-            )
+            raise RefusedError(f"{folder}: no index there; make it: {index.command(folder, patterns=patterns)}")
         info, columns = read_info(folder), []
         for split in names:
-            opened = index.open_index(folder / f"{split}.index.npz", folder, patterns)
-            counts = np.unique(opened.labels, return_counts=True)[1]
+            opened = index.open_index(folder, split, patterns=patterns)
+            counts = list(opened.label_counts().values())
             some = len(opened) > 0
             differs = disagreement(info, split, opened.shards, opened.lengths)
             agrees = "agrees" if split in info.get("splits", {}) else "does not name it"
@@ -190,9 +197,9 @@ def show_shards(folder: Folder, shards: Named = None, debug: Debug = False) -> N
                     f"{len(opened):,}",
                     f"{len(opened.shards):,}",
                     f"{len(counts):,}",
-                    f"{counts.min():,} / {counts.mean():,.1f} / {counts.max():,}" if some else "",
+                    f"{min(counts):,} / {fmean(counts):,.1f} / {max(counts):,}" if some else "",
                     terminal.size(int(opened.bytes.sum())),
-                    f"{opened.sizes.mean():,.0f}" if some else "",
+                    f"{opened.image_bytes() / len(opened):,.0f}" if some else "",
                     opened.fingerprint,
                     f"{len(opened.problems):,}",
                     differs or agrees if info else "none",

@@ -14,8 +14,9 @@ from functools import cache
 from glob import glob, has_magic
 from itertools import chain, takewhile
 from pathlib import Path
+from string import digits
 from types import MappingProxyType
-from typing import Any, TypeVar
+from typing import Any
 
 from ..errors import RefusedError
 
@@ -34,7 +35,6 @@ _LAYOUTS = [
 _OTHER_SET = re.compile(r"[^/]+/.+-([A-Za-z_]+)-\[0-9\]\*\.tar")
 _PARTS = re.compile(r"(.*)/([^/\s]+\.tar)(?![\w.])(.*)", re.DOTALL)
 _LOGIN = re.compile(r"://[^/\s]*@")
-Shard = TypeVar("Shard", Path, str)
 NONE: Mapping[str, Any] = MappingProxyType({})
 """No split is named."""
 
@@ -148,8 +148,9 @@ def folders(root: str, patterns: Mapping[str, str]) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def split_shards(folder: Path, patterns: Mapping[str, str] = NONE) -> dict[str, list[Path]]:
-    """{split: its shards}: in the order of their names, or of `patterns`, {split: pattern}.
+def split_shards(folder: Path, patterns: Mapping[str, str] = NONE) -> dict[str, list[str]]:
+    """{split: its shards}: in the order of their names, or of `patterns`, {split: pattern}. Relative to the folder, or
+    whole where a shard lies elsewhere.
 
     A split that is named is what its pattern says; others are found. Shards that are all named as another split's are
     none of their own.
@@ -159,31 +160,41 @@ def split_shards(folder: Path, patterns: Mapping[str, str] = NONE) -> dict[str, 
     """
     named = {split: _named(folder, split, pattern) for split, pattern in patterns.items()}
     taken = set(chain.from_iterable(named.values()))
-    found: dict[str, list[Path]] = {}
+    found: dict[str, list[str]] = {}
     for split, kinds in _kinds(folder).items():
-        left = {kind: paths for kind, paths in kinds.items() if not taken.issuperset(paths)}
+        left = {kind: names for kind, names in kinds.items() if not taken.issuperset(names)}
         if split in named or not left:
             continue
         if len(left) > 1:
             one, other = sorted(left)[:2]
             raise RefusedError(
-                f"{folder}: shards of two kinds for {split}, {left[one][0].relative_to(folder)} and "
-                f"{left[other][0].relative_to(folder)}; keep one kind there, or say which is meant: "
+                f"{folder}: shards of two kinds for {split}, {left[one][0]} and "
+                f"{left[other][0]}; keep one kind there, or say which is meant: "
                 f"data.shards.{split}='{one}', or{options({split: one})}"
             )
         found[split] = next(iter(left.values()))
-    return disjoint(found | named)
+    return disjoint(found | named, f"{folder}: ")
 
 
-def _kinds(folder: Path) -> dict[str, dict[str, list[Path]]]:
+def _kinds(folder: Path) -> dict[str, dict[str, list[str]]]:
     """{split: {the glob of their names: shards}} of all that lie in a folder as one of the layouts has it."""
-    inner = [path for path in folder.glob("*") if re.fullmatch("[A-Za-z_]+", path.name) and path.is_dir()]
-    found: dict[str, dict[str, list[Path]]] = {}
-    for path in sorted(chain(folder.glob("*.tar"), *(each.glob("*.tar") for each in inner))):
-        name = str(path.relative_to(folder))
-        if match := next(filter(None, (layout.fullmatch(name) for layout in _LAYOUTS)), None):
-            kind = re.sub(r"\d+\.tar$", "[0-9]*.tar", name)
-            found.setdefault(match["split"], {}).setdefault(kind, []).append(path)
+    names, inner = list[str](), list[str]()
+    for name, is_dir in _entries(folder):
+        if name.endswith(".tar"):
+            names.append(name)
+        elif is_dir and re.fullmatch("[A-Za-z_]+", name):
+            inner.append(name)
+    for each in inner:
+        names += [f"{each}/{name}" for name, _ in _entries(folder / each) if name.endswith(".tar")]
+    alike: dict[str, list[str]] = {}  # but for their numbers: one look at a pattern is enough for all of them
+    for name in sorted(names):
+        stem = name[:-4].rstrip(digits)
+        if len(stem) < len(name) - 4:
+            alike.setdefault(stem, []).append(name)
+    found: dict[str, dict[str, list[str]]] = {}
+    for stem, shards in alike.items():
+        if match := next(filter(None, (layout.fullmatch(shards[0]) for layout in _LAYOUTS)), None):
+            found.setdefault(match["split"], {})[f"{stem}[0-9]*.tar"] = shards
     for kinds in found.values():
         others = {kind: match[1] for kind in kinds if (match := _OTHER_SET.fullmatch(kind))}
         if len(set(others.values())) > 1:  # another set's folder, with splits of its own
@@ -192,19 +203,29 @@ def _kinds(folder: Path) -> dict[str, dict[str, list[Path]]]:
     return found
 
 
-def _named(folder: Path, split: str, pattern: str) -> list[Path]:
-    """The files of a pattern, relative to a folder where they lie in it."""
-    whole, found = folder.absolute(), list[Path]()
+def _entries(folder: Path) -> list[tuple[str, bool]]:
+    """(name, whether it is a folder) of all that is in a folder."""
+    if not folder.is_dir():
+        return []
+    try:
+        with os.scandir(folder) as entries:
+            return [(entry.name, entry.is_dir()) for entry in entries]
+    except OSError as error:
+        raise RefusedError(f"{folder}: {error.strerror}") from error
+
+
+def _named(folder: Path, split: str, pattern: str) -> list[str]:
+    """The files of a pattern."""
+    whole, found = f"{folder.absolute()}/", list[str]()
     for entry in expand(pattern):
         names = sorted(glob(entry, root_dir=folder, recursive=True)) if has_magic(entry) else [entry]
         if not names:
             raise RefusedError(f'{folder}: shards of {split}, "{pattern}": nothing is called "{entry}"')
-        paths = map(Path, names)
-        found += [folder / (path.relative_to(whole) if path.is_relative_to(whole) else path) for path in paths]
-    there = {parent: _listed(parent) for parent in {path.parent for path in found}}  # a look for each would take long
-    if missing := [path for path in found if path.name not in there[path.parent]]:
+        found += [os.path.normpath(name).removeprefix(whole) for name in names]
+    there = {parent: _listed(folder / parent) for parent in set(map(os.path.dirname, found))}
+    if missing := [name for name in found if os.path.basename(name) not in there[os.path.dirname(name)]]:
         raise RefusedError(
-            f'{folder}: shards of {split}, "{pattern}": {name_in(folder, missing[0])} is missing '
+            f'{folder}: shards of {split}, "{pattern}": {missing[0]} is missing '
             f"({len(missing):,} of {len(found):,} are); bring them there, or name those that are"
         )
     return found
@@ -214,23 +235,38 @@ def _listed(folder: Path) -> set[str]:
     return set(os.listdir(folder)) if folder.is_dir() else set()
 
 
-def name_in(folder: Path, shard: Path) -> str:
-    """Relative to a folder, or whole where the shard lies elsewhere."""
-    return str(shard.relative_to(folder) if shard.is_relative_to(folder) else shard)
+def states(folder: Path, shards: Sequence[str]) -> list[tuple[int, int]]:
+    """(bytes, time of modification in ns) of each shard; (-1, -1) of one that is not there."""
+    found: dict[str, os.DirEntry[str]] = {}
+    for parent in {shard.rpartition("/")[0] for shard in shards}:
+        if (folder / parent).is_dir():  # one look at it: one for each shard would take long where disks are far away
+            before = f"{parent}/" if parent else ""
+            with os.scandir(folder / parent) as entries:
+                found |= {before + entry.name: entry for entry in entries}
+    return [_state(found.get(shard)) for shard in shards]
 
 
-def disjoint(splits: dict[str, list[Shard]]) -> dict[str, list[Shard]]:
+def _state(entry: os.DirEntry[str] | None) -> tuple[int, int]:
+    try:
+        status = entry.stat() if entry is not None else None
+    except OSError:  # a link to nothing
+        status = None
+    return (-1, -1) if status is None else (status.st_size, status.st_mtime_ns)
+
+
+def disjoint(splits: dict[str, list[str]], where: str = "") -> dict[str, list[str]]:
     """The splits; refused where a shard is in two of them, or twice in one."""
-    of: dict[Shard, str] = {}
+    of: dict[str, str] = {}
     for split, shards in splits.items():
         for shard in shards:
             if (other := of.setdefault(shard, split)) != split:
                 raise RefusedError(
-                    f"{shard}: is in two splits, {other} and {split}; name the shards of both (data.shards, --shards)"
+                    f"{where}{shard}: is in two splits, {other} and {split}; name the shards of both (data.shards, "
+                    "--shards)"
                 )
         if len(set(shards)) < len(shards):
             twice = next(shard for shard in shards if shards.count(shard) > 1)
-            raise RefusedError(f"{twice}: is named twice for {split}; an epoch reads each shard once")
+            raise RefusedError(f"{where}{twice}: is named twice for {split}; an epoch reads each shard once")
     return splits
 
 

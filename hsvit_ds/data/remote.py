@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache, cached_property
 from http.client import HTTPException
-from itertools import chain
+from itertools import accumulate, chain
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,11 @@ class Split:
     @cached_property
     def urls(self) -> tuple[str, ...]:
         return self.named or tuple(f"{self.root}/{shard}" for shard in self.shards)
+
+    @cached_property
+    def starts(self) -> tuple[int, ...]:
+        """The number of each shard's first sample."""
+        return tuple(accumulate(self.lengths[:-1], initial=0))
 
     @property
     def fingerprint(self) -> str:

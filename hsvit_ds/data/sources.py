@@ -16,7 +16,6 @@ from .augment import VIEW
 from .batch import PADDING, UNREADABLE, Images, Job
 from .decode import BadImageError
 from .index import Index
-from .members import BLOCK
 from .transform import Transform, own_generators
 
 OPEN_FILES = 128
@@ -56,7 +55,8 @@ def digits_split(split: str) -> InMemory:
 class Shards:
     """A split in tar shards.
 
-    A read is two system calls: is the file still the one that was opened, and the bytes of one image.
+    A read asks the index for a sample's place, and then for the bytes of one image, both of files that are still those
+    that were opened.
     """
 
     def __init__(self, index: Index, transform: Transform) -> None:
@@ -79,11 +79,12 @@ class Shards:
         for other in range(sample, sample + len(self.index)):
             other %= len(self.index)
             try:
-                pixels, view = self.transform.training(self.read(other), epoch, other, copy)
+                data, label = self.read(other)
+                pixels, view = self.transform.training(data, epoch, other, copy)
             except BadImageError as error:
                 found.bad.append(f"{self.index.name(other)}: {error}")
                 continue
-            found.pixels[i], found.labels[i] = pixels, int(self.index.labels[other])
+            found.pixels[i], found.labels[i] = pixels, label
             found.views[i] = torch.tensor(view)
             return
         raise RefusedError(f"{self.index.folder}: no image of the split can be read")
@@ -102,25 +103,25 @@ class Shards:
             if sample < 0:
                 continue
             try:
-                found.pixels[i], found.views[i] = (torch.as_tensor(x) for x in made(self.read(sample)))
-                found.labels[i] = int(self.index.labels[sample])
+                data, label = self.read(sample)
+                found.pixels[i], found.views[i] = (torch.as_tensor(x) for x in made(data))
+                found.labels[i] = label
             except BadImageError as error:
                 found.bad.append(f"{self.index.name(sample)}: {error}")
                 found.labels[i] = UNREADABLE
         return found
 
-    def read(self, sample: int) -> bytes:
-        """The image file of a sample.
+    def read(self, sample: int) -> tuple[bytes, int]:
+        """The image file of a sample, and its label.
 
         Raises:
-            RefusedError: the shard has changed since the index was opened. BadImageError: it is cut off.
+            RefusedError: the shard or the index has changed since they were opened. BadImageError: it is cut off.
         """
-        shard = self.index.shard_of(sample)
-        size = int(self.index.sizes[sample])
-        data = os.pread(self._open(shard), size, int(self.index.offsets[sample]) * BLOCK)
-        if len(data) < size:
-            raise BadImageError(f"cut off: {len(data)} of {size} bytes")
-        return data
+        place = self.index.place(sample)
+        data = os.pread(self._open(place.shard), place.size, place.offset)
+        if len(data) < place.size:
+            raise BadImageError(f"cut off: {len(data)} of {place.size} bytes")
+        return data, place.label
 
     def _open(self, shard: int) -> int:
         """The file of a shard, which is still the one that the index was compared with."""
@@ -139,7 +140,7 @@ class Shards:
         if now.st_size != self.index.bytes[shard] or now.st_mtime_ns != self.index.modified[shard]:
             raise RefusedError(
                 f"{path}: changed while the run was reading it; restore it, or make a new index "
-                f"(hsvit shards index {self.index.folder}) and start a new run"
+                f"({self.index.again}) and start a new run"
             )
         return file
 

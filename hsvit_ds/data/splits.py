@@ -237,22 +237,22 @@ def _open_files(config: Config, split: str) -> Index:
         raise RefusedError(f"data.root = {folder}: no such folder")
     if split not in split_shards(folder, patterns):
         raise no_split(f"data.root = {folder}", split, split_names(config))
-    path = (Path(config.index) if config.index else folder) / f"{split}.index.npz"
-    index = open_index(path, folder, patterns)
+    where = Path(config.index) if config.index else folder
+    index = open_index(folder, split, where, patterns)
     if config.image not in ("", index.image):
         raise RefusedError(
-            f'{path}: its images are "{index.image}", but data.image = "{config.image}"; make it anew: '
-            f"{command(path, folder, config.image, patterns)}"
+            f'{index.path}: its images are "{index.image}", but data.image = "{config.image}"; make it anew: '
+            f"{command(folder, where, config.image, patterns)}"
         )
     if not len(index):
         tells = f"hsvit shards check {shlex.quote(str(folder))}{layouts.options(patterns)} tells why"
-        raise RefusedError(f"{path}: holds no sample; {tells}")
-    worst, classes = int(index.labels.argmax()), facts(config).classes or len(index.classes)
-    if classes and index.labels[worst] >= classes:
+        raise RefusedError(f"{index.path}: holds no sample; {tells}")
+    classes = facts(config).classes or len(index.classes)
+    if classes and index.largest_label >= classes:
         raise RefusedError(
-            f"{path}: {index.name(worst)} has label {index.labels[worst]}, but {config.name} has "
-            f"{counted(classes, 'class', 'classes')}, 0 to {classes - 1}; is data.root the right folder, or "
-            "data.classes to be set?"
+            f"{index.path}: {index.named_with(index.largest_label)} has label {index.largest_label}, but "
+            f"{config.name} has {counted(classes, 'class', 'classes')}, 0 to {classes - 1}; is data.root the right "
+            "folder, or data.classes to be set?"
         )
     return index
 
@@ -280,7 +280,7 @@ def _check_channels(config: Config, index: Index) -> None:
     decoder = decode.resolved(config.decoder)
     shards = Shards(index, Transform(augment.Config(), 1, decoder, seed=0))
     some = range(0, len(index), max(len(index) // decode.FIRST, 1))[: decode.FIRST]
-    decode.check_channels(((index.name(i), shards.read(i)) for i in some), expected_channels(config), decoder)
+    decode.check_channels(((index.name(i), shards.read(i)[0]) for i in some), expected_channels(config), decoder)
 
 
 def named_as_before(config: Config) -> Config:

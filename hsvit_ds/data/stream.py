@@ -151,7 +151,7 @@ class Streamed(IterableDataset[Images]):
         """(epoch, number in the split, shard, sample) of whole shards, however often they break off."""
         for epoch, shard in shards:
             url, length = self.split.urls[shard], self.split.lengths[shard]
-            first, got = sum(self.split.lengths[:shard]), 0
+            first, got = self.split.starts[shard], 0
             for attempt in range(TRIES):
                 try:
                     for number, sample in enumerate(self._shard(url)):

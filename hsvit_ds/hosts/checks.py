@@ -17,6 +17,7 @@ import torch
 
 from .. import models
 from ..data import splits
+from ..data.index import file_of
 from ..data.layouts import folders, is_url
 from ..data.loader import MORE
 from ..data.reader import ready_bytes
@@ -188,7 +189,9 @@ def data_files(recipe: Recipe) -> list[str]:
     if not data.root:
         splits.open_split(data, min(files))  # refuses it
     places = dict.fromkeys([data.root, *folders(data.root, data.patterns)])
-    return [*map(escape, places), f"{escape(data.index or data.root)}/*.index.npz"]
+    where = data.index or data.root
+    kinds = sorted({file_of(Path(where), split).suffix for split in files})
+    return [*map(escape, places), *(f"{escape(where)}/*.index{kind}" for kind in kinds)]
 
 
 def weight_files(recipe: Recipe) -> list[str]:

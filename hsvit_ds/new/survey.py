@@ -11,10 +11,11 @@ from pathlib import Path
 from statistics import median
 from typing import NamedTuple
 
-from ..data import index
 from ..data.decode import GREY, BadImageError, digest, open_upright
+from ..data.index import member
 from ..data.layouts import split_shards
 from ..data.members import BLOCK, IMAGES, MOST_BYTES
+from ..data.scan import scan
 from ..data.shards.items import Item, Source
 from ..data.shards.make import class_names, hold_out
 from ..data.shards.sources import SPLITS, open_source
@@ -139,23 +140,16 @@ def _content(folder: Path) -> str:
     return counted(images, "image") if images else "empty" if not names else f"{counted(len(names), 'file')}, no image"
 
 
-def _of_shards(folder: Path, shards: dict[str, list[Path]]) -> dict[str, Source]:
+def _of_shards(folder: Path, shards: dict[str, list[str]]) -> dict[str, Source]:
     """The images where they lie in the tars, whose labels have names where the folder says them."""
     names, found = class_names(folder), {}
-    for split, paths in shards.items():
-        read = index.build(folder, paths, 1, classes=names)
-        most = int(read.labels.max(initial=-1)) + 1
+    for split, tars in shards.items():
+        read = [(folder / tar, sample) for tar in tars for sample in scan(folder / tar).samples]
+        most = max((label for _, (_, _, label) in read), default=-1) + 1
         classes = list(names) if len(names) >= most else [str(label) for label in range(most)]
         items = [
-            Item(
-                str(folder / read.shards[read.shard_of(n)]),
-                int(read.offsets[n]) * BLOCK,
-                int(read.sizes[n]),
-                int(read.labels[n]),
-                classes[int(read.labels[n])],
-                read.name(n).partition(": ")[2],
-            )
-            for n in range(len(read))
+            Item(str(tar), block * BLOCK, size, label, classes[label], member(tar, block * BLOCK))
+            for tar, (block, size, label) in read
         ]
         found[SPLITS.get(split, split)] = Source(items, classes, classes)
     return found

@@ -24,7 +24,7 @@ def serve(cluster: Cluster, data: Path, folder: Path) -> tuple[str, str]:
     """URLs of the tars on the third host and of an MLflow server on the fourth."""
     splits = {}
     for split in ("train", "val"):
-        index = open_index(data / f"{split}.index.npz", data)
+        index = open_index(data, split)
         splits[split] = {"filenames": list(index.shards), "shard_lengths": index.lengths.tolist()}
     (data / "_info.json").write_text(json.dumps({"splits": splits}))
     web, tracking = cluster.hosts["node-3"], cluster.hosts["node-4"]

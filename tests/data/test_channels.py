@@ -46,7 +46,7 @@ GREY = picture(3, (30, 40), channels=1)
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made = data_set(tmp_path_factory.mktemp("grey"), train=24, val=10, side=28, channels=1)
-    lengths = {s: open_index(made / f"{s}.index.npz", made) for s in ("train", "val")}
+    lengths = {s: open_index(made, s) for s in ("train", "val")}
     info = {s: {"filenames": list(x.shards), "shard_lengths": x.lengths.tolist()} for s, x in lengths.items()}
     (made / "_info.json").write_text(json.dumps({"splits": info}))
     return made

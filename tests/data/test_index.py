@@ -8,14 +8,14 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from hsvit_ds.data import augment
-from hsvit_ds.data.index import Index, Scan, build, open_index, scan
+from hsvit_ds.data.index import Index, open_index
 from hsvit_ds.data.layouts import split_shards
 from hsvit_ds.data.order import Order, Share
 from hsvit_ds.data.reader import Reader
+from hsvit_ds.data.scan import Scan, scan
 from hsvit_ds.data.splits import Config, check_splits, resolved, shard_lengths
 from hsvit_ds.errors import RefusedError
 from hsvit_ds.grid.grid import Config as GridConfig
@@ -27,7 +27,7 @@ from .shards.commands import shards
 
 
 def train(folder: Path) -> Index:
-    return open_index(folder / "train.index.npz", folder)
+    return open_index(folder, "train")
 
 
 @pytest.fixture
@@ -38,19 +38,13 @@ def folder(tmp_path: Path) -> Path:
 def test_every_sample_is_found_where_it_lies(folder: Path) -> None:
     index = train(folder)
     assert index.lengths.tolist() == [16, 16, 16]
-    assert index.labels.tolist() == [i % 10 for i in range(48)]
+    assert index.read("labels").tolist() == [i % 10 for i in range(48)]
     for i in (0, 17, 47):
-        data = (folder / index.shards[i // 16]).read_bytes()
-        start = int(index.offsets[i]) * 512
-        assert data[start : start + int(index.sizes[i])] == encoded(picture(i))
+        shard, start, size, label = index.place(i)
+        data = (folder / index.shards[shard]).read_bytes()
+        assert (shard, label) == (i // 16, i % 10)
+        assert data[start : start + size] == encoded(picture(i))
         assert index.name(i) == f"tiny-train-{i // 16:04d}.tar: {i:06d}.jpg"
-
-
-def test_an_index_is_the_same_for_any_number_of_processes(folder: Path) -> None:
-    shards = split_shards(folder)["train"]
-    one, two = build(folder, shards, 1), build(folder, shards, 2)
-    assert one.fingerprint == two.fingerprint == train(folder).fingerprint
-    assert np.array_equal(one.offsets, two.offsets)
 
 
 def test_a_copy_of_the_shards_keeps_its_index(folder: Path, tmp_path: Path) -> None:
@@ -70,7 +64,8 @@ def test_shards_of_other_times_are_walked_once_in_a_process_which_is_said(
         walked.append(path.name)
         return scan(path, image)
 
-    monkeypatch.setattr("hsvit_ds.data.index.scan", noted)
+    for place in ("index", "indexing"):
+        monkeypatch.setattr(f"hsvit_ds.data.{place}.scan", noted)
 
     def start() -> None:
         config = Config(name="tiny", classes=10, image_size=32, root=str(copy), workers=0, test="val")
@@ -86,7 +81,7 @@ def test_shards_of_other_times_are_walked_once_in_a_process_which_is_said(
     assert sorted(walked) == sorted(path.name for path in copy.glob("*.tar"))
     told = capsys.readouterr().err
     for split in ("train", "val"):
-        assert told.count(f"{copy}: the times of 3 shards are not those in {split}.index.npz") == 1
+        assert told.count(f"{copy}: the times of 3 shards are not those in {split}.index.safetensors") == 1
     assert told.count(f"this ends it: hsvit shards index {copy}\n") == 2
     shards("index", copy, "--processes", 1)
     walked.clear()
@@ -115,20 +110,30 @@ def relabel(folder: Path) -> None:
     os.utime(path, (1, 1))
 
 
+def rename(folder: Path) -> None:
+    for i in range(3):
+        (folder / f"tiny-train-{i:04d}.tar").rename(folder / f"other-train-{i:04d}.tar")
+        shutil.copy(folder / f"other-train-{i:04d}.tar", folder / f"tiny-train-{i:04d}.tar")
+    path = folder / "train.index.safetensors"
+    path.write_bytes(path.read_bytes().replace(b"tiny-train", b"gone-train"))
+    for other in folder.glob("other-*"):
+        other.unlink()
+
+
 def forget(folder: Path) -> None:
-    (folder / "train.index.npz").unlink()
+    (folder / "train.index.safetensors").unlink()
 
 
 def scribble(folder: Path) -> None:
-    (folder / "train.index.npz").write_bytes(b"not an index")
+    (folder / "train.index.safetensors").write_bytes(b"not an index")
 
 
 def empty(folder: Path) -> None:
-    (folder / "train.index.npz").write_bytes(b"")
+    (folder / "train.index.safetensors").write_bytes(b"")
 
 
 def halve(folder: Path) -> None:
-    os.truncate(folder / "train.index.npz", 2000)
+    os.truncate(folder / "train.index.safetensors", 1300)
 
 
 @pytest.mark.parametrize(
@@ -138,11 +143,15 @@ def halve(folder: Path) -> None:
             remove,
             r"tiny-train-0001.tar: No such file or directory, but .* names it; restore the shard, or make it anew",
         ),
-        (add, r"tiny-train-0003.tar: not in .*train.index.npz \(1 such shard\); make it anew: hsvit shards index"),
+        (
+            add,
+            r"tiny-train-0003.tar: not in .*train.index.safetensors \(1 such shard\); make it anew: hsvit shards index",
+        ),
         (lengthen, r"tiny-train-0001.tar: \d+ bytes, .* says \d+; make it anew"),
         (relabel, r"tiny-train-0001.tar: its members are not those of .*; make it anew"),
-        (forget, r"train.index.npz: there is no index; make it: hsvit shards index"),
-        *((change, r"train.index.npz: not an index .*; make it anew") for change in (scribble, empty, halve)),
+        (rename, r"tiny-train-0000.tar: not in .*train.index.safetensors \(3 such shards\)"),
+        (forget, r"train.index.safetensors: there is no index; make it: hsvit shards index"),
+        *((change, r"train.index.safetensors: not an index .*; make it anew") for change in (scribble, empty, halve)),
     ],
 )
 def test_a_stale_or_foreign_index_is_refused(folder: Path, change: object, message: str) -> None:
@@ -212,36 +221,40 @@ def test_a_hole_in_a_shard_is_not_taken_for_its_end(folder: Path, length: int) -
 
 
 LARGE = """
-import resource, sys
+import os, sys
 from pathlib import Path
 import numpy as np
-from hsvit_ds.data.index import Index
+from hsvit_ds.data import index
 n, shards = 1_281_167, 1024
-lengths = np.diff(np.linspace(0, n, shards + 1).astype(int))
-zeros = np.zeros(shards, dtype=np.int64)
-folder, path = Path(sys.argv[1]), Path(sys.argv[1]) / "train.index.npz"
+folder = Path(sys.argv[1])
 if len(sys.argv) > 2:
-    numbers = np.random.default_rng(0).integers(0, 2**31, n)
-    names = tuple(f"imagenet1k-train-{i:04d}.tar" for i in range(shards))
-    Index(folder, names, lengths, zeros, zeros, zeros.astype(np.uint64), numbers.astype(np.uint32),
-          (numbers % 2**20).astype(np.uint32), (numbers % 1000).astype(np.int32), ()).save(path)
+    from hsvit_ds.data.arrays import write
+    from hsvit_ds.data.indexing import Shard, content
+    lengths = np.diff(np.linspace(0, n, shards + 1).astype(int)).tolist()
+    names = [f"imagenet1k-train-{i:04d}.tar" for i in range(shards)]
     for name in names:
         (folder / name).touch()
+        os.utime(folder / name, ns=(1, 1))
+        os.truncate(folder / name, 2**40)
+        os.utime(folder / name, ns=(1, 1))
+    about = [Shard(name, 2**40, 1, 0, 0, length, 999, []) for name, length in zip(names, lengths)]
+    numbers = np.random.default_rng(0).integers(1, 2**31, n)
+    samples = {"offsets": [numbers], "sizes": [numbers % 2**20 + 1], "labels": [numbers % 1000]}
+    write(folder / "train.index.safetensors", *content(about, samples, (), ""))
     sys.exit()
-import os
-from hsvit_ds.data import index
-index.scan = lambda *_: index.Scan([], [], 0, 0, 0)
 def resident():
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 before = resident()
-opened = index.open_index(path, folder)
-opened.name(n // 2), opened.fingerprint  # so that nothing is left to be read
-print(len(opened), path.stat().st_size, resident() - before)
+opened = index.open_index(folder, "train")
+for sample in range(0, n, 1000):
+    opened.place(sample)
+opened.fingerprint
+print(len(opened), opened.path.stat().st_size, resident() - before)
 """
 
 
-def test_an_index_of_imagenet_is_small_on_disk_and_in_memory(tmp_path: Path) -> None:
-    """1,281,167 samples: less than 25 MB on disk, and 100 MB in each worker."""
+def test_an_index_of_imagenet_is_small_on_disk_and_smaller_in_memory(tmp_path: Path) -> None:
+    """1,281,167 samples: less than 25 MB on disk, and of them 5 MB in each worker."""
     for more in (["write"], []):
         done = subprocess.run(
             [sys.executable, "-c", LARGE, str(tmp_path), *more],
@@ -253,4 +266,4 @@ def test_an_index_of_imagenet_is_small_on_disk_and_in_memory(tmp_path: Path) -> 
     samples, size, memory = map(int, done.stdout.split())
     assert samples == 1_281_167
     assert size < 25e6
-    assert memory < 100e6
+    assert memory < 5e6

@@ -18,7 +18,8 @@ import pytest
 import torch
 
 from hsvit_ds.data import augment, layouts, remote
-from hsvit_ds.data.index import build, open_index
+from hsvit_ds.data.index import open_index
+from hsvit_ds.data.indexing import make
 from hsvit_ds.data.order import Order, Share
 from hsvit_ds.data.reader import Reader
 from hsvit_ds.data.splits import Config, check_splits, class_names, open_split, resolved, shard_lengths, split_names
@@ -87,7 +88,7 @@ def laid(source: Path, folder: Path, name: Name) -> Path:
     """The shards of `source` under other names, with an `_info.json`."""
     splits: dict[str, Any] = {}
     for split in ("train", "val"):
-        index, names = open_index(source / f"{split}.index.npz", source), []
+        index, names = open_index(source, split), []
         for i, shard in enumerate(index.shards):
             names.append(name(split, i))
             (folder / names[-1]).parent.mkdir(parents=True, exist_ok=True)
@@ -136,7 +137,7 @@ def test_shards_of_any_name_are_read_the_same_by_index_and_the_tools_agree(
         [" val   ", " 21      ", " 3      "],
     ]
     assert same(everything(config(folder, patterns)), indexed)
-    index = open_index(folder / "train.index.npz", folder, patterns)
+    index = open_index(folder, "train", patterns=patterns)
     assert index.shards == tuple(layout.name("train", i) for i in range(3))
     told = shards("check", folder, *options, "--processes", 1).stdout
     assert told == f"{folder}: errors: 0, warnings: 0; usable samples: 50 of train, 21 of val\n"
@@ -151,7 +152,7 @@ def test_the_fingerprints_of_old_are_what_they_were(tmp_path: Path) -> None:
     names = [f"x-train-{i:04d}.tar" for i in range(2)]
     for i, name in enumerate(names):
         write_tar(tmp_path / name, [m for n in range(3) for m in sample(3 * i + n, b"x" * (100 + n), n)])
-    assert build(tmp_path, layouts.split_shards(tmp_path)["train"], 1).fingerprint == "473115aa9a915430"
+    assert make(tmp_path, "train").fingerprint == "473115aa9a915430"
     about = {"filenames": names, "shard_lengths": [3, 3]}
     (tmp_path / "_info.json").write_text(json.dumps({"splits": {"train": about}}))
     for patterns in ({}, {"train": "x-train-{0000..0001}.tar"}):

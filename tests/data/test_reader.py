@@ -32,7 +32,7 @@ BATCH = 12
 
 def reader(folder: Path, batch: int = BATCH, augmentation: augment.Config = AUGMENT, **keys: Any) -> Reader:
     config = Config(**{"name": "tiny", "classes": 10, "image_size": 32, "root": str(folder), "workers": 0} | keys)
-    index = open_index(folder / "train.index.npz", folder)
+    index = open_index(folder, "train")
     order = Order(tuple(index.lengths.tolist()), config.window, batch, 0, fill=config.last_batch == "fill")
     return Reader(config, augmentation, order, Share(batch, 1, 1, 0), Grid(GridConfig(), 1))
 
@@ -285,7 +285,7 @@ def test_a_rank_with_another_decoder_or_other_data_is_refused(folder: Path, monk
     with pytest.raises(RefusedError, match=r"rank 1 has the decoder x 1, rank 0 simplejpeg .*; they must be the same"):
         reader(folder)
     reader(folder, any_decoder=True)
-    with_another(open_index(folder / "train.index.npz", folder).fingerprint)
+    with_another(open_index(folder, "train").fingerprint)
     with pytest.raises(RefusedError, match="rank 1 has data of fingerprint x 1, rank 0"):
         reader(folder, any_decoder=True)
 

@@ -37,7 +37,7 @@ AUGMENTED = {
 
 def reader(folder: Path, augmentation: augment.Config, share: Share, **keys: Any) -> Reader:
     config = Config(name="tiny", classes=10, image_size=32, root=str(folder), last_batch="fill", eval_batch=8, **keys)
-    index = open_index(folder / "train.index.npz", folder)
+    index = open_index(folder, "train")
     lengths = tuple(index.lengths.tolist())
     order = Order(lengths, 16, share.global_batch, 5, repeats=augmentation.repeats, fill=True)
     return Reader(config, augmentation, order, share, Grid(GridConfig(), 1))

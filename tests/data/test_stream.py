@@ -41,9 +41,8 @@ def folder(tmp_path: Path) -> Path:
     """50 training samples in three shards of 17, 17, 16 and 21 for validation."""
     folder = data_set(tmp_path / "set", train=50, val=21)
     splits = {}
-    for split, shards in split_shards(folder).items():
-        lengths = open_index(folder / f"{split}.index.npz", folder).lengths.tolist()
-        names = [path.name for path in shards]
+    for split, names in split_shards(folder).items():
+        lengths = open_index(folder, split).lengths.tolist()
         splits[split] = {"name": split, "filenames": names, "shard_lengths": lengths, "num_samples": sum(lengths)}
     (folder / "_info.json").write_text(json.dumps({"splits": splits}))
     return folder
@@ -129,7 +128,7 @@ def prints(folder: Path, split: str) -> dict[bytes, int]:
     """{pixels: number of the sample}."""
     from hsvit_ds.data.sources import Shards
 
-    index = open_index(folder / f"{split}.index.npz", folder)
+    index = open_index(folder, split)
     images = Shards(index, Transform(FAST, 32, installed("auto"), 0)).held_out(torch.arange(len(index)))
     return {image.numpy().tobytes(): i for i, image in enumerate(images.pixels)}
 

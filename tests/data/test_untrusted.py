@@ -13,15 +13,18 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import EpsImagePlugin
 
-from hsvit_ds.data import augment, index, remote
+from hsvit_ds.data import augment, index, loader, remote
 from hsvit_ds.data.decode import BadImageError, installed, open_upright
+from hsvit_ds.data.scan import scan
+from hsvit_ds.data.sources import Shards
 from hsvit_ds.data.stream import Streamed
 from hsvit_ds.data.transform import Transform
 from hsvit_ds.errors import RefusedError
 
-from ..tars import data_set, encoded, picture, sample, write_tar
+from ..tars import data_set, encoded, old_index, picture, sample, write_tar
 from .shards.commands import make, refused, shards
 from .shards.test_make import imagenet
 
@@ -114,7 +117,7 @@ def test_an_unsafe_member_is_a_bad_sample_of_a_stream(info: tarfile.TarInfo, tmp
 )
 def test_odd_labels_and_names_are_one_printable_line(data: bytes, tmp_path: Path) -> None:
     write_tar(tmp_path / "x-train-0000.tar", [("a\x1b[2J\n.jpg", JPEG), ("a\x1b[2J\n.json", data)])
-    (problem,) = index.scan(tmp_path / "x-train-0000.tar").problems
+    (problem,) = scan(tmp_path / "x-train-0000.tar").problems
     assert problem.isprintable()
     assert "its label is not a number" in problem
 
@@ -139,7 +142,7 @@ def test_a_tar_without_end_is_damaged(more: bytes, tmp_path: Path) -> None:
     path = tmp_path / "x-train-0000.tar"
     whole = write_tar(path, sample(0, JPEG, 1)).rstrip(b"\0")
     path.write_bytes(whole.ljust(-(-len(whole) // 512) * 512, b"\0") + more + bytes(1024))
-    found = index.scan(path)
+    found = scan(path)
     assert len(found.samples) == 1
     assert any("damaged after 000000.cls" in problem for problem in found.problems)
 
@@ -235,21 +238,112 @@ def changed(**arrays: Any) -> Callable[[dict[str, np.ndarray]], dict[str, Any]]:
         (changed(problems=np.array([{}], dtype=object)), np.savez),
         (changed(), np.savez_compressed),
         (changed(shards=np.array(["a-train-0.tar", "b-train-1.tar", "../../c-train-2.tar"])), np.savez),
-        (changed(lengths=np.array([3, 3, -3])), np.savez),
-        (changed(sizes=np.full(9, -1)), np.savez),
-        (changed(sizes=np.full(9, 2**32 - 1)), np.savez),
+        (changed(lengths=np.array([3, 9, -3])), np.savez),
+        (changed(lengths=np.array([2**63, 2**63, 9], dtype=np.uint64)), np.savez),
+        (changed(lengths=np.array([3.0, 3.0, 3.0])), np.savez),
         (changed(labels=np.zeros(8, dtype=np.int32)), np.savez),
         (lambda there: np.zeros(3), lambda file, **_: np.save(file, np.zeros(3))),
     ],
-    ids=["pickled", "compressed", "paths", "lengths", "sizes", "large", "labels", "one array"],
+    ids=["pickled", "compressed", "paths", "negative", "beyond 64 bits", "fractions", "labels", "one array"],
 )
-def test_an_index_of_somebody_else_is_refused_or_read(change: Any, save: Any, tmp_path: Path) -> None:
+def test_an_old_index_of_somebody_else_is_refused(change: Any, save: Any, tmp_path: Path) -> None:
     folder = data_set(tmp_path / "set", train=9, val=3)
-    path = folder / "train.index.npz"
+    path = old_index(folder, "train")
     with np.load(path) as file:
         arrays = change({name: file[name] for name in file.files})
     with path.open("wb") as out:
         save(out, **(arrays if isinstance(arrays, dict) else {}))
     with pytest.raises(RefusedError, match=r"train.index.npz: not an index .*; make it anew") as caught:
-        index.open_index(path, folder)
+        index.open_index(folder, "train")
     assert "\n" not in str(caught.value)
+
+
+Header = dict[str, dict[str, Any]]
+
+
+def rewritten(path: Path, change: Callable[[Header, bytearray], object]) -> None:
+    """An index with another header, or other numbers."""
+    data = path.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header, body = json.loads(data[8 : 8 + length]), bytearray(data[8 + length :])
+    text = change(header, body) or json.dumps(header).encode()
+    assert isinstance(text, bytes)
+    path.write_bytes(len(text).to_bytes(8, "little") + text + body)
+
+
+def numbers(name: str, dtype: str, *values: int) -> Callable[[Header, bytearray], None]:
+    """Other numbers at the start of an array."""
+
+    def change(header: Header, body: bytearray) -> None:
+        start, data = header[name]["data_offsets"][0], np.array(values, dtype).tobytes()
+        body[start : start + len(data)] = data
+
+    return change
+
+
+def facts(name: str, **about: Any) -> Callable[[Header, bytearray], None]:
+    return lambda header, _: header[name].update(about)
+
+
+def of_another(text: bytes) -> Callable[[Header, bytearray], bytes]:
+    return lambda *_: text
+
+
+HUGE = 2**62
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        of_another(b"[" * 100_000),
+        of_another(b"[]"),
+        of_another(b"{}"),
+        of_another(b" " * 2**25),
+        facts("__metadata__", format="2.5"),
+        facts("__metadata__", largest_label="all"),
+        facts("labels", dtype="F32"),
+        facts("labels", dtype="O"),
+        facts("labels", shape=[3, 3]),
+        facts("labels", shape=[8]),
+        facts("labels", shape=[HUGE], data_offsets=[0, 4 * HUGE]),
+        facts("labels", data_offsets=[-100, -64]),
+        facts("labels", data_offsets=["a", "b"]),
+        facts("shards", data_offsets=[0, 10**9], shape=[10**9]),
+        numbers("lengths", "<i8", 3, 9, -3),
+        numbers("lengths", "<i8", HUGE, HUGE, HUGE),
+        numbers("shards", "|u1", *b"../"),
+    ],
+)
+def test_an_index_of_somebody_else_is_refused(change: Any, tmp_path: Path) -> None:
+    folder = data_set(tmp_path / "set", train=9, val=3)
+    rewritten(folder / "train.index.safetensors", change)
+    with pytest.raises(RefusedError, match=r"train.index.safetensors: (not an index .*|names .*); ") as caught:
+        index.open_index(folder, "train")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (numbers("sizes", "<u4", 2**32 - 1), "sample 0 has 4294967295 bytes"),
+        (numbers("sizes", "<u4", 0), "sample 0 has 0 bytes"),
+        (numbers("offsets", "<u4", 2**32 - 1), "bytes from 2199023255040 on, in a shard of"),
+        (numbers("labels", "<i4", -1), "sample 0 has label -1, and 8 is the largest"),
+        (numbers("labels", "<i4", 2**31 - 1), "sample 0 has label 2147483647, and 8 is the largest"),
+    ],
+)
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_sample_that_an_index_of_somebody_else_invents_is_refused(
+    change: Any, message: str, workers: int, tmp_path: Path
+) -> None:
+    """By whoever reads it, the rank or a worker."""
+    folder = data_set(tmp_path / "set", train=9, val=3)
+    rewritten(folder / "train.index.safetensors", change)
+    opened = index.open_index(folder, "train")
+    source = Shards(opened, Transform(augment.Config(), 32, installed("auto"), seed=0))
+    (rest,) = loader.answers(source.held_out, lambda n: iter([torch.arange(1, 9)][n:]), workers, pin=False)
+    assert rest.labels.tolist() == list(range(1, 9))
+    with pytest.raises(RefusedError, match=message) as caught:
+        list(loader.answers(source.held_out, lambda n: iter([torch.arange(9)][n:]), workers, pin=False))
+    assert str(caught.value).endswith(f"; delete it, and make it anew: hsvit shards index {folder}")
+    assert opened.name(0).startswith("tiny-train-0000.tar: ")

@@ -199,14 +199,14 @@ def test_shards_indexes_and_weights_must_be_there_and_alike(hosts: Hosts, tmp_pa
     path = ROOT / "recipes/digits/scala.toml"
     found = wrong(look("a", path=path, overrides=overrides))
     assert found == {
-        ("a", "data"): f"{data}/*.index.npz is missing",
+        ("a", "data"): f"{data}/*.index.safetensors is missing",
         ("a", "weights"): f"{student} is missing",
     }
     for split in ("train", "test"):
-        (data / f"{split}.index.npz").write_bytes(b"index")
+        (data / f"{split}.index.safetensors").write_bytes(b"index")
     student.write_bytes(b"weights")
-    train, test = (str(data / f"{split}.index.npz") for split in ("train", "test"))
-    hosts.answer("b", files={f"{data}/*.index.npz": {train: "other"}})
+    train, test = (str(data / f"{split}.index.safetensors") for split in ("train", "test"))
+    hosts.answer("b", files={f"{data}/*.index.safetensors": {train: "other"}})
     assert wrong(look("a", "b", path=path, overrides=overrides)) == {
         ("b", "data"): f"{test} is missing, {train} is not the same"
     }
@@ -220,7 +220,7 @@ def test_folders_of_named_shards_must_be_there_too(hosts: Hosts, tmp_path: Path)
     (data / "train").mkdir(parents=True)
     patterns = f'{{train="train/{{0..3}}.tar::more/{{4..5}}.tar", val="{tmp_path}/held out/*/a.tar", test="v.tar"}}'
     overrides = ("data.name=cifar10", f"data.root={data}", f"data.shards={patterns}")
-    (data / "train.index.npz").write_bytes(b"index")
+    (data / "train.index.safetensors").write_bytes(b"index")
     missing = f"{data}/more is missing, {tmp_path}/held out is missing"
     assert wrong(look("a", path=DIGITS, overrides=overrides)) == {("a", "data"): missing}
     (data / "more").mkdir()

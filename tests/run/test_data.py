@@ -67,7 +67,7 @@ def recorded(file: Path, ranks: int, submodule_ranks: int) -> dict[int, list[str
 
 def pixels(data: Path) -> set[str]:
     """The images of the training split, as recorded."""
-    index = open_index(data / "train.index.npz", data)
+    index = open_index(data, "train")
     images = Shards(index, Transform(augment.Config(), 32, decode.installed("auto"), 0)).held_out(
         torch.arange(len(index))
     )
@@ -167,7 +167,7 @@ def test_a_run_killed_in_mid_epoch_and_resumed_elsewhere_reads_every_sample_once
 def test_two_replicas_train_and_evaluate_on_a_stream(data: Path, tmp_path: Path) -> None:
     splits = {}
     for split in ("train", "val"):
-        index = open_index(data / f"{split}.index.npz", data)
+        index = open_index(data, split)
         splits[split] = {"filenames": list(index.shards), "shard_lengths": index.lengths.tolist()}
     (data / "_info.json").write_text(json.dumps({"splits": splits}))
     keys = arguments(tmp_path, data, f"data.root=pipe:cat {data}", "data.workers=1", "grid.submodule_ranks=1")
@@ -288,7 +288,7 @@ def test_the_resolved_recipe_names_decoder_and_data(begun: Path, tmp_path: Path)
     path = tmp_path / "digits-hsvit-001/recipe.toml"
     kept = recipes.read(path)
     assert kept.data.decoder == decode.installed("auto")
-    assert kept.data.fingerprint == open_index(begun / "train.index.npz", begun).fingerprint
+    assert kept.data.fingerprint == open_index(begun, "train").fingerprint
     assert recipes.resolve(kept, 1)[0] == kept
     with pytest.raises(RefusedError, match="whose pixels may differ"):
         recipes.resolve(recipes.read(path, ['data.decoder="simplejpeg 0.1, pillow 1"']), 1)

@@ -11,6 +11,7 @@ from tests.tars import data_set
 from tools.benchmarks import attention_baselines as baselines
 from tools.benchmarks import data as data_benchmarks
 from tools.benchmarks import data_alternatives
+from tools.benchmarks import index as index_benchmarks
 from tools.benchmarks import kernels as benchmarks
 
 ROOFS = benchmarks.Roofs(1.0, 1.0)
@@ -88,6 +89,13 @@ def test_every_way_to_read_gives_every_image_of_a_pass(data: data_alternatives.D
     assert sorted(data_alternatives.reads(data)) == sorted(data_alternatives.webdataset_reads(data))
 
 
+def test_an_index_is_measured_beside_the_way_of_before() -> None:
+    rows = index_benchmarks.rows(1, {"small": (2000, 30), "smaller": (100, 4)})
+    costs = {row["cost"] for row in rows}
+    assert {"open, ms", "epoch, ms", "step, window 65,536, ms", "before: epoch, ms"} < costs
+    assert all(float(row["small"]) >= 0 and float(row["smaller"]) >= 0 for row in rows)
+
+
 @pytest.mark.heavy
 def test_the_data_tables_have_a_row_for_every_alternative(data: data_alternatives.Data) -> None:
     paths = {"hsvit-ds, bilinear", "hsvit-ds, bicubic"}
@@ -99,5 +107,4 @@ def test_the_data_tables_have_a_row_for_every_alternative(data: data_alternative
     assert names(data_benchmarks.reader(data, 1)) == {"hsvit-ds", "webdataset"}
     assert names(data_benchmarks.decoders(data, 1, workers=2)) == {"simplejpeg", "torchvision", "Pillow"}
     assert names(data_benchmarks.path(data, 1)) == paths == set(data_alternatives.by_workers(data, 1, 1))
-    assert len(data_benchmarks.fixed(1, samples=2000, shards=4)) == 7
     assert names(data_benchmarks.trainer(data, 1, workers=0)) == {0, 1}

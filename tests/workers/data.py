@@ -31,7 +31,7 @@ def described(reader: Reader, batch: Batch) -> dict[str, Any]:
 
 def main(arguments: dict[str, Any], folder: Path) -> list[dict[str, Any]]:
     root = Path(arguments["root"])
-    lengths = tuple(open_index(root / "train.index.npz", root).lengths.tolist())
+    lengths = tuple(open_index(root, "train").lengths.tolist())
     found = []
     for case in arguments["cases"]:
         grid = Grid(GridConfig(submodule_ranks=case["submodule_ranks"]), 2)

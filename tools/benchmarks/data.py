@@ -1,7 +1,7 @@
 """Reading, decoding and augmenting shards beside webdataset and ImageFolder: `python -m tools.benchmark data FOLDER`.
 
 Every shard is in the page cache and PyTorch has one thread. Other processes of these benchmarks start here too:
-`python -m tools.benchmarks.data memory|share FOLDER`.
+`python -m tools.benchmarks.data FOLDER`.
 """
 
 from __future__ import annotations
@@ -15,20 +15,18 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from functools import partial
 from importlib.metadata import version
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from hsvit_ds.data import augment, decode, splits
 from hsvit_ds.data.augment import normalise
 from hsvit_ds.data.decode import Box, Picture
-from hsvit_ds.data.index import Index, open_index
+from hsvit_ds.data.index import open_index
 from hsvit_ds.data.order import Order
 from hsvit_ds.data.order import Share as Part
 from hsvit_ds.data.reader import Reader
@@ -39,106 +37,12 @@ from tools.benchmarks import data_alternatives as alternatives
 from tools.benchmarks.data_alternatives import DECODERS, WINDOW, Data, Rate, from_the_start, one, rates
 from tools.benchmarks.steps import machine, show
 
-SAMPLES, SHARDS, GLOBAL_BATCH, STEP = 1_281_167, 1024, 1024, 10**6  # ImageNet-1k
 MEASURED = 512  # images, at least
 BATCH = 64
 PASSES = 2  # through workers, after a first one
 POLICIES = ("rand-m9-mstd0.5-inc1", "TrivialAugmentWide", "3a")
 TRAINING = augment.Config(crop="random_resized", flip=0.5, filter="bilinear")
 Rows = list[dict[str, Any]]
-
-
-# What does not depend on the images
-
-
-def synthetic(folder: Path, samples: int, shards: int) -> Path:
-    """Shards of the right sizes with nothing in them, and their index; the index's path."""
-    luck = np.random.default_rng(0)
-    sizes = luck.integers(20_000, 200_000, samples)
-    lengths = np.full(shards, samples // shards) + (np.arange(shards) < samples % shards)
-    offsets = np.concatenate([3 + np.arange(n) * 400 for n in lengths])  # blocks: about 200 kB a sample
-    names = tuple(f"imagenet1k-train-{n:04d}.tar" for n in range(shards))
-    for name, length in zip(names, lengths, strict=True):
-        (folder / name).touch()
-        os.truncate(folder / name, (3 + int(length) * 400) * 512)
-    found = [(folder / name).stat() for name in names]
-    index = Index(
-        folder,
-        names,
-        lengths=lengths,
-        bytes=np.array([status.st_size for status in found]),
-        modified=np.array([status.st_mtime_ns for status in found]),
-        checksums=luck.integers(0, 2**63, shards).astype(np.uint64),
-        offsets=offsets.astype(np.uint32),
-        sizes=sizes.astype(np.uint32),
-        labels=luck.integers(0, 1000, samples).astype(np.int32),
-        problems=(),
-    )
-    path = folder / "train.index.npz"
-    index.save(path)
-    return path
-
-
-def order_of(index: Index) -> Order:
-    return Order(tuple(index.lengths.tolist()), WINDOW, GLOBAL_BATCH, seed=0)
-
-
-def fixed(repeats: int, samples: int = SAMPLES, shards: int = SHARDS) -> Rows:
-    """Sizes, times and memory of an index as large as ImageNet's."""
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
-        path = synthetic(folder, samples, shards)
-        order = order_of(open_index(path, folder))
-
-        def ms(action: Callable[[], Any]) -> float:
-            start = time.perf_counter()
-            action()
-            return 1000 * (time.perf_counter() - start)
-
-        def resume() -> None:
-            fresh = order_of(open_index(path, folder))
-            epoch, step = divmod(STEP, fresh.steps_per_epoch)
-            fresh.batches(epoch)(step)
-
-        times = rates(
-            {
-                "open": lambda: ms(lambda: open_index(path, folder)),
-                "epoch": lambda: ms(lambda: order.epoch(0)),
-                "resume": lambda: ms(resume),
-            },
-            repeats,
-        )
-        taken = [asked("memory", folder) for _ in range(repeats)]
-        mb = {name: statistics.median(t[name] for t in taken) for name in taken[0]}
-        rows = [
-            ("index file, MB", path.stat().st_size / 1e6, "< 25"),
-            ("opening it, shards compared, ms", times["open"], "< 200"),
-            (f"order of an epoch, window {WINDOW}, ms", times["epoch"], "< 300"),
-            (f"resuming at step {STEP:,} of batch {GLOBAL_BATCH}, ms", times["resume"], "< 1000"),
-            ("memory of the process after opening, MB more", mb["opened"], ""),
-            ("and after an epoch's order, MB more", mb["kept"], "< 100"),
-            ("peak meanwhile, MB more", mb["peak"], ""),
-        ]
-    return [{"cost": name, "value": f"{value:.1f}", "target": target} for name, value, target in rows]
-
-
-def memory(folder: Path) -> dict[str, float]:
-    """MB that this process needs more for an index and the order of an epoch."""
-    Order((1000, 1000), 64, 8, seed=0).epoch(0)  # the code that it touches is not counted
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-    before = resident("VmRSS")
-    index = open_index(folder / "train.index.npz", folder)
-    opened = resident("VmRSS") - before
-    batch = order_of(index).batches(0)
-    kept, peak = resident("VmRSS") - before, resident("VmHWM") - before
-    assert len(batch(0)[0])  # it is still there
-    return {"opened": opened, "kept": kept, "peak": peak}
-
-
-def resident(name: str) -> float:
-    """MB, of /proc/self/status."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1.024e-3 for line in lines if line.startswith(f"{name}:"))
 
 
 # One core
@@ -247,9 +151,14 @@ def node(data: Data, repeats: int, workers: int) -> Rows:
 
 def reader_of(data: Path, size: int, batch: int, grid: Grid, **options: Any) -> Reader:
     """The training split in `data`, as a run reads it."""
-    index = open_index(data / "train.index.npz", data)
-    classes = int(index.labels.max()) + 1
-    config = splits.Config(name="benchmark", root=str(data), classes=classes, image_size=size, window=WINDOW, **options)
+    index = open_index(data, "train")
+    known: dict[str, Any] = {
+        "name": "benchmark",
+        "root": str(data),
+        "classes": index.largest_label + 1,
+        "image_size": size,
+    }
+    config = splits.Config(**known, window=WINDOW, **options)
     order = Order(tuple(index.lengths.tolist()), WINDOW, batch, seed=0)
     return Reader(config, TRAINING, order, Part(batch, 1, 1, 0), grid)
 
@@ -308,7 +217,7 @@ def trainer(data: Data, repeats: int, workers: int) -> Rows:
 def shared(data: Data, repeats: int) -> Rows:
     """A replica of two ranks on this machine, a worker each."""
     arguments = ["--size", str(data.size), "--batch", str(data.batch), "--repeats", str(repeats)]
-    found = asked("share", data.folder, *arguments, ranks=2)
+    found = asked(data.folder, *arguments, ranks=2)
     return [
         {
             "data.share": share,
@@ -332,12 +241,12 @@ def share(folder: Path, size: int, batch: int, repeats: int) -> dict[str, dict[s
     return {name: {key: statistics.median(run[key] for run in runs) for key in runs[0]} for name, runs in found.items()}
 
 
-def asked(what: str, folder: Path, *arguments: str, ranks: int = 1) -> Any:
+def asked(folder: Path, *arguments: str, ranks: int) -> Any:
     """What fresh processes, the ranks of a grid, answer."""
     with tempfile.TemporaryDirectory() as temporary:
         out = Path(temporary) / "answer.json"
-        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())} if ranks > 1 else {}
-        command = [sys.executable, "-m", "tools.benchmarks.data", what, str(folder), "--out", str(out), *arguments]
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+        command = [sys.executable, "-m", "tools.benchmarks.data", str(folder), "--out", str(out), *arguments]
         started = []
         for rank in range(ranks):
             env = os.environ | place | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
@@ -365,7 +274,6 @@ def run(folder: Path, size: int, workers: int, repeats: int, out: Path | None) -
 
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
-    table("fixed", f"{SAMPLES:,} samples in {SHARDS:,} shards", fixed(repeats))
     with tempfile.TemporaryDirectory() as temporary:
         data = alternatives.prepare(folder, Path(temporary), MEASURED, max(workers, 2), size, BATCH)
         what = f"{len(data.index)} images of {folder.name}, "
@@ -382,16 +290,13 @@ def run(folder: Path, size: int, workers: int, repeats: int, out: Path | None) -
 def main() -> None:
     """A process that `asked` started."""
     parser = argparse.ArgumentParser("tools.benchmarks.data", description=__doc__)
-    parser.add_argument("what", choices=["memory", "share"])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--out", type=Path, required=True)
     for name in ("--size", "--batch", "--repeats"):
         parser.add_argument(name, type=int)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    answer: Any = (
-        memory(args.folder) if args.what == "memory" else share(args.folder, args.size, args.batch, args.repeats)
-    )
+    answer = share(args.folder, args.size, args.batch, args.repeats)
     if os.environ["RANK"] == "0":
         args.out.write_text(json.dumps(answer))
 

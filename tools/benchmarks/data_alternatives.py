@@ -28,9 +28,11 @@ from torchvision.io import ImageReadMode, decode_jpeg
 
 from hsvit_ds.data import augment, decode, loader
 from hsvit_ds.data.batch import Job
-from hsvit_ds.data.index import Index, build
+from hsvit_ds.data.index import Index
+from hsvit_ds.data.indexing import make
 from hsvit_ds.data.layouts import split_shards
 from hsvit_ds.data.order import Order
+from hsvit_ds.data.scan import scan
 from hsvit_ds.data.sets import IMAGENET_MEAN, IMAGENET_STD
 from hsvit_ds.data.sources import Shards
 from hsvit_ds.data.transform import Transform
@@ -85,16 +87,16 @@ def prepare(folder: Path, place: Path, images: int, shards: int, size: int, batc
         if count >= images and len(linked) >= shards:
             break
         linked.append(linked_to / f"benchmark-train-{len(linked):04d}.tar")
-        linked[-1].symlink_to(path.resolve())
-        count += len(build(linked_to, linked[-1:], processes=1))
-    index = build(linked_to, linked, processes=1)
-    index.save(linked_to / "train.index.npz")
+        linked[-1].symlink_to((folder / path).resolve())
+        count += len(scan(linked[-1]).samples)
+    index = make(linked_to, "train")
     data = Data(linked_to, place / "files", index, size, batch)
     source = data.shards()
     for sample in range(len(index)):
-        name = data.files / f"{index.labels[sample]:05d}" / f"{sample:08d}{Path(index.name(sample)).suffix}"
+        file, label = source.read(sample)
+        name = data.files / f"{label:05d}" / f"{sample:08d}{Path(index.name(sample)).suffix}"
         name.parent.mkdir(parents=True, exist_ok=True)
-        name.write_bytes(source.read(sample))
+        name.write_bytes(file)
     return data
 
 
@@ -142,7 +144,7 @@ def later(make: Callable[[], Iterator[Any]], skipped: int) -> float:
 def reads(data: Data) -> Iterator[bytes]:
     """The image files in the order of an epoch."""
     source = data.shards()
-    yield from map(source.read, data.order.epoch(0).tolist())
+    yield from (source.read(sample)[0] for sample in data.order.epoch(0).tolist())
 
 
 def ours(data: Data, source: Shards) -> Iterator[Tensor]:

@@ -45,7 +45,7 @@ def _shards(here: Here) -> Path:
                 archive.extractall(unpacking, filter="data")
         found = next(path.parent for path in unpacking.rglob("*-train-*.tar"))
         os.replace(found, folder)
-    if not list(folder.glob("*.index.npz")):
+    if not list(folder.glob("*.index.safetensors")):
         subprocess.run([sys.executable, "-m", "hsvit_ds.cli", "shards", "index", str(folder)], cwd=ROOT, check=True)
     return folder
 

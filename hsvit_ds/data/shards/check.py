@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ...errors import RefusedError, counted
-from .. import index
 from ..decode import BadImageError, digest, open_upright
-from ..layouts import NAMES, NONE, name_in, split_shards
+from ..index import open_index
+from ..layouts import NAMES, NONE, split_shards
 from ..members import MOST_BYTES, Member, Sample, grouped, walk
+from ..scan import scan
 from .make import INFO, Done, disagreement, read_info
 
 WARNINGS = ("duplicate image", "image in two splits", "index")
@@ -61,15 +62,14 @@ def check(
     findings, samples, total, count = list[Finding](), dict[str, int](), sum(map(len, splits.values())), 0
     with ProcessPoolExecutor(processes) as pool:
         known = Known()
-        for split, paths in splits.items():
+        for split, names in splits.items():
             known.keys, lengths, wanted = {}, [], image
-            names = [name_in(folder, path) for path in paths]
             try:
-                wanted = image or index.open_index(folder / f"{split}.index.npz", folder, patterns).image
+                wanted = image or open_index(folder, split, patterns=patterns).image
             except RefusedError as error:
                 findings.append(Finding("index", str(error)))
             read = partial(check_shard, classes=classes or len(info.get("classes", [])), image=wanted)
-            for checked in pool.map(read, paths, names):
+            for checked in pool.map(read, map(folder.joinpath, names), names):
                 findings += [*checked.findings, *known.repeated(split, checked)]
                 lengths.append(checked.samples)
                 done(count := count + 1, total)
@@ -81,7 +81,7 @@ def check(
     return findings, samples
 
 
-def shards_in(folder: Path, patterns: Mapping[str, str] = NONE) -> dict[str, list[Path]]:
+def shards_in(folder: Path, patterns: Mapping[str, str] = NONE) -> dict[str, list[str]]:
     """`split_shards` of a folder that must have some."""
     if not folder.is_dir():
         raise RefusedError(f"{folder}: not a folder")
@@ -115,7 +115,7 @@ def check_shard(path: Path, name: str, classes: int, image: str) -> Checked:
     """Read a shard and decode its images, one at a time; how far Pillow decodes them is how much is checked. name: of
     the shard in what is found."""
     try:
-        samples = len(index.scan(path, image).samples)
+        samples = len(scan(path, image).samples)
     except RefusedError:  # for a reason that is found below
         samples = 0
     checked = Checked(name, samples)

@@ -21,10 +21,11 @@ from webdataset import TarWriter
 from hsvit_kernels.random import sequence
 
 from ...errors import RefusedError, counted, first_line
-from .. import index
+from .. import indexing
 from ..decode import BadImageError
 from ..index import Index
 from ..layouts import split_shards
+from ..scan import scan
 from .items import Item, Source
 from .sources import open_source, sample
 
@@ -94,7 +95,7 @@ class Job:
     def is_done(self) -> bool:
         if not self.path.exists():
             return False
-        found = index.scan(self.path)
+        found = scan(self.path)
         return not found.problems and len(found.samples) == len(self.items) - len(self.left_out)
 
 
@@ -162,8 +163,7 @@ def make_split(source: Source, out: Path, options: Options, processes: int, done
                 record = replace(record, left_out={**record.left_out, job.path.name: left_out})
                 record.save(path)
             done(i + 1, len(jobs))
-    made = index.build(out, [job.path for job in jobs], processes, classes=source.titles)
-    made.save(out / f"{options.split}.index.npz")
+    made = indexing.make(out, options.split, processes=processes, classes=source.titles)
     _describe(out, options.split, source, made)
     return made, [text for _, texts in sorted(record.left_out.items()) for text in texts]
 
@@ -196,7 +196,7 @@ def _claimed(out: Path, options: Options, source: Source) -> Record:
     if path.exists():
         record = replace(record, left_out=_same(path, record))
     elif there:
-        raise RefusedError(f"{there[0]}: made otherwise, {path.name} is missing; give another OUT")
+        raise RefusedError(f"{out / there[0]}: made otherwise, {path.name} is missing; give another OUT")
     for unfinished in out.glob(f"{options.stem}-*.tar.partial"):
         unfinished.unlink()
     record.save(path)

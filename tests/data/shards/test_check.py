@@ -124,7 +124,7 @@ def touched(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("plant", "kind", "text"),
     [
-        (lambda folder: (folder / "val.index.npz").unlink(), "index", "val.index.npz: there is no index"),
+        (lambda at: (at / "val.index.safetensors").unlink(), "index", "val.index.safetensors: there is no index"),
         (touched, "index", "mini-train-0001.tar: its members are not those of"),
         (edit(lambda m: [*m, ("00000099.cls", last_label(m)), ("00000099.jpg", m[-1][1])]), "duplicate image",
          "00000099.jpg: also mini-train-0001.tar: "),
@@ -144,7 +144,7 @@ def test_classes_can_be_told(clean: Path) -> None:
 def test_an_index_can_lie_elsewhere_and_tells_what_it_left_out(clean: Path, tmp_path: Path) -> None:
     write_tar(clean / "mini-val-0001.tar", [("a.jpg", b""), ("a.cls", b"1")])
     result = shards("index", clean, "--out", tmp_path / "new/elsewhere")
-    assert len(open_index(tmp_path / "new/elsewhere/train.index.npz", clean)) == 22
+    assert len(open_index(clean, "train", where=tmp_path / "new/elsewhere")) == 22
     assert "mini-val-0001.tar: a.jpg: 0 bytes" in result.stdout
     assert "problems: 1;" in result.stderr
     assert f"hsvit shards check {clean}" in result.stderr
@@ -152,8 +152,8 @@ def test_an_index_can_lie_elsewhere_and_tells_what_it_left_out(clean: Path, tmp_
 
 def test_info_describes_what_is_indexed(clean: Path) -> None:
     text = shards("info", clean).stdout
-    index = open_index(clean / "train.index.npz", clean)
-    for fact in ("22", "5 / 7.3 / 9", f"{index.sizes.mean():,.0f}", index.fingerprint, "agrees"):
+    index = open_index(clean, "train")
+    for fact in ("22", "5 / 7.3 / 9", f"{index.read('sizes').mean():,.0f}", index.fingerprint, "agrees"):
         assert fact in text
     with_info("num_samples", 23)(clean)
     assert "23 samples" in shards("info", clean).stdout

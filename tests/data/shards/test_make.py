@@ -76,7 +76,7 @@ def test_a_folder_of_classes_becomes_shards_of_the_same_images(photos: Path, tmp
     assert len({json.loads(sample["json"])["filename"] for sample in found}) == 22
     labels = [int(sample["cls"]) for sample in found]
     assert labels != sorted(labels)
-    assert open_index(out / "train.index.npz", out).labels.tolist() == labels
+    assert open_index(out, "train").read("labels").tolist() == labels
     assert (out / "classes.txt").read_text() == "ant\nbee\ncat\n"
 
 
@@ -134,7 +134,7 @@ def test_shards_do_not_depend_on_processes_or_interruptions(photos: Path, tmp_pa
     assert files(one) == files(two)
     assert not list(two.glob("*.partial"))
     assert paths[3].stat().st_mtime_ns == kept
-    assert len(open_index(two / "train.index.npz", two)) == 21
+    assert len(open_index(two, "train")) == 21
     before = {path: path.stat().st_mtime_ns for path in paths}
     make(photos, two, "--resize", 12)
     assert {path: path.stat().st_mtime_ns for path in paths} == before
@@ -203,7 +203,7 @@ def test_unreadable_images_are_left_out_and_listed_by_their_file_or_refused(
     assert shards("check", tmp_path / "out").stdout.count("\n") == 1
     result = make(photos, tmp_path / "strict", *more, "--strict", code=2)
     assert "(--strict)" in result.stderr
-    assert not list((tmp_path / "strict").glob("*.index.npz"))
+    assert not list((tmp_path / "strict").glob("*.index.safetensors"))
 
 
 def test_a_part_of_each_class_can_be_held_out(tmp_path: Path) -> None:
@@ -243,11 +243,11 @@ def test_the_shards_are_as_many_as_the_images_need(
 
 def test_the_names_of_the_classes_travel_with_the_shards(photos: Path, tmp_path: Path) -> None:
     make(photos, tmp_path / "out")
-    assert open_index(tmp_path / "out/train.index.npz", tmp_path / "out").classes == ("ant", "bee", "cat")
+    assert open_index(tmp_path / "out", "train").classes == ("ant", "bee", "cat")
     for lacking in ("classes.txt", "_info.json"):
         (tmp_path / "out" / lacking).unlink()
         shards("index", tmp_path / "out")
-        found = open_index(tmp_path / "out/train.index.npz", tmp_path / "out").classes
+        found = open_index(tmp_path / "out", "train").classes
         assert found == (("ant", "bee", "cat") if lacking == "classes.txt" else ())
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,8 @@ from pydantic_core import from_json
 from ..errors import counted, warn
 
 FILE = "metrics.jsonl"
+BLOCK = 1 << 20
+"""Bytes that are read at a time from the end; lines are shorter."""
 
 
 class Lines:
@@ -39,10 +41,10 @@ class Lines:
         """Forget the lines behind the first `keep` bytes, and one that is not whole before it."""
         self._unwritten = b""
         with self.path.open("rb") as file:
-            # A power cut may have taken more than the checkpoint knows; lines are shorter than this.
+            # A power cut may have taken more than the checkpoint knows.
             size = min(keep, os.fstat(file.fileno()).st_size)
-            file.seek(max(0, size - (1 << 20)))
-            tail = file.read(min(size, 1 << 20))
+            file.seek(max(0, size - BLOCK))
+            tail = file.read(min(size, BLOCK))
         self._size = size - len(tail) + tail.rfind(b"\n") + 1
         self._file.truncate(self._size)
 
@@ -126,6 +128,18 @@ def read(folder: Path) -> list[dict[str, Any]]:
     found, lost = parsed((folder / FILE).read_bytes().splitlines())
     tell_lost(folder, lost)
     return found
+
+
+def newest_first(folder: Path) -> Iterator[dict[str, Any]]:
+    """The lines of a run's metrics from the last one on, those that can be read; nothing before them is looked at."""
+    with (folder / FILE).open("rb") as file:
+        end, rest = os.fstat(file.fileno()).st_size, b""
+        while end:
+            begin = max(0, end - BLOCK)
+            file.seek(begin)
+            lines = (file.read(end - begin) + rest).splitlines(keepends=True)
+            end, rest = begin, lines.pop(0) if begin else b""  # which begins further ahead
+            yield from reversed(parsed(lines)[0])
 
 
 def tell_lost(folder: Path, lost: list[int]) -> None:

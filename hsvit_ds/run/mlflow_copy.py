@@ -6,6 +6,7 @@ import getpass
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -111,13 +112,13 @@ class Copy:
             return
         with file.open("rb") as opened:
             opened.seek(start)
-            data = opened.read(upto - start)
-        data = data[: data.rfind(b"\n") + 1]  # without a line that is being written
-        for lines in _parts(data.splitlines(keepends=True), BATCH // 10):
-            self._send([point for point in _points(lines, prefix) if self._changes(point)])
-            start += sum(map(len, lines))
-            self.sent[file.name] = start
-            self._note()
+            # Without a line that is being written.
+            rest = takewhile(lambda line: opened.tell() <= upto and line.endswith(b"\n"), iter(opened.readline, b""))
+            while lines := list(islice(rest, BATCH // 10)):
+                self._send([point for point in _points(lines, prefix) if self._changes(point)])
+                start += sum(map(len, lines))
+                self.sent[file.name] = start
+                self._note()
 
     def _send(self, points: Sequence[Point]) -> None:
         from mlflow.entities import Metric

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Iterable, Mapping
@@ -13,7 +14,7 @@ from ..engine.checkpoint import Position
 from ..errors import RefusedError, first_line, tell, warn
 from . import metrics, mlflow_copy, mlflow_run
 from . import summary as summaries
-from .summary import FINISHED, Summary
+from .summary import FINISHED, Best, Summary
 
 CLASSES = "classes.txt"
 """The names of the classes, one a line, where the data says them."""
@@ -127,12 +128,39 @@ def _resumed(summary: Summary, folder: Path, step: int) -> Summary:
     if before is None:
         return summary
     if before.step > step:  # it has seen steps that will be done again
-        before = replace(before, metrics={}, best={})
-        for line in metrics.read(folder):
-            line.pop("time")
-            before = before.after(line.pop("step"), line)
+        before = _as_of(before, folder, step)
     return replace(
         summary, id=before.id, started=before.started, seconds=before.seconds, metrics=before.metrics, best=before.best
+    )
+
+
+def _as_of(before: Summary, folder: Path, step: int) -> Summary:
+    """A summary as it was after an earlier step, the last one that the run's metrics have now.
+
+    They are read from their end, until every metric was seen; all of them where a best accuracy was reached later, or a
+    width abandoned.
+    """
+    last: dict[str, int] = {}
+    values: dict[str, float] = {}
+    best = {name: found for name, found in before.best.items() if found.step <= step}
+    lost = set(before.best.keys() - best.keys())
+    for line in metrics.newest_first(folder):
+        at, _ = line.pop("step"), line.pop("time")
+        for name, value in line.items():
+            last.setdefault(name, at)
+            if "top1" in name and name not in before.best:
+                lost.add(name)
+            if math.isfinite(value):
+                values.setdefault(name, value)
+                if name in lost and (name not in best or value >= best[name].value):
+                    best[name] = Best(value=value, step=at)
+        if not lost and before.metrics.keys() <= values.keys():
+            break
+    kept = metrics.current(last)
+    return replace(
+        before,
+        metrics={name: values[name] for name in kept if name in values},
+        best={name: best[name] for name in kept if name in best},
     )
 
 

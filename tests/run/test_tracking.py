@@ -281,6 +281,55 @@ def test_a_resumed_run_goes_on_with_its_summary(tmp_path: Path) -> None:
     assert read.seconds > 0
 
 
+@pytest.mark.parametrize("step", [10, 25, 40, 59])
+def test_a_summary_of_an_earlier_step_is_what_it_was(
+    step: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However much is read at a time; with a metric that comes late, one that is not finite, abandoned widths."""
+    monkeypatch.setattr(metrics, "BLOCK", 300)
+    whole = summary(id="first")
+    folder, config = tmp_path / "run-001", Config(mlflow=False)
+    folder.mkdir()
+    tracker, expected, saved = Tracker(config, folder, {}, whole, Position(0, 0, 0, logged=0)), whole, None
+    for at in range(1, 61):
+        found = {"train/loss": 1 / at, "perf/late": 1.0} if at > 30 else {"train/loss": 1 / at}
+        if at % 10 == 0:
+            top1 = 90.0 - at if at < 40 else 70.0 + at
+            found |= {"val/top1": top1, "val/loss": math.nan if at == 20 else 1.0}
+            found |= {f"val/top1_w{width}": top1 for width in (["0.25", "0.50"] if at < 30 else ["0.50"])}
+        tracker.log(found, at)
+        if at == step:
+            expected, saved = tracker.summary, Position(0, at, at, logged=tracker.size())
+    tracker._write()
+    again = Tracker(config, folder, {}, summary(id="second"), saved)  # type: ignore[arg-type]
+    assert again.summary.metrics == expected.metrics
+    assert again.summary.best == expected.best
+
+
+def test_a_resume_reads_the_end_of_the_metrics_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, config = tmp_path / "run-001", Config(mlflow=False)
+    folder.mkdir()
+    tracker = Tracker(config, folder, {}, summary(), Position(0, 0, 0, logged=0))
+    for step in range(1, 20_001):
+        tracker.log({"train/loss": 1 / step} | ({"val/top1": 50.0} if step % 1000 == 0 else {}), step)
+        if step == 19_500:
+            saved = Position(0, step, step, logged=tracker.size())
+    tracker._write()
+    size, read = (folder / metrics.FILE).stat().st_size, list[int]()
+    parsed = metrics.parsed
+
+    def counted(lines: Any) -> Any:
+        given = list(lines)
+        read.append(sum(map(len, given)))
+        return parsed(given)
+
+    monkeypatch.setattr(metrics, "BLOCK", 1 << 14)
+    monkeypatch.setattr(metrics, "parsed", counted)
+    again = Tracker(config, folder, {}, summary(), saved)
+    assert again.summary.metrics == {"train/loss": 1 / 19_500, "val/top1": 50.0}
+    assert sum(read) < size / 10
+
+
 @pytest.mark.parametrize("keep", ["all", "more than there is"])
 def test_a_line_that_was_cut_off_is_forgotten_at_a_resume(keep: str, tmp_path: Path) -> None:
     whole = b'{"step": 1, "time": 1.0, "train/loss": 2.0}\n'

@@ -29,6 +29,8 @@ STUDIES = ROOT / "recipes/studies"
 SEED = "run.seed"
 WIDTH, ANSWER = "width ", " answer"
 """What a score is of, beside "", the largest width of all submodules."""
+MOST = 12
+"""Scores in a line of a table; of more those that every line has, as the plot has them all."""
 TOP1 = "top-1, %"
 PLAIN = "as the recipe is"
 FEW = 4
@@ -137,6 +139,8 @@ def _list(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     columns = list(dict.fromkeys(name for row in rows for name in row["top1"]))
     if len(columns) > 1:  # the largest width is among them
         columns = [name for name in columns if name]
+    if len(columns) > MOST:
+        columns = [name for name in columns if all(name in row["top1"] for row in rows)]
     heads = ["", *(name or "top-1" for name in columns), "parameters", "GMACs", "training, TMACs"]
     yield f"| {' | '.join(heads)} |"
     yield f"| --- |{' ---: |' * (len(heads) - 1)}"

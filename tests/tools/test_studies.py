@@ -81,6 +81,18 @@ def test_widths_and_submodules_are_columns(tmp_path: Path) -> None:
     assert "| as the recipe is | 91.00 | 93.00 | 65.00 | 93.00 |" in text
 
 
+def test_of_many_widths_a_table_has_those_that_all_lines_have(tmp_path: Path) -> None:
+    path = written(tmp_path, cells=[{}, {"model.depth": 1}])
+
+    def by_width(cell: Cell) -> dict[str, float]:
+        step = 0.25 if cell.recipe.model.depth == 1 else 0.05  # type: ignore[union-attr]
+        widths = [round(i * step, 2) for i in range(1, round(1 / step) + 1)]
+        return {"test/top1": 93.0, **{f"test/top1_w{width:.2f}": 90.0 for width in widths}}
+
+    text = studies.markdown(studies.collect(trained(cells.read(path), by_width)), "a.svg")
+    assert "|  | width 0.25 | width 0.50 | width 0.75 | width 1.00 | parameters |" in text
+
+
 def test_unfinished_cells_and_other_commits_are_refused(tmp_path: Path) -> None:
     sweep = cells.read(written(tmp_path, seeds=[0, 1]))
     with pytest.raises(RefusedError, match="2 cells not finished: digits-hsvit,seed=0"):

@@ -1,4 +1,4 @@
-"""Measures what the documents quote: `python -m tools.benchmark start|step|scala|hybrid|memory|data|index|compare`.
+"""Measures what the documents quote: `python -m tools.benchmark start`, and so on.
 
 Every figure is a median of several runs beside a named alternative in the same run; machines are noisy.
 """
@@ -9,12 +9,14 @@ import argparse
 import os
 from pathlib import Path
 
+WHAT = ("start", "step", "scala", "hybrid", "memory", "data", "index", "growth", "long", "compare")
+
 
 def main() -> None:
     parser = argparse.ArgumentParser("tools.benchmark", description=__doc__)
-    parser.add_argument("what", choices=["start", "step", "scala", "hybrid", "memory", "data", "index", "compare"])
+    parser.add_argument("what", choices=WHAT)
     parser.add_argument("folder", type=Path, nargs="?", help="data: of shards NAME-SPLIT-0000.tar")
-    parser.add_argument("--repeats", type=int, default=7, help="all but memory: runs of each, warmed up")
+    parser.add_argument("--repeats", type=int, default=7, help="all but memory and long: runs of each, warmed up")
     parser.add_argument(
         "--threads", type=int, default=os.cpu_count() or 1, help="step, scala, hybrid: PyTorch's, on a CPU"
     )
@@ -42,6 +44,14 @@ def main() -> None:
         from tools.benchmarks import index
 
         index.run(args.repeats, args.out)
+    elif args.what == "growth":
+        from tools.benchmarks import growth
+
+        growth.run(args.repeats, args.out)
+    elif args.what == "long":
+        from tools.benchmarks import long
+
+        long.run(args.out)
     elif args.what == "compare":
         from tools.benchmarks import compare
 

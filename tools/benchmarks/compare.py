@@ -70,13 +70,18 @@ def make(root: Path, runs: int = RUNS) -> None:
         recipe = f'[run]\nname = "sweep"\nseed = {number % SEEDS}\n[optimizer]\nlr = {1e-4 * (1 + number // SEEDS):g}\n'
         (folder / "recipe.toml").write_text(f'{recipe}[data]\nname = "digits"\nval = "val"\ntest = "test"\n')
         (folder / "metrics.jsonl").write_text("\n".join(lines(number)) + "\n")
-        Summary(
-            id=folder.name, title=folder.name, recipe="recipes/digits/hsvit.toml", changed={}, data=_DATA,
-            costs=(Cost(width="1.00", parameters=1_233_226, macs=210_000_000),), ranks=2, cores=2, gpus=0,
-            hosts=("a",), device="CPU", launcher="deepspeed", commit="", dirty=False, versions={}, started=1e9,
-            steps=10 * STEPS, steps_per_epoch=10 * STEPS // EPOCHS, epochs=EPOCHS, state=FINISHED,
-            seconds=2.0 * STEPS, step=10 * STEPS,
-        ).write(folder)  # fmt: skip
+        finished(folder.name).write(folder)
+
+
+def finished(name: str) -> Summary:
+    """Of a run of so many steps."""
+    return Summary(
+        id=name, title=name, recipe="recipes/digits/hsvit.toml", changed={}, data=_DATA,
+        costs=(Cost(width="1.00", parameters=1_233_226, macs=210_000_000),), ranks=2, cores=2, gpus=0,
+        hosts=("a",), device="CPU", launcher="deepspeed", commit="", dirty=False, versions={}, started=1e9,
+        steps=10 * STEPS, steps_per_epoch=10 * STEPS // EPOCHS, epochs=EPOCHS, state=FINISHED,
+        seconds=2.0 * STEPS, step=10 * STEPS,
+    )  # fmt: skip
 
 
 def took(*command: str) -> float:

@@ -9,7 +9,7 @@ import argparse
 import os
 from pathlib import Path
 
-WHAT = ("start", "step", "scala", "hybrid", "memory", "data", "index", "growth", "long", "compare")
+WHAT = ("start", "step", "scala", "hybrid", "memory", "data", "index", "growth", "grid", "long", "compare")
 
 
 def main() -> None:
@@ -48,6 +48,10 @@ def main() -> None:
         from tools.benchmarks import growth
 
         growth.run(args.repeats, args.out)
+    elif args.what == "grid":
+        from tools.benchmarks import grid
+
+        grid.run(args.repeats, args.out)
     elif args.what == "long":
         from tools.benchmarks import long
 

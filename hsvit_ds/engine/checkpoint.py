@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from safetensors.torch import save
 from torch import Tensor
 
@@ -46,6 +45,8 @@ from .engine import Engine
 
 Named = dict[str, Tensor]
 Files = dict[str, Named]
+KINDS = ("", ".optimizer", ".ema")
+"""Of files for each part of a model."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,12 +146,14 @@ class Checkpoints:
         return failure
 
     def wait(self) -> str | None:
-        """End the save in flight; the reason if it failed (on every rank), None otherwise."""
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
+        """End the save in flight; the reason if it failed (on every rank), None otherwise. Collective."""
+        if self._thread is None:
+            return None
+        self._thread.join()
+        self._thread = None
         failure, self._failure = self._failure, None
-        return failure
+        failed = self.grid.any_rank(failure is not None)()
+        return self.grid.broadcast(failure) if failed else None
 
     def _snapshot(self) -> Files:
         """{file name: tensors in host memory} of what this rank writes. Collective."""
@@ -169,8 +172,7 @@ class Checkpoints:
         return files
 
     def _put(self, files: Files, kind: str, name: str, key: str, tensor: Tensor) -> None:
-        shared = not name.startswith("submodules.")
-        if not (self.grid.writes_shared if shared else self.grid.writes_submodules):
+        if not self.grid.writes(KINDS.index(kind), shared=not name.startswith("submodules.")):
             return
         for part, piece in self._split(name, tensor):
             tensors = files.setdefault(f"{part}{kind}.safetensors", {})
@@ -193,8 +195,10 @@ class Checkpoints:
         return submodules.here if submodules is not None else None
 
     def _write(self, name: str, files: Files, about: dict[str, Any]) -> None:
-        """In the thread: write, agree that every rank has, publish. The group `files` is this thread's alone."""
-        partial, group = self.folder / f"{name}.partial", self.grid.files_group
+        """In the thread: write, and publish once every rank that writes has."""
+        if not self.grid.is_writer:
+            return
+        partial = self.folder / f"{name}.partial"
         outcome: dict[str, Any] = {"files": {}, "error": None}
         try:
             partial.mkdir(parents=True, exist_ok=True)
@@ -205,31 +209,31 @@ class Checkpoints:
         except (OSError, RefusedError) as error:
             outcome["error"] = f"rank {self.grid.rank}: {error}"
         try:
-            outcomes: list[Any] = [None] * self.grid.size
-            dist.all_gather_object(outcomes, outcome, group=group)
-            failure = next((o["error"] for o in outcomes if o["error"]), None)
-            if failure is None and self.grid.is_main:
-                about["files"] = {file: entry for o in outcomes for file, entry in o["files"].items()}
-                failure = self._publish(name, partial, about)
-                if failure is None:
-                    self.published(Position(**about["position"]))
-            box = [failure]
-            dist.broadcast_object_list(box, src=0, group=group)
-            self._failure = box[0]
-            if self._failure is not None and self.grid.is_main:
-                shutil.rmtree(partial, ignore_errors=True)  # the disk may be full
+            outcomes = self.grid.gather_of_writers(outcome)
         except RuntimeError as error:
             self._failure = f"rank {self.grid.rank} lost the others while saving: {error}"
+            return
+        if not self.grid.is_main:
+            return
+        failure = next((o["error"] for o in outcomes if o["error"]), None)
+        if failure is None:
+            about["files"] = {file: entry for o in outcomes for file, entry in o["files"].items()}
+            failure = self._publish(name, partial, about)
+        if failure is None:
+            self.published(Position(**about["position"]))
+        else:
+            shutil.rmtree(partial, ignore_errors=True)  # the disk may be full
+        self._failure = failure
 
     def _carried_over(self, own: Files) -> Iterator[tuple[str, bytes]]:
-        """(file, content) of the absent submodules, from rank 0: those of the latest checkpoint as they are."""
-        if not self.grid.absent or not self.grid.is_main:
+        """(file, content) of the absent submodules: those of the latest checkpoint as they are, from rank 0."""
+        if not self.grid.absent or self.grid.submodule_rank:
             return
         latest, here = pointed(self.folder, "latest"), self._here
         assert latest is not None, "a folder without one is refused at the start"
         assert here is not None
         manifest = read_manifest(latest)
-        for file in files_of(self.grid.absent, manifest):
+        for file in files_of(self.grid.absent, manifest) if self.grid.is_main else ():
             yield file, read_bytes(latest, file, manifest)
         # Before the first step there are no moments, and what was absent ever since has none: they begin as zeros.
         moments = own.get(f"submodule-{here.start:03d}.optimizer.safetensors", {})

@@ -7,10 +7,14 @@ submodules its data-parallel group.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
+import pickle
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import cached_property
 from typing import Any, TypeVar
 
 import torch
@@ -23,6 +27,8 @@ from .eager import eager
 from .exchange import Channel, ExchangeFeatures, SumForward, SumRounded
 
 T = TypeVar("T")
+WRITERS = 3
+"""Replicas, the first ones, that share the writing of a checkpoint: weights, optimizer's state, averages."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,8 +126,10 @@ def _possible(present: list[int]) -> list[int]:
 class Grid:
     """This rank's place, and the groups around it.
 
-    Groups (with a timeout, which DeepSpeed's own lack): `world`, `replica` (one model), `data` (the same submodules in
-    every replica), and over gloo `files`, for the checkpoint writer's thread alone, and `signals`, for `any_rank`.
+    Groups, with a timeout, which DeepSpeed's own lack: `world`, `replica` (one model), `data` (the same submodules in
+    every replica), and over gloo `signals`, for `any_rank`. Each rank of a gloo group connects with all others of it at
+    once, so nothing is grouped twice. (Connecting at the first message, TORCH_GLOO_LAZY_INIT, takes five timeouts to
+    notice a rank that ended before it.)
     """
 
     def __init__(self, config: Config, submodules: int) -> None:
@@ -141,11 +149,14 @@ class Grid:
         s, r = self.submodule_ranks, self.replicas
         self.replica_ranks = [self.replica * s + i for i in range(s)]
         self.data_ranks = [i * s + self.submodule_rank for i in range(r)]
-        self.world_group = dist.new_group(timeout=self.timeout)
+        assert dist.group.WORLD is not None, "the ranks have joined"
+        self.world_group: dist.ProcessGroup = dist.group.WORLD
         self.replica_group = self._group([[i * s + j for j in range(s)] for i in range(r)])
         self.data_group = self._group([[i * s + j for i in range(r)] for j in range(s)])
-        self.files_group = dist.new_group(timeout=self.timeout, backend="gloo")
-        self.signals_group = dist.new_group(timeout=self.timeout, backend="gloo")
+        self.writers, self._gathers = min(WRITERS, r) * s, 0
+        self.signals_group = self.world_group
+        if self.backend == "nccl":  # which takes nothing from the host
+            self.signals_group = dist.new_group(timeout=self.timeout, backend="gloo")
         self.exchanges = Channel("CLS sums", self.replica_group, s)
         self.features = Channel("maps", self.replica_group, s)
         self.norms = Channel("batch statistics", self.data_group, r)
@@ -160,7 +171,9 @@ class Grid:
         return torch.device("cuda", index)
 
     def _group(self, lists: list[list[int]]) -> dist.ProcessGroup:
-        """Every rank makes every group, in the same order, and keeps its own."""
+        """Every rank calls for every group, in the same order, and keeps its own."""
+        if len(lists) == 1:
+            return self.world_group
         groups = [dist.new_group(ranks, timeout=self.timeout) for ranks in lists]
         mine: dist.ProcessGroup = groups[next(i for i, ranks in enumerate(lists) if self.rank in ranks)]
         return mine
@@ -177,15 +190,15 @@ class Grid:
         """Whether this rank does what a host needs once."""
         return os.environ.get("LOCAL_RANK", "0") == "0"
 
-    @property
-    def writes_submodules(self) -> bool:
-        """Replica 0 writes the submodules that all replicas hold alike."""
-        return self.replica == 0
+    def writes(self, kind: int, shared: bool) -> bool:
+        """Whether this rank writes one kind of a checkpoint's files, of `WRITERS`: one replica does what all replicas
+        hold alike, and of it one rank what every rank does (`shared`: the head)."""
+        return self.replica == kind % self.replicas and (self.submodule_rank == 0 or not shared)
 
     @property
-    def writes_shared(self) -> bool:
-        """One rank writes what every rank holds alike (the head)."""
-        return self.rank == 0
+    def is_writer(self) -> bool:
+        """Whether this rank writes any file of a checkpoint."""
+        return self.rank < self.writers
 
     # A collective in a compiled autograd function trained to something else, silently; the mark breaks the graph here.
     @eager
@@ -270,11 +283,46 @@ class Grid:
         return result  # type: ignore[no-any-return]
 
     def gather(self, value: T) -> list[T]:
-        """Every rank's picklable value, on every rank."""
+        """Every rank's picklable value, on every rank. Where all have the same, as is usual, a digest travels alone."""
+        if not self.any_differs(hashlib.sha256(pickle.dumps(value)).digest()):
+            return [value] * self.size
         values: list[Any] = [None] * self.size
         Channel.last = "gather of objects"
         dist.all_gather_object(values, value, group=self.world_group)
         return values
+
+    def any_differs(self, mine: bytes) -> bool:
+        """Whether `mine`, of as many bytes on every rank, is not the same on all of them."""
+        numbers = torch.tensor(list(mine), dtype=torch.int32)
+        extremes = torch.cat((numbers, -numbers))
+        Channel.last = "comparison of values"
+        dist.all_reduce(extremes, dist.ReduceOp.MAX, group=self.signals_group)
+        largest, smallest = extremes[: len(numbers)], -extremes[len(numbers) :]
+        return not torch.equal(largest, smallest)
+
+    def gather_of_writers(self, value: T) -> list[T]:
+        """Every writing rank's value, as JSON has it, on rank 0. For their checkpoint threads, which need no group:
+        what they tell goes through the store that the ranks met by, on connections of its own.
+
+        Raises:
+            RuntimeError: some rank has said nothing within the timeout.
+        """
+        self._gathers += 1
+        keys = [f"hsvit-ds/written/{self._gathers}/{rank}" for rank in range(self.writers)]
+        if not self.is_main:
+            self._writers_store.set(keys[self.rank], json.dumps(value))
+            return []
+        found = [value]
+        for key in keys[1:]:
+            found.append(json.loads(self._writers_store.get(key)))
+            self._writers_store.delete_key(key)
+        return found
+
+    @cached_property
+    def _writers_store(self) -> dist.Store:
+        store: dist.Store = dist.distributed_c10d._get_default_store().clone()  # type: ignore[attr-defined]
+        store.set_timeout(self.timeout)
+        return store
 
     def together(self, action: Callable[[], T]) -> T:
         """Run `action` on every rank; where one is refused, all are, for the first one's reason."""
@@ -283,9 +331,8 @@ class Grid:
             result = action()
         except RefusedError as error:
             refusal = str(error)
-        first = next((reason for reason in self.gather(refusal) if reason is not None), None)
-        if first is not None:
-            raise RefusedError(first)
+        if self.any_rank(refusal is not None)():
+            raise RefusedError(next(reason for reason in self.gather(refusal) if reason is not None))
         return result  # type: ignore[return-value]
 
     def sum_over_replicas(self, x: Tensor) -> Tensor:

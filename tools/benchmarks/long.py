@@ -77,7 +77,8 @@ def watched(folder: Path) -> dict[str, list[tuple[int, float, int]]]:
     squares(folder / "shards")
     command = [sys.executable, "-m", "hsvit_ds.train", "recipes/digits/scala.toml", *KEYS]
     command += [f"data.root={folder / 'shards'}", f"run.root={folder / 'runs'}", "run.name=long"]
-    process = subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    with (folder / "said.txt").open("w") as said:
+        process = subprocess.Popen(command, env=ENVIRONMENT, stdout=said, stderr=said)
     rank, run = psutil.Process(process.pid), folder / "runs/long-001"
     looks: dict[str, list[tuple[int, float, int]]] = {}
     step = 0
@@ -89,9 +90,9 @@ def watched(folder: Path) -> dict[str, list[tuple[int, float, int]]]:
                 looks.setdefault(name, []).append((step, megabytes, files))
         except (FileNotFoundError, StopIteration, psutil.NoSuchProcess):  # not yet, or a reader that has ended
             continue
-    said, _ = process.communicate()
-    if process.returncode:
-        raise RuntimeError(f"{' '.join(command)} ended with {process.returncode}:\n{said[-4000:]}")
+    if process.wait():
+        told = (folder / "said.txt").read_text()[-4000:]
+        raise RuntimeError(f"{' '.join(command)} ended with {process.returncode}:\n{told}")
     return looks
 
 

@@ -7,6 +7,7 @@ import os
 import pickle
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -285,3 +286,8 @@ def test_a_file_that_is_cut_between_two_looks_is_a_refusal(tmp_path: Path, monke
     with pytest.raises(RefusedError, match=r"was cut off, after it was opened; restore it, or make it anew"):
         opened.read("labels")
     assert np.array_equal(opened.lengths, [16, 16, 16])
+
+
+def test_more_samples_than_32_bits_count_are_told_apart(tmp_path: Path) -> None:
+    index = replace(open_index(data_set(tmp_path / "set"), "train"), lengths=np.array([2**31, 0, 2**33]))
+    assert [index.shard_of(sample) for sample in (2**31 - 1, 2**31, 2**32, 2**33)] == [0, 2, 2, 2]

@@ -42,13 +42,16 @@ def test_a_step_has_what_the_whole_permutation_has_there(
                 assert torch.equal(copies, slot // distinct)
 
 
-def test_a_step_computes_its_own_windows_only() -> None:
-    """Of a billion samples."""
-    order = Order((10_000,) * 100_000, 65_536, 1024, seed=1)
-    samples = order.batches(2)(order.steps_per_epoch - 1)[0]
-    assert len(samples.unique()) == 1024
-    assert set((samples // 10**9).tolist()) == {0}
-    assert len((samples // 10_000).unique()) <= 8
+@pytest.mark.parametrize("length", [10_000, 10**9])
+def test_a_step_computes_its_own_windows_only(length: int) -> None:
+    """Of a billion samples, and of more than 32 bits can count."""
+    order = Order((length,) * (100_000 if length < 10**9 else 100), 65_536, 1024, seed=1)
+    last = order.batches(2)(order.steps_per_epoch - 1)[0]
+    assert len(last.unique()) == 1024
+    assert len((last // length).unique()) <= 8
+    places = [order.batches(2)(order.steps_per_epoch * i // 50)[0] for i in range(50)]
+    assert max(int(samples.max()) for samples in places) > 0.8 * order.samples
+    assert all(0 <= int(samples.min()) <= int(samples.max()) < order.samples for samples in places)
 
 
 def test_an_epoch_holds_every_sample_once() -> None:

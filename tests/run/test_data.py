@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,10 +21,11 @@ from hsvit_ds.data.index import open_index
 from hsvit_ds.data.sources import Shards
 from hsvit_ds.data.transform import Transform
 from hsvit_ds.grid.grid import Grid
+from hsvit_ds.run import metrics
 from hsvit_ds.train import main
 
 from ..ranks import ROOT, environment, finish, fork, start
-from ..tars import data_set, encoded, make_index, picture, sample, write_split, write_tar
+from ..tars import data_set, encoded, make_index, old_index, picture, sample, write_split, write_tar
 from ..workers.common import SMALL
 
 pytestmark = pytest.mark.heavy
@@ -292,3 +294,26 @@ def test_the_resolved_recipe_names_decoder_and_data(begun: Path, tmp_path: Path)
     assert recipes.resolve(kept, 1)[0] == kept
     with pytest.raises(RefusedError, match="whose pixels may differ"):
         recipes.resolve(recipes.read(path, ['data.decoder="simplejpeg 0.1, pillow 1"']), 1)
+
+
+def test_a_run_goes_on_exactly_when_its_old_index_is_made_anew(tmp_path: Path) -> None:
+    own = data_set(tmp_path / "own", train=64, val=24)
+    old_index(own, "train")
+    keys = [*ALONE, "run.epochs=2", "run.log_every=1", "augment.preset=hsvit"]
+    main(arguments(tmp_path, own, *keys))
+    folder = tmp_path / "digits-hsvit-001"
+
+    def found() -> list[dict[str, float]]:
+        kept = ("step", "train/loss", "train/grad_norm", "val/top1", "val/loss")
+        return [{name: line[name] for name in kept if name in line} for line in metrics.read(folder)]
+
+    whole, checkpoints = found(), folder / "checkpoints"
+    first, last = sorted(checkpoints.glob("step-*"))
+    shutil.rmtree(last)  # as if it had been stopped after the first epoch
+    for pointer in ("latest", "best"):
+        (checkpoints / pointer).write_text(first.name)
+    make_index(own)
+    assert open_index(own, "train").path.suffix == ".safetensors"
+    main(arguments(tmp_path, own, *keys, "--resume"))
+    assert found() == whole
+    assert len({line["train/loss"] for line in whole if "train/loss" in line}) == 2 * 64 // BATCH

@@ -11,7 +11,7 @@ FILE = "bad_samples.txt"
 
 
 class BadSamples:
-    """What the ranks of a run could not read so far, once each, also before it was resumed. Collective.
+    """What the ranks of a run could not read so far, once each, also before it was resumed; on rank 0. Collective.
 
     Args:
         folder: of the run. most: share of the training images from which on the run is refused.
@@ -19,28 +19,31 @@ class BadSamples:
 
     def __init__(self, folder: Path, reader: Reader, most: float) -> None:
         self.path, self.reader, self.most = folder / FILE, reader, most
-        grid = reader.grid
-        self.names: set[str] = set(grid.agree(lambda: self._read()))
-        left_out = [name for name in reader.left_out if name not in self.names]
-        self._add(left_out)
+        self.names: set[str] = set()
+        reader.grid.agree(self._begin)
 
-    def _read(self) -> list[str]:
-        return self.path.read_text("utf-8").splitlines() if self.path.exists() else []
+    def _begin(self) -> None:
+        self.names = set(self.path.read_text("utf-8").splitlines()) if self.path.exists() else set()
+        self._add([name for name in self.reader.left_out if name not in self.names])
 
     def update(self) -> list[str]:
-        """What has been found since the last call, sorted.
+        """What has been found since the last call, sorted; on rank 0.
 
         Raises:
             RefusedError: there are too many.
         """
-        found = {name for names in self.reader.grid.gather(self.reader.new_bad()) for name in names}
+        grid, mine = self.reader.grid, self.reader.new_bad()
+        if not grid.any_rank(bool(mine))():
+            return []
+        found = {name for names in grid.gather_on_main(mine) for name in names}
         new = sorted(found - self.names)
-        self._add(new)
+        grid.agree(lambda: self._add(new))
         return new
 
     def _add(self, new: list[str]) -> None:
+        """On rank 0."""
         self.names.update(new)
-        if new and self.reader.grid.is_main:
+        if new:
             try:
                 with self.path.open("a", encoding="utf-8", errors="backslashreplace") as file:
                     file.writelines(f"{name}\n" for name in new)

@@ -291,6 +291,13 @@ class Grid:
         dist.all_gather_object(values, value, group=self.world_group)
         return values
 
+    def gather_on_main(self, value: T) -> list[T]:
+        """Every rank's picklable value, on rank 0; nothing elsewhere."""
+        values: list[Any] = [None] * self.size if self.is_main else []
+        Channel.last = "gather of objects on rank 0"
+        dist.gather_object(value, values if self.is_main else None, dst=0, group=self.world_group)
+        return values
+
     def any_differs(self, mine: bytes) -> bool:
         """Whether `mine`, of as many bytes on every rank, is not the same on all of them."""
         numbers = torch.tensor(list(mine), dtype=torch.int32)

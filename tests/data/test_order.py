@@ -8,20 +8,9 @@ import pytest
 import torch
 
 from hsvit_ds.data.order import Order, Share
-from hsvit_kernels.random import Site, sequence
+from tools.benchmarks.index import whole
 
 ORDER = Order(shards=(40, 25, 60, 3), window=16, global_batch=12, seed=5)
-
-
-def whole(order: Order, epoch: int) -> torch.Tensor:
-    """The permutation as its words define it, computed at once: shards are shuffled, then windows of samples."""
-    shards = sequence(order.seed, Site.ORDER, epoch, 0, count=len(order.shards)).argsort(stable=True)
-    sizes = torch.tensor(order.shards)
-    starts = sizes.cumsum(0) - sizes
-    samples = torch.cat([torch.arange(order.shards[s]) + starts[s] for s in shards.tolist()])
-    window = torch.arange(order.samples) // order.window
-    luck = sequence(order.seed, Site.ORDER, epoch, 1, count=order.samples)
-    return samples[(window * 2**32 + luck).argsort(stable=True)]
 
 
 @pytest.mark.parametrize("shards", [(128,), (1,) * 128, (40, 25, 60, 3), (0, 0, 7, 0, 120, 1, 0), (3,)])

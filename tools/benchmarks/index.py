@@ -74,7 +74,8 @@ def steps(order: Order) -> list[int]:
 
 
 def whole(order: Order, epoch: int) -> torch.Tensor:
-    """The permutation of an epoch as it was computed before."""
+    """The permutation of an epoch as its words define it, all at once: shards are shuffled, then windows of samples. It
+    was computed so before, and the tests hold the order against it."""
     shards = sequence(order.seed, Site.ORDER, epoch, 0, count=len(order.shards)).argsort(stable=True)
     sizes = torch.tensor(order.shards)
     starts = sizes.cumsum(0) - sizes

@@ -137,11 +137,11 @@ def test_an_evaluated_image_is_preprocessed_by_the_same_code(run: SavedRun) -> N
     batch, labels, valid = next(iter(reader.evaluation("val")))
     seen = augment.normalise(batch, run.facts.mean, run.facts.std)
     for number in range(int(valid.sum())):
-        shard = there.folder / there.shards[there.shard_of(number)]
-        with shard.open("rb") as file:
-            file.seek(int(there.offsets[number]) * 512)
-            data = file.read(int(there.sizes[number]))
-        assert int(labels[number]) == int(there.labels[number])
+        place = there.place(number)
+        with (there.folder / there.shards[place.shard]).open("rb") as file:
+            file.seek(place.offset)
+            data = file.read(place.size)
+        assert int(labels[number]) == place.label
         torch.testing.assert_close(run.preprocessing(data, run.recipe.data.decoder), seen[number])
     reader.close()
 

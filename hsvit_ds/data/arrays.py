@@ -24,7 +24,7 @@ CHUNK = 1 << 20
 """Elements that are read at a time where all are looked at."""
 
 
-class Place(NamedTuple):
+class Span(NamedTuple):
     """Where an array lies, and how many elements it has, in one dimension."""
 
     dtype: np.dtype[Any]
@@ -40,10 +40,10 @@ class Arrays:
     """
 
     def __init__(self, path: Path) -> None:
-        self.path = path
-        self._open()
+        self.path, self._file = path, path.open("rb", buffering=0)
+        self._state = _state(self._file.fileno())
         self.metadata: dict[str, str] = {}
-        self.places: dict[str, Place] = {}
+        self.places: dict[str, Span] = {}
         if path.suffix == ".npz":
             self._of_npz()
         else:
@@ -52,10 +52,6 @@ class Arrays:
         for name, place in self.places.items():
             if place.start < 0 or place.elements < 0 or place.start + place.elements * place.dtype.itemsize > size:
                 raise ValueError(f"{name} is not within its {size} bytes")
-
-    def _open(self) -> None:
-        self._file = self.path.open("rb", buffering=0)
-        self._state = _state(self._file.fileno())
 
     def __getstate__(self) -> dict[str, object]:
         return {name: value for name, value in self.__dict__.items() if name != "_file"}
@@ -73,10 +69,12 @@ class Arrays:
             raise ValueError("no header")
         try:
             found = json.loads(text)
-            self.metadata = dict(found.pop("__metadata__", {}))
+            self.metadata = {name: str(text) for name, text in found.pop("__metadata__", {}).items()}
             for name, about in found.items():
                 (count,), (begin, end) = about["shape"], about["data_offsets"]
-                place = Place(np.dtype(DTYPES[about["dtype"]]), 8 + length + begin, count)
+                if {type(count), type(begin), type(end)} != {int}:
+                    raise ValueError(f"{name} has no whole numbers")
+                place = Span(np.dtype(DTYPES[about["dtype"]]), 8 + length + begin, count)
                 if begin < 0 or end - begin != count * place.dtype.itemsize:
                     raise ValueError(f"{name} is not as long as it says")
                 self.places[name] = place
@@ -96,7 +94,7 @@ class Arrays:
                 shape, _, dtype = read(raw)
                 if len(shape) > 1 or dtype.hasobject:
                     raise ValueError(f"{part.filename} has shape {shape} and type {dtype}")
-                self.places[part.filename.removesuffix(".npy")] = Place(dtype, raw.tell(), shape[0] if shape else 1)
+                self.places[part.filename.removesuffix(".npy")] = Span(dtype, raw.tell(), shape[0] if shape else 1)
 
     def count(self, name: str) -> int:
         return self.places[name].elements

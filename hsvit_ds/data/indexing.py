@@ -90,8 +90,8 @@ def make(
             with ProcessPoolExecutor(processes) if processes > 1 else nullcontext() as pool:
 
                 def task(name: str, file: State) -> Callable[[], Found]:
-                    if known.has(name, file):
-                        return partial(known.found, name)
+                    if there := known.found(name, file):
+                        return lambda: there
                     read = partial(_read, folder, name, image)
                     return read if pool is None else pool.submit(read).result
 
@@ -142,6 +142,7 @@ class Known:
 
     def __init__(self, path: Path, folder: Path, image: str) -> None:
         self._number: dict[str, int] = {}
+        self._taken = 0
         try:
             self._index = index = read_index(path, folder)
             self._ends, self._digests = index.lengths.cumsum(), index.arrays.read("digests")
@@ -151,29 +152,28 @@ class Known:
         if index.image == image:
             self._number = {name: i for i, name in enumerate(index.shards)}
 
-    def has(self, name: str, file: State) -> bool:
-        """Whether it knows a shard as it is, and still has what it knew."""
+    def found(self, name: str, file: State) -> Found | None:
+        """What it says of a shard, if that is as it was, and what was said of it too."""
         i = self._number.get(name)
         if i is None or file != (self._index.bytes[i], self._index.modified[i]):
-            return False
-        return self.found(name)[0].digest == self._digests[i]
-
-    def found(self, name: str) -> Found:
-        index, i = self._index, self._number[name]
+            return None
+        index = self._index
         count = int(index.lengths[i])
         rows = np.empty(count, ROW)
         for column in COLUMNS:
             rows[column] = index.read(column, int(self._ends[i]) - count, count)
         problems = index.problems[self._problem_ends[i - 1] if i else 0 : self._problem_ends[i]]
         size, modified, checksum = (int(numbers[i]) for numbers in (index.bytes, index.modified, index.checksums))
-        return _shard(name, size, modified, checksum, rows, list(problems)), rows
+        shard = _shard(name, size, modified, checksum, rows, list(problems))
+        if shard.digest != self._digests[i]:
+            return None
+        self._taken += 1
+        return shard, rows
 
     def says(self, shards: Sequence[Shard], classes: tuple[str, ...]) -> bool:
-        """Whether it says all of this, and nothing else."""
-        if list(self._number) != [shard.name for shard in shards] or self._index.classes != classes:
-            return False
-        digests = [shard.digest for shard in shards]
-        return self._digests.tolist() == digests and all(self.has(s.name, (s.bytes, s.modified)) for s in shards)
+        """Whether all of this was taken from it, and it says nothing else."""
+        names = [shard.name for shard in shards]
+        return self._taken == len(names) and list(self._number) == names and self._index.classes == classes
 
 
 class Journal:
@@ -209,23 +209,29 @@ class Journal:
         first = json.dumps({"format": FORMAT, "image": self._image}).encode() + b"\n"
         self._rows.seek(0)
         end = samples = 0
+        room = os.fstat(self._rows.fileno()).st_size // ROW.itemsize
         if self._lines.readline() == first:
             end = len(first)
             for name, file, line in zip(names, files, self._lines, strict=False):
-                try:
-                    shard = Shard(**json.loads(line))
-                except (ValueError, TypeError):  # it was cut off
-                    break
-                rows = np.fromfile(self._rows, ROW, max(shard.samples, 0))
-                if (shard.name, shard.bytes, shard.modified) != (name, *file) or _digest(rows) != shard.digest:
+                shard = self._whole(line, room - samples)
+                if shard is None or (shard.name, shard.bytes, shard.modified) != (name, *file):
                     break
                 self.shards.append(shard)
-                end, samples = end + len(line), samples + len(rows)
+                end, samples = end + len(line), samples + shard.samples
         self._lines.truncate(end)
         self._rows.truncate(samples * ROW.itemsize)
         if not end:
             self._lines.write(first)
         return len(self.shards)
+
+    def _whole(self, line: bytes, room: int) -> Shard | None:
+        """The shard in a line, if its samples, of which at most `room` are there, come next."""
+        try:
+            shard = Shard(**json.loads(line))
+            is_there = 0 <= shard.samples <= room
+        except (ValueError, TypeError):  # it was cut off
+            return None
+        return shard if is_there and _digest(np.fromfile(self._rows, ROW, shard.samples)) == shard.digest else None
 
     def add(self, shard: Shard, rows: np.ndarray) -> None:
         self.shards.append(shard)

@@ -178,14 +178,11 @@ def split_shards(folder: Path, patterns: Mapping[str, str] = NONE) -> dict[str, 
 
 def _kinds(folder: Path) -> dict[str, dict[str, list[str]]]:
     """{split: {the glob of their names: shards}} of all that lie in a folder as one of the layouts has it."""
-    names, inner = list[str](), list[str]()
-    for name, is_dir in _entries(folder):
-        if name.endswith(".tar"):
-            names.append(name)
-        elif is_dir and re.fullmatch("[A-Za-z_]+", name):
-            inner.append(name)
-    for each in inner:
-        names += [f"{each}/{name}" for name, _ in _entries(folder / each) if name.endswith(".tar")]
+    entries = _entries(folder)
+    names = [name for name in entries if name.endswith(".tar")]
+    for inner in entries:
+        if re.fullmatch("[A-Za-z_]+", inner):
+            names += [f"{inner}/{name}" for name in _entries(folder / inner) if name.endswith(".tar")]
     alike: dict[str, list[str]] = {}  # but for their numbers: one look at a pattern is enough for all of them
     for name in sorted(names):
         stem = name[:-4].rstrip(digits)
@@ -203,13 +200,10 @@ def _kinds(folder: Path) -> dict[str, dict[str, list[str]]]:
     return found
 
 
-def _entries(folder: Path) -> list[tuple[str, bool]]:
-    """(name, whether it is a folder) of all that is in a folder."""
-    if not folder.is_dir():
-        return []
+def _entries(folder: Path) -> list[str]:
+    """The names of all that is in a folder, nothing where it is none."""
     try:
-        with os.scandir(folder) as entries:
-            return [(entry.name, entry.is_dir()) for entry in entries]
+        return os.listdir(folder) if folder.is_dir() else []
     except OSError as error:
         raise RefusedError(f"{folder}: {error.strerror}") from error
 
@@ -222,17 +216,13 @@ def _named(folder: Path, split: str, pattern: str) -> list[str]:
         if not names:
             raise RefusedError(f'{folder}: shards of {split}, "{pattern}": nothing is called "{entry}"')
         found += [os.path.normpath(name).removeprefix(whole) for name in names]
-    there = {parent: _listed(folder / parent) for parent in set(map(os.path.dirname, found))}
+    there = {parent: set(_entries(folder / parent)) for parent in set(map(os.path.dirname, found))}
     if missing := [name for name in found if os.path.basename(name) not in there[os.path.dirname(name)]]:
         raise RefusedError(
             f'{folder}: shards of {split}, "{pattern}": {missing[0]} is missing '
             f"({len(missing):,} of {len(found):,} are); bring them there, or name those that are"
         )
     return found
-
-
-def _listed(folder: Path) -> set[str]:
-    return set(os.listdir(folder)) if folder.is_dir() else set()
 
 
 def states(folder: Path, shards: Sequence[str]) -> list[tuple[int, int]]:

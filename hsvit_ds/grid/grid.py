@@ -190,9 +190,10 @@ class Grid:
         return os.environ.get("LOCAL_RANK", "0") == "0"
 
     def writes(self, kind: int, shared: bool) -> bool:
-        """Whether this rank writes one kind of a checkpoint's files, of `WRITERS`: one replica does what all replicas
-        hold alike, and of it one rank what every rank does (`shared`: the head)."""
-        return self.replica == kind % self.replicas and (self.submodule_rank == 0 or not shared)
+        """Whether this rank writes a kind of a checkpoint's files: one replica, which the kind's number chooses, writes
+        what all hold alike, and of it one rank what every rank does (`shared`: the head)."""
+        replica = kind % (self.writers // self.submodule_ranks)
+        return self.replica == replica and (self.submodule_rank == 0 or not shared)
 
     @property
     def is_writer(self) -> bool:
@@ -283,7 +284,7 @@ class Grid:
 
     def gather(self, value: T) -> list[T]:
         """Every rank's picklable value, on every rank; where all print the same, as usual, a digest travels alone."""
-        if not self.any_differs(hashlib.sha256(repr(value).encode()).digest()):
+        if not self._differ(hashlib.sha256(repr(value).encode()).digest()):
             return [value] * self.size
         values: list[Any] = [None] * self.size
         Channel.last = "gather of objects"
@@ -297,7 +298,7 @@ class Grid:
         dist.gather_object(value, values if self.is_main else None, dst=0, group=self.world_group)
         return values
 
-    def any_differs(self, mine: bytes) -> bool:
+    def _differ(self, mine: bytes) -> bool:
         """Whether `mine`, of as many bytes on every rank, is not the same on all of them."""
         numbers = torch.tensor(list(mine), dtype=torch.int32)
         extremes = torch.cat((numbers, -numbers))

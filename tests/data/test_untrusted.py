@@ -305,6 +305,8 @@ HUGE = 2**62
         facts("labels", dtype="O"),
         facts("labels", shape=[3, 3]),
         facts("labels", shape=[8]),
+        facts("labels", shape=[9.0]),
+        facts("__metadata__", image=["jpg"], largest_label=[8]),
         facts("labels", shape=[HUGE], data_offsets=[0, 4 * HUGE]),
         facts("labels", data_offsets=[-100, -64]),
         facts("labels", data_offsets=["a", "b"]),

@@ -27,8 +27,8 @@ from hsvit_ds.sweeps.estimate import work
 ROOT = Path(__file__).parents[1]
 STUDIES = ROOT / "recipes/studies"
 SEED = "run.seed"
-WIDTH, ANSWER = "width ", " answer"
-"""What a score is of, beside "", the largest width of all submodules."""
+WIDTH, OF = "width ", " of "
+"""What a score is of, beside "", the largest width of all submodules: a width, so many of the submodules, or both."""
 MOST = 12
 """Scores in a line of a table; of more those that every line has, as the plot has them all."""
 TOP1 = "top-1, %"
@@ -94,9 +94,10 @@ def _row(runs: Sequence[tuple[Cell, Summary]], varied: Sequence[str]) -> dict[st
                 scores.setdefault(f"{WIDTH}{name.partition('_w')[2]}", []).append(round(value, 4))
         for width in ("", *(cost.width for cost in one.costs)):
             for subsets in present.of_folder(cell_.folder, width).values():
-                for count in sorted({len(row.subset) for row in subsets}):
+                counts = sorted({len(row.subset) for row in subsets})
+                for count in counts[:-1] if width else counts:  # all of them are the width itself
                     of_count = [row.top1 for row in subsets if len(row.subset) == count]
-                    name = f"{WIDTH}{width}, " * bool(width) + f"{count}{ANSWER}"
+                    name = f"{WIDTH}{width}, " * bool(width) + f"{count}{OF}{counts[-1]}"
                     scores.setdefault(name, []).append(round(mean(of_count), 4))
     keys = {key: value for key, value in _keys(cell).items() if key in varied}
     costs = summary.costs[-1]
@@ -193,12 +194,12 @@ def picture(found: Mapping[str, Any]) -> str:
             figure.legend(loc="outside lower center", ncols=2, fontsize=8)
         elif any(len(row["top1"]) > 1 for row in rows):
             for row in rows:
-                scores = {name: values for name, values in row["top1"].items() if name and "," not in name}
-                at = [float(name.removeprefix(WIDTH).removesuffix(ANSWER)) for name in scores]
-                points, bars = zip(*map(_bar, scores.values()), strict=True)
-                axes.errorbar(at, points, bars, marker="o", capsize=2, label=row["label"])
+                for label, scores in _lines(row).items():
+                    points, bars = zip(*map(_bar, scores.values()), strict=True)
+                    axes.errorbar([*scores], points, bars, marker="o", capsize=2, label=label)
             by_width = any(name.startswith(WIDTH) for row in rows for name in row["top1"])
             axes.set(xlabel="width" if by_width else "submodules that answer", ylabel=TOP1)
+            axes.xaxis.get_major_locator().set_params(integer=not by_width)
             figure.legend(loc="outside lower center", ncols=2, fontsize=8)
         else:
             points, bars = zip(*(_bar(row["top1"][""]) for row in rows), strict=True)
@@ -209,6 +210,16 @@ def picture(found: Mapping[str, Any]) -> str:
         out = io.StringIO()
         figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None})
     return out.getvalue()
+
+
+def _lines(row: Mapping[str, Any]) -> dict[str, dict[float, list[float]]]:
+    """Scores over widths or submodules, by label: of all submodules, and of so many of them."""
+    lines: dict[str, dict[float, list[float]]] = {}
+    for name, values in row["top1"].items():
+        at, comma, subset = name.removeprefix(WIDTH).partition(",")
+        if at:
+            lines.setdefault(row["label"] + comma + subset, {})[float(at.partition(OF)[0])] = values
+    return lines
 
 
 def _bar(values: Sequence[float]) -> tuple[float, float]:

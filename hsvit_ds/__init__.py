@@ -11,7 +11,9 @@ __all__ = [
     "import_deit",
     "import_hsvit",
     "import_hydravit",
+    "import_mobilenet",
     "import_scala",
+    "import_uniformer",
     "import_weights",
     "list_models",
     "load_model",
@@ -20,16 +22,16 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from .engine.interop import (
+    from .engine.foreign import (
         import_deit,
         import_hsvit,
         import_hydravit,
+        import_mobilenet,
         import_scala,
+        import_uniformer,
         import_weights,
-        load_model,
-        load_run,
-        save_model,
     )
+    from .engine.interop import load_model, load_run, save_model
     from .registry import create_model, list_models
 
 
@@ -37,5 +39,7 @@ def __getattr__(name: str) -> Any:
     """A public name's function, imported when it is asked for: torch takes seconds."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    room = "registry" if name in ("create_model", "list_models") else "engine.interop"
+    room = "engine.foreign" if name.startswith("import_") else "engine.interop"
+    if name in ("create_model", "list_models"):
+        room = "registry"
     return getattr(importlib.import_module(f".{room}", __name__), name)

@@ -15,11 +15,14 @@ from . import models
 from .data.sets import IMAGENET_MEAN, IMAGENET_STD
 from .engine.interop import MODEL, load_model, load_run
 from .errors import RefusedError
-from .models import hsvit, slimmable, vit, vit_config
+from .models import hsvit, mobilenet, slimmable, uniformer, uniformer_config, vit, vit_config
 from .models.network import any_seed
 from .models.weights import load_exactly, read_foreign, unwrapped, with_own_classifier
 
-Config = hsvit.Config | vit.Config
+Config = hsvit.Config | vit.Config | mobilenet.Config | uniformer.Config
+_CLASSIFIERS = {"vit": ("head", "head_dist"), "hsvit": ("head.linear",), "mobilenet": ("classifier",)}
+_CLASSIFIERS["uniformer"] = uniformer.UniFormer.heads
+_FIRST = {"vit": "patch_embed.proj", "hsvit": "submodules.trunk.0.conv1", "mobilenet": "conv_stem"}
 
 
 def _known() -> Iterator[tuple[str, Config, int]]:
@@ -29,9 +32,13 @@ def _known() -> Iterator[tuple[str, Config, int]]:
     widths = slimmable.Config(smallest=0.25, granularity=0.0625)
     for variant in vit_config.VARIANTS:
         yield f"scala_{variant}", vit.Config(variant=variant, distilled=True, widths=widths), 224
+    for variant in mobilenet.VARIANTS:
+        yield f"scala_{variant}", mobilenet.Config(variant=variant, widths=widths), 224
+    for variant in uniformer_config.VARIANTS:
+        yield f"scala_{variant}", uniformer.Config(variant=variant, widths=widths), 224
 
 
-_NAMES = {name.lower().replace("-", "_"): (config, side) for name, config, side in _known()}
+_NAMES = {name.lower().replace("-", "_").replace("+", "_plus"): (config, side) for name, config, side in _known()}
 
 
 def list_models(filter: str = "") -> list[str]:  # timm's name for it
@@ -55,7 +62,7 @@ def create_model(
             number of classes starts anew.
         num_classes: 1,000 by default; of a run or an export its own, and another number gives it a new classifier.
         in_chans: channels of an image. img_size: side of the images, pixels; by default the published.
-        options: fields of `hsvit.Config` or `vit.Config`, as dropout, submodules, drop_path, widths.
+        options: fields of the model's Config, as dropout, submodules, drop_path, widths.
 
     Returns:
         In training mode by its name, as timm's; in eval mode with the weights of a run or an export.
@@ -90,8 +97,7 @@ def create_model(
 
 def _load(model: models.Model, path: Path) -> None:
     found = read_foreign(path / MODEL if (path / MODEL).exists() else path)
-    layers = ("head", "head_dist", "head.linear")
-    weights = with_own_classifier(unwrapped(found), model.state_dict(), layers)
+    weights = with_own_classifier(unwrapped(found), model.state_dict(), _CLASSIFIERS[model.config.kind])
     load_exactly(model, weights, f"pretrained={path} does not fit")
 
 
@@ -108,8 +114,8 @@ def _saved(path: Path, num_classes: int | None) -> models.Model:
 
 
 def _cfg(config: Config, side: int) -> dict[str, Any]:
-    is_vit = isinstance(config, vit.Config)
-    heads = ("head", "head_dist") if is_vit else "head.linear"
+    heads = _CLASSIFIERS[config.kind]
+    stem = isinstance(config, uniformer.Config) and uniformer_config.VARIANTS[config.variant].stem
     return {
         "input_size": (3, side, side),
         "fixed_input_size": True,
@@ -117,9 +123,9 @@ def _cfg(config: Config, side: int) -> dict[str, Any]:
         "std": IMAGENET_STD,
         "num_classes": 1000,
         "interpolation": "bicubic",
-        "crop_pct": 0.875 if is_vit else 1.0,
-        "first_conv": "patch_embed.proj" if is_vit else "submodules.trunk.0.conv1",
-        "classifier": heads,
+        "crop_pct": 1.0 if config.kind == "hsvit" else 0.875,
+        "first_conv": _FIRST.get(config.kind, f"patch_embed1.proj{'.0' if stem == 'convolutions' else ''}"),
+        "classifier": heads[0] if len(heads) == 1 else heads,
     }
 
 

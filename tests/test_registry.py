@@ -24,16 +24,22 @@ from .ranks import ROOT
 
 TINY: dict[str, dict[str, Any]] = {
     "hsvit": {"kernels": (8, 16), "pool_strides": (2, 2), "depth": 1, "groups": 4, "heads": 2, "embedding": 16},
-    "scala": {"embedding": 64, "heads": 4, "depth": 1, "patch_size": 8},
+    "scala_deit": {"embedding": 64, "heads": 4, "depth": 1, "patch_size": 8},
+    "scala_mobilenetv2": {"depths": (1, 1, 1, 1, 1, 1, 1)},
+    "scala_uniformer": {"depths": (1, 1, 1, 1), "strides": (2, 2, 2, 2)},
 }
 PUBLISHED = {  # parameters at the published number of classes
     "hsvit_c2a2": ({"num_classes": 10}, 812_298),
     "scala_deit_s": ({}, 22_436_432),
+    "scala_mobilenetv2": ({}, 3_504_872),
+    "scala_uniformer_s_plus": ({}, 24_032_552),
+    "scala_uniformer_xs": ({}, 16_509_264),
 }
 
 
 def tiny(name: str, **options: Any) -> Any:
-    return create_model(name, img_size=32, **{**TINY[name.partition("_")[0]], **options})
+    (small,) = [options for prefix, options in TINY.items() if name.startswith(prefix)]
+    return create_model(name, img_size=32, **{**small, **options})
 
 
 def test_every_name_builds_here_and_in_timm_and_trains() -> None:

@@ -75,6 +75,8 @@ def _print_recipe(recipe: Recipe, plan: Plan) -> None:
         typer.echo(f"# {key} = {value}")
     if len(epochs := widths.expected_epochs(recipe, plan)) > 1:
         typer.echo(f"# expected epochs of each width = {widths.words(epochs)}")
+    if same := widths.alike(recipe):
+        typer.echo(f"# widths that rounding gives the same channels = {same}")
     typer.echo("\n" + recipes.dumps(recipe), nl=False)
 
 

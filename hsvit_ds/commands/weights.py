@@ -13,11 +13,16 @@ from . import Debug, Force, refuse_to_overwrite
 
 
 def import_weights(
-    file: Annotated[Path, typer.Argument(help="Weights of the published HSViT, Scala or HydraViT, or of timm's DeiT.")],
+    file: Annotated[
+        Path, typer.Argument(help="Of the published HSViT, Scala, HydraViT, UniFormer, or timm's DeiT, MobileNetV2.")
+    ],
     out: Annotated[Path, typer.Option("-o", "--out", help="Where to write .safetensors.")],
-    image_size: Annotated[int, typer.Option(help="HSViT: side of the images, pixels.")] = 0,
+    image_size: Annotated[int, typer.Option(help="HSViT, UniFormer, MobileNetV2: side of the images, pixels.")] = 0,
     pool_strides: Annotated[str, typer.Option(help="HSViT: stride of each block's pool: 2,1,2,1")] = "",
-    heads: Annotated[int, typer.Option(help="Attention heads; 8 for HSViT, one for 64 channels of a DeiT.")] = 0,
+    heads: Annotated[
+        int,
+        typer.Option(help="Attention heads; 8 for HSViT, one for 64 channels of a DeiT; of a UniFormer's third stage."),
+    ] = 0,
     smallest: Annotated[
         float, typer.Option(help="Scala, HydraViT: the smallest width; without it the weights are a DeiT's.")
     ] = 1.0,
@@ -35,7 +40,7 @@ def import_weights(
     with shown(2, debug):
         check_kernels()
         refuse_to_overwrite(out, force)
-        from ..engine import interop
+        from ..engine import foreign, interop
         from ..errors import RefusedError
         from ..models import weights
 
@@ -43,7 +48,7 @@ def import_weights(
             strides = tuple(int(stride) for stride in pool_strides.split(",") if pool_strides)
         except ValueError as error:
             raise RefusedError(f"--pool-strides {pool_strides}: must be numbers as in 2,1,2,1") from error
-        model = interop.import_weights(
+        model = foreign.import_weights(
             weights.read_foreign(file, trust=trust, way_out="add --trust"),
             image_size=image_size,
             pool_strides=strides,

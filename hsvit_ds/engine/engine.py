@@ -21,7 +21,6 @@ from ..grid.grid import Grid
 from ..models import timm_models
 from ..models.batchnorm import Statistics, move_running_statistics, set_statistics
 from ..models.network import Network
-from ..models.vit import ViT
 from . import captured, expert
 from . import optimizer as optimizers
 from .outcomes import Outcomes, Passes, StepResult
@@ -39,7 +38,7 @@ class Config:
     """"triton" or "reference" for every operation of hsvit_kernels, or "auto": on a GPU the kernels that the first use
     finds right and faster, elsewhere the reference."""
     checkpoint_activations: bool = False
-    """Recompute the activations of a timm model in backward instead of keeping them."""
+    """Recompute the activations of a timm model or a UniFormer in backward instead of keeping them."""
     compile: bool = False
     """torch.compile the model's training graph; evaluation stays eager."""
     capture: bool = True
@@ -85,15 +84,13 @@ def prepare(model: nn.Module, checkpoint_activations: bool, bf16: bool) -> None:
     """Have a model ask for draws and answer with all its heads, switch activation checkpointing on, and store frozen
     matrices as autocast would read them."""
     if isinstance(model, Network):
-        model.keyed = True
-    if isinstance(model, ViT):
-        model.set_distilled_training()
+        model.keyed = model.all_heads = True
     nets = timm_models.nets(model)
     if checkpoint_activations:
         if not nets:
             raise RefusedError(
-                "engine.checkpoint_activations = true: only for models of timm (model.backbone.name, or model.kind = "
-                '"timm")'
+                "engine.checkpoint_activations = true: only for models of timm and UniFormers (model.backbone.name, or "
+                'model.kind = "timm", "uniformer")'
             )
         for _, net in nets:
             try:

@@ -22,7 +22,7 @@ from ..data.layouts import is_url
 from ..data.sets import Facts
 from ..errors import RefusedError, counted
 from ..grid.grid import Grid
-from ..models import timm_models
+from ..models import Own, timm_models
 from ..models.hsvit import HSViT
 from ..models.vit import ViT
 from ..models.weights import read_foreign, resembling, unwrapped
@@ -34,8 +34,8 @@ Shape = tuple[int, ...]
 
 NAMED = 3
 """Tensors that a line names of many."""
-CLASSIFIERS = ("head", "head_dist", "head.linear")
-"""Of a ViT and of an HSViT."""
+CLASSIFIERS = ("head", "head_dist", "head.linear", "head_cls", "classifier")
+"""Of a ViT, an HSViT, a UniFormer and a MobileNet."""
 FREE = {"kind", "variant", "weights", "resize", "widths", "dropout", "drop_path", "submodule_drop", "backbone"}
 """Keys that may differ without a word: no tensor depends on them, or its shape says so."""
 
@@ -115,7 +115,7 @@ def _of_run(path: Path, whence: str) -> Found:
 
 
 def _of_file(file: Path, whence: str) -> Found:
-    tensors = {k: v for k, v in unwrapped(read_foreign(file)).items() if not k.endswith(".num_batches_tracked")}
+    tensors = unwrapped(read_foreign(file))
     if any("conv2d_layers." in key for key in tensors):
         raise RefusedError(
             f"{file}: weights of the published HSViT code; first "
@@ -134,7 +134,7 @@ def _of_file(file: Path, whence: str) -> Found:
     return Found(whence, tensors, config)
 
 
-def start(model: ViT | HSViT, found: Found) -> list[str]:
+def start(model: Own, found: Found) -> list[str]:
     """Give a model, or a rank's share of it, the tensors that are found; what there is to say of them.
 
     Raises:
@@ -162,25 +162,27 @@ def start(model: ViT | HSViT, found: Found) -> list[str]:
     return ["; ".join(said + resized), *([f"weights: their model has {differs}"] if differs else [])]
 
 
-def _check_kind(model: ViT | HSViT, found: Found, taken: int, count: int) -> None:
+def _check_kind(model: Own, found: Found, taken: int, count: int) -> None:
     """Refuse tensors that are not half of the model's by name, or that other heads share."""
     c = model.config
     if 2 * taken < count:
         kind = found.config.get("kind")
         known = f'of kind "{kind}"' if kind and kind != c.kind else resembling(found.tensors)
+        depth = f"depth = {c.depth}" if isinstance(model, ViT | HSViT) else f"depths = {list(c.depths)}"
         raise RefusedError(
-            f'{found.key}: {taken} of {counted(count, "tensor")} of this model (kind = "{c.kind}", depth = {c.depth}) '
-            f"are there; they seem to be {known}"
+            f'{found.key}: {taken} of {counted(count, "tensor")} of this model (kind = "{c.kind}", {depth}) are there; '
+            f"they seem to be {known}"
         )
-    is_as_wide = found.config.get("embedding", c.embedding) == c.embedding
-    if (heads := found.config.get("heads", c.heads)) != c.heads and is_as_wide:
+    ours, size = json.loads(json.dumps(asdict(c))), "embedding" if isinstance(model, ViT | HSViT) else "channels"
+    is_as_wide = found.config.get(size, ours[size]) == ours[size]
+    if "heads" in ours and (heads := found.config.get("heads", ours["heads"])) != ours["heads"] and is_as_wide:
         raise RefusedError(
-            f"{found.key}: of a model with {counted(heads, 'head')}, without which the weights mean something else, "
-            f"although no shape tells; set model.heads = {heads} (here {c.heads})"
+            f"{found.key}: of a model with heads = {heads}, without which the weights mean something else, although no "
+            f"shape tells; set model.heads = {heads} (here {ours['heads']})"
         )
 
 
-def _fit(model: ViT | HSViT, found: Found, taken: Named, own: Mapping[str, Shape]) -> list[str]:
+def _fit(model: Own, found: Found, taken: Named, own: Mapping[str, Shape]) -> list[str]:
     """Resize what may be, in place; what was, in words.
 
     Raises:
@@ -192,7 +194,7 @@ def _fit(model: ViT | HSViT, found: Found, taken: Named, own: Mapping[str, Shape
             continue
         sides = _sides(model, name, tensor, own[name])
         change = "" if sides is None else f"{sides[0]} x {sides[0]} to {sides[1]} x {sides[1]}"
-        if sides is not None and model.config.resize:
+        if sides is not None and getattr(model.config, "resize", False):
             taken[name] = _resize(name, tensor, sides)
             resized.append(f"resized: {name}, {change}")
             continue
@@ -210,7 +212,7 @@ def _fit(model: ViT | HSViT, found: Found, taken: Named, own: Mapping[str, Shape
     return resized
 
 
-def _differs(model: ViT | HSViT, found: Found) -> str:
+def _differs(model: Own, found: Found) -> str:
     """Keys that made the other model another one, in words; "" where there are none, or that is not known."""
     ours = json.loads(json.dumps(asdict(model.config)))
     keys = [key for key, value in found.config.items() if key not in FREE and value != ours.get(key, value)]
@@ -229,11 +231,13 @@ def _for_tokens(model: ViT, positions: Tensor, there: Mapping[str, Tensor]) -> t
     return torch.cat((cls, model.pos_embed.detach()[:, 1:2], rest), 1), True
 
 
-def _sides(model: ViT | HSViT, name: str, tensor: Tensor, shape: Shape) -> tuple[int, int] | None:
+def _sides(model: Own, name: str, tensor: Tensor, shape: Shape) -> tuple[int, int] | None:
     """How many patches, or pixels of the last map, a side has that a tensor is for, and here; None where the tensor
     is for no size, or differs in more than that."""
     if isinstance(model, ViT):
         axis, special, sized = 1, model.config.special_tokens, name == "pos_embed"
+    elif not isinstance(model, HSViT):
+        return None
     else:
         axis, special, sized = 2, 0, name == "submodules.projection_weight" and not model.config.backbone.name
     if (
@@ -260,7 +264,7 @@ def _resize(name: str, tensor: Tensor, sides: tuple[int, int]) -> Tensor:
     return found.flatten(1).view(*tensor.shape[:2], now**2)
 
 
-def _whole_shapes(model: ViT | HSViT) -> dict[str, Shape]:
+def _whole_shapes(model: Own) -> dict[str, Shape]:
     """Shapes of the whole model's tensors, of which a rank may hold some submodules."""
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     if isinstance(model, HSViT):
@@ -269,7 +273,7 @@ def _whole_shapes(model: ViT | HSViT) -> dict[str, Shape]:
     return shapes
 
 
-def _share(model: ViT | HSViT, name: str, tensor: Tensor) -> Tensor:
+def _share(model: Own, name: str, tensor: Tensor) -> Tensor:
     """What this rank holds of a whole tensor: its submodules, which are stacked on the first axis."""
     if not isinstance(model, HSViT) or not name.startswith("submodules."):
         return tensor

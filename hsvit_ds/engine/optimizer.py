@@ -33,12 +33,15 @@ class Config:
     """AdamW's."""
     momentum: float = 0.9
     """SGD's."""
+    nesterov: bool = False
+    """Nesterov's momentum, of SGD."""
     layer_decay: float = 1.0
     """Of timm's layers (BEiT, arXiv 2106.08254): each has this times the learning rate of the layer after it."""
     schedule: str = "step"
-    """The cosine moves every "step" or every "epoch"."""
+    """After the warm-up, half a cosine that moves every "step" or every "epoch"; or "linear": a line that moves every
+    step, as US-Net's."""
     warmup_epochs: float = 0.0
-    """Linear warm-up from 0, in epochs; the cosine follows it and ends with the run."""
+    """Linear warm-up from 0, in epochs; the schedule follows it and ends with the run."""
     clip: float = 0.0
     """Largest global gradient norm; 0 switches clipping off. The published recipe uses 0.01."""
 
@@ -46,13 +49,17 @@ class Config:
         choices = {
             "name": ("adamw", "sgd"),
             "decay": ("matrices", "all"),
-            "schedule": ("step", "epoch"),
+            "schedule": ("step", "epoch", "linear"),
         }
         for key, allowed in choices.items():
             if getattr(self, key) not in allowed:
                 raise ValueError(f'{key} = "{getattr(self, key)}": must be one of {allowed}')
         if not 0 < self.layer_decay <= 1:
             raise ValueError(f"layer_decay = {self.layer_decay}: must be above 0 and at most 1")
+        if self.nesterov and not (self.name == "sgd" and self.momentum):
+            raise ValueError(
+                'nesterov = true is a kind of momentum: set name = "sgd" and momentum above 0, or leave it'
+            )
         for key in ("lr", "min_lr", "weight_decay", "eps", "momentum", "warmup_epochs", "clip"):
             if getattr(self, key) < 0:
                 raise ValueError(f"{key} = {getattr(self, key)}: must not be negative")
@@ -99,12 +106,14 @@ def parameter_groups(model: nn.Module, config: Config) -> list[dict]:
 def _layer_numbers(model: nn.Module) -> dict[str, int]:
     """{parameter: its layer in timm's network, from the images on}; what is not timm's comes after it."""
     numbers = {
-        f"{path}.{name}": number
+        f"{path}.{name}".removeprefix("."): number
         for path, net in timm_models.nets(model)
         for name, number in timm_models.layer_numbers(net, stages=False).items()
     }
     if not numbers:
-        raise ValueError('layer_decay needs a model of timm: model.backbone.name, or model.kind = "timm"')
+        raise ValueError(
+            'layer_decay needs a model of timm or a UniFormer: model.backbone.name, or model.kind = "timm", "uniformer"'
+        )
     after = max(numbers.values()) + 1
     return {name: numbers.get(name, after) for name, _ in model.named_parameters()}
 
@@ -133,7 +142,7 @@ def build(groups: list[dict], config: Config) -> torch.optim.Optimizer:
     # DeepSpeed's own optimizers would compile an extension at start-up.
     params = [{k: v for k, v in group.items() if k != "names"} for group in groups]  # torch keeps lr_scale
     if config.name == "sgd":
-        return torch.optim.SGD(params, lr=config.lr, momentum=config.momentum, fused=True)
+        return torch.optim.SGD(params, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov, fused=True)
     return torch.optim.AdamW(params, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
 
 
@@ -146,7 +155,8 @@ class Schedule:
     steps_per_epoch: int
 
     def lr(self, step: int) -> float:
-        """Learning rate of step `step` (from 0): linear warm-up from 0, then half a cosine to min_lr at the end."""
+        """Learning rate of step `step` (from 0): linear warm-up from 0, then half a cosine or a line to min_lr at the
+        end."""
         c, by_epoch = self.config, self.config.schedule == "epoch"
         unit = 1 if by_epoch else self.steps_per_epoch
         now = step // self.steps_per_epoch if by_epoch else step
@@ -154,4 +164,5 @@ class Schedule:
         if now < warmup:
             return c.lr * (now + 1) / warmup
         progress = (now - warmup) / max(self.epochs * unit - warmup, 1)
-        return c.min_lr + (c.lr - c.min_lr) * (1 + math.cos(math.pi * progress)) / 2
+        left = 1 - progress if c.schedule == "linear" else (1 + math.cos(math.pi * progress)) / 2
+        return c.min_lr + (c.lr - c.min_lr) * left

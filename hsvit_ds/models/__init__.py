@@ -6,11 +6,13 @@ from dataclasses import replace
 
 import torch
 
-from . import hsvit, timm_models, vit
+from . import hsvit, mobilenet, timm_models, uniformer, vit
 from .network import AnyWidth
+from .weights import SizedStart
 
-Config = hsvit.Config | vit.Config | timm_models.Config
-Model = hsvit.HSViT | vit.ViT | timm_models.Classifier
+Config = hsvit.Config | vit.Config | mobilenet.Config | uniformer.Config | timm_models.Config
+Own = hsvit.HSViT | vit.ViT | mobilenet.MobileNet | uniformer.UniFormer
+Model = Own | timm_models.Classifier
 
 
 def without_weights(config: Config) -> Config:
@@ -19,7 +21,9 @@ def without_weights(config: Config) -> Config:
         return replace(config, weights="")
     if isinstance(config, hsvit.Config):
         config = replace(config, backbone=replace(config.backbone, weights=""))
-    return replace(config, weights="", resize=False)
+    if isinstance(config, SizedStart):
+        return replace(config, weights="", resize=False)
+    return replace(config, weights="")
 
 
 def parameters(model: Model, width: AnyWidth) -> int:

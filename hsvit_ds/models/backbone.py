@@ -1,4 +1,5 @@
-"""A CNN of timm in the place of HSViT's conv trunk (arXiv 2404.05196, section on existing CNNs and table 3).
+"""A CNN of timm, or a UniFormer, in the place of HSViT's conv trunk (arXiv 2404.05196, section on existing CNNs and
+table 3).
 
 Its last feature map has K channels, which become HSViT's tokens as its own kernels' would. It is frozen, or trained
 from some stage on.
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,13 +19,18 @@ from torch import Tensor, nn
 
 from hsvit_kernels.random import Draw
 
-from . import timm_models
+from . import timm_models, uniformer
+from .network import count_macs
+from .uniformer import UniFormer
+from .uniformer_config import NAMES
+from .weights import load_exactly, read_foreign, unwrapped
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
     name: str = ""
-    """Of a timm model that ends in a feature map: resnet50, efficientnet_b4, convnext_tiny, …; empty: no backbone."""
+    """Of a timm model that ends in a feature map: resnet50, efficientnet_b4, convnext_tiny, …; or of a UniFormer:
+    uniformer_small, uniformer_small_plus, uniformer_xs; empty: no backbone."""
     weights: str = ""
     """A timm tag ("tv_in1k", or "default"), a local file (.safetensors, .pth), or empty for random ones."""
     trained_stages: int = 0
@@ -66,12 +73,18 @@ class Backbone(nn.Module):
         super().__init__()
         self.config = config
         self.randomness = timm_models.Randomness()
-        options: dict[str, Any] = {}
+        build = self._uniformer if config.name in NAMES else self._timm
+        self.net = build(image_size, channels, seed)
+        self._freeze()
+        self.channels_last = False if self.is_meta else shape(config, image_size, channels).channels_last
+
+    def _timm(self, image_size: int, channels: int, seed: int) -> nn.Module:
+        config, options = self.config, dict[str, Any]()
         if config.drop_path:
             options["drop_path_rate"] = config.drop_path
         if config.output_stride != 32:
             options["output_stride"] = config.output_stride
-        self.net = timm_models.create(
+        return timm_models.create(
             "model.backbone.name",
             config.name,
             weights=config.weights,
@@ -82,8 +95,24 @@ class Backbone(nn.Module):
             seed=seed,
             **options,
         )
-        self._freeze()
-        self.channels_last = False if self.is_meta else shape(config, image_size, channels).channels_last
+
+    def _uniformer(self, image_size: int, channels: int, seed: int) -> nn.Module:
+        c = self.config
+        if c.output_stride != 32:
+            raise ValueError(f"model.backbone.output_stride = {c.output_stride}: {c.name} has 32 alone")
+        if c.weights and Path(c.weights).suffix not in timm_models.FILES:
+            raise ValueError(
+                f'model.backbone.weights = "{c.weights}": those of {c.name} are a file ({", ".join(timm_models.FILES)})'
+            )
+        net = uniformer.Config(variant=NAMES[c.name], drop_path=c.drop_path).build(
+            image_size=image_size, channels=channels, classes=0, seed=seed
+        )
+        if c.weights and not net.norm.weight.is_meta:
+            found = unwrapped(read_foreign(Path(c.weights)))
+            unused = (*net.heads, "norm_cls")
+            found = {name: tensor for name, tensor in found.items() if name.partition(".")[0] not in unused}
+            load_exactly(net, found, f"model.backbone.weights = {c.weights} does not fit {c.name}")
+        return net
 
     @property
     def is_meta(self) -> bool:
@@ -126,6 +155,8 @@ class Backbone(nn.Module):
         """images [B, C, H, W], normalised, to maps [B, K, H, W]. draw: needed in training with drop_path."""
         self.randomness.draw = draw
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.is_frozen):
+            if isinstance(self.net, UniFormer):
+                return self.net.forward_features(images, draw)
             maps: Tensor = self.net(images.contiguous(memory_format=torch.channels_last))
         return maps.movedim(-1, 1) if self.channels_last else maps
 
@@ -140,7 +171,7 @@ def shape(config: Config, image_size: int, channels: int) -> Shape:
     with torch.device("meta"):
         model = Backbone(config, image_size=image_size, channels=channels)
     what = f'model.backbone.name = "{config.name}"'
-    macs, answer = timm_models.count_macs(model.net, what, image_size, channels)
+    macs, answer = count_macs(model.net, what, image_size, channels)
     if not isinstance(answer, Tensor) or answer.dim() != 4:
         found = list(answer.shape[1:]) if isinstance(answer, Tensor) else type(answer).__name__
         raise ValueError(f"{what} has no feature map: its answer to an image is {found}")

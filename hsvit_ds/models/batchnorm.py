@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ..grid.eager import eager
 from ..grid.exchange import Channel
-from .slimmable import FULL, Width
+from .slimmable import FULL, Rounding, Width
 
 
 @dataclass(frozen=True)
@@ -35,15 +35,25 @@ class BatchNorm(nn.Module):
     """Batch normalisation of [B, C, ...] (Ioffe and Szegedy, 2015), eps 1e-5, momentum 0.1 as in PyTorch.
 
     Args:
-        segments: equal parts of the channels that a width slices one by one.
+        segments: equal parts of the channels that a width slices one by one. rounding: where a width need not divide
+            them. sliced: whether a width slices them at all; statistics are its own in any case.
     """
 
     running_mean: Tensor
     running_var: Tensor
 
-    def __init__(self, channels: int, eps: float = 1e-5, momentum: float = 0.1, segments: int = 1) -> None:
+    def __init__(
+        self,
+        channels: int,
+        eps: float = 1e-5,
+        momentum: float = 0.1,
+        segments: int = 1,
+        rounding: Rounding | None = None,
+        sliced: bool = True,
+    ) -> None:
         super().__init__()
-        self.eps, self.momentum, self.segments = eps, momentum, segments
+        self.eps, self.momentum = eps, momentum
+        self.segments, self.rounding, self.sliced = segments, rounding, sliced
         self.weight = nn.Parameter(torch.ones(channels))
         self.bias = nn.Parameter(torch.zeros(channels))
         self.register_buffer("running_mean", torch.zeros(channels))
@@ -70,7 +80,8 @@ class BatchNorm(nn.Module):
         return {**self._affine(width), "running_mean": mean, "running_var": var}
 
     def _affine(self, width: Width) -> dict[str, Tensor]:
-        return {name: width.take(p, 0, self.segments) for name, p in self.named_parameters()}
+        own = dict(self.named_parameters())
+        return {n: width.take(p, 0, self.segments, self.rounding) if self.sliced else p for n, p in own.items()}
 
     def forward(self, x: Tensor, width: Width = FULL) -> Tensor:
         if not self.training:
@@ -114,6 +125,12 @@ class BatchNorm(nn.Module):
             noted += torch.cat((moments, torch.ones_like(moments[:1])))
 
 
+def without_gradient(bias: Tensor) -> None:
+    """Train a bias no more that batch statistics take away again: its true gradient is zero, and rounding noise there
+    becomes steps under Adam."""
+    bias.register_hook(torch.zeros_like)
+
+
 def _is_first() -> bool:
     """False where activation checkpointing repeats a forward, inside a backward pass. A compiled forward is never
     repeated, and cannot ask."""
@@ -125,7 +142,7 @@ class _SyncedNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float, channel: Channel) -> Any:
-        var, mean = torch.var_mean(x.float(), dim=_all_but_channels(x), correction=0)
+        var, mean = torch.var_mean(_exact(x), dim=_all_but_channels(x), correction=0)
         means, variances = channel.all_gather(torch.stack((mean, var))).unbind(1)
         mean = means.mean(0)
         var = variances.mean(0) + (means - mean).square().mean(0)
@@ -141,14 +158,19 @@ class _SyncedNorm(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor, *_: Any) -> Any:
         x, weight, mean, invstd = ctx.saved_tensors
         shape = (1, -1, *[1] * (x.dim() - 2))
-        grad32 = grad.float()
-        normed = (x.float() - mean.view(shape)) * invstd.view(shape)
-        grad_bias = grad32.sum(_all_but_channels(x))
-        grad_weight = (grad32 * normed).sum(_all_but_channels(x))
+        exact = _exact(grad)
+        normed = (_exact(x) - mean.view(shape)) * invstd.view(shape)
+        grad_bias = exact.sum(_all_but_channels(x))
+        grad_weight = (exact * normed).sum(_all_but_channels(x))
         sums = ctx.channel.all_reduce(torch.stack((grad_bias, grad_weight)))
         mean_bias, mean_weight = (sums / ctx.count).unbind(0)
-        grad_x = (grad32 - mean_bias.view(shape) - normed * mean_weight.view(shape)) * (weight * invstd).view(shape)
+        grad_x = (exact - mean_bias.view(shape) - normed * mean_weight.view(shape)) * (weight * invstd).view(shape)
         return grad_x.to(grad.dtype), grad_weight, grad_bias, None, None
+
+
+def _exact(x: Tensor) -> Tensor:
+    """In fp32 at least."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _all_but_channels(x: Tensor) -> list[int]:

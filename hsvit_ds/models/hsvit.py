@@ -33,11 +33,11 @@ from .hsvit_config import Architecture
 from .network import Network, any_seed
 from .slimmable import FULL, Width
 from .submodules import Head, Submodules
-from .weights import Start
+from .weights import SizedStart
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(Architecture, Start):
+class Config(Architecture, SizedStart):
     """What a recipe's `model` says of an HSViT; below the model, `Architecture` is enough."""
 
     def __post_init__(self) -> None:
@@ -220,12 +220,10 @@ class HSViT(Network):
         small = self.config.at(width).build(
             image_size=self.image_size, channels=self.channels, classes=self.classes, here=self.submodules.here,
             grid=self.grid, exchange=self.exchange,
-        ).train(self.training)  # fmt: skip
+        ).train(self.training).to(self.head.linear.weight)  # fmt: skip
         found = dict(self.head.state_dict(prefix="head."))
         if self.backbone is not None:
             found |= self.backbone.state_dict(prefix="backbone.")
-        for name, module in self.named_modules():
-            if hasattr(module, "slices"):
-                found |= {f"{name}.{key}": value for key, value in module.slices(width).items()}
+        found |= self._slices(lambda path: width)
         small.load_state_dict(found)
-        return small.to(self.head.linear.weight.device)
+        return small

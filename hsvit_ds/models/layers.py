@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from hsvit_kernels import StepState, sliced_linear
 
-from .slimmable import FULL, Width
+from .slimmable import FULL, Rounding, Width
 
 
 class Linear(nn.Linear):
@@ -95,6 +95,7 @@ class Conv2d(nn.Conv2d):
 
     Args:
         out_segments: equal parts of the output channels that are sliced one by one.
+        round_in, round_out: of the input and output channels where a width need not divide them.
     """
 
     def __init__(
@@ -106,17 +107,20 @@ class Conv2d(nn.Conv2d):
         slice_in: bool,
         slice_out: bool,
         out_segments: int = 1,
+        round_in: Rounding | None = None,
+        round_out: Rounding | None = None,
         **options: Any,
     ) -> None:
         super().__init__(c_in, c_out, kernel, **options)
         self.slice_in, self.slice_out, self.out_segments = slice_in, slice_out, out_segments
+        self.round_in, self.round_out = round_in, round_out
 
     def slices(self, width: Width) -> dict[str, Tensor]:
         found: dict[str, Tensor] = dict(self.named_parameters())
         if self.slice_out:
-            found = {name: width.take(p, 0, self.out_segments) for name, p in found.items()}
+            found = {name: width.take(p, 0, self.out_segments, self.round_out) for name, p in found.items()}
         if self.slice_in:
-            found["weight"] = width.take(found["weight"], 1)
+            found["weight"] = width.take(found["weight"], 1, rounding=self.round_in)
         return found
 
     def forward(self, x: Tensor, width: Width = FULL) -> Tensor:

@@ -18,6 +18,25 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
+class Rounding:
+    """How an axis is cut that a width need not divide: to the nearest multiple of `multiple`, of two as near the
+    larger, at least to one, and never below 0.9 of the exact number (MobileNetV2's code; US-Net, arXiv 1903.05134). One
+    of `times` equal parts, as a block's channels times its expansion, has so many times what one has."""
+
+    multiple: int
+    times: int = 1
+
+    def of(self, size: int, share: Fraction) -> int:
+        """How much of `size` is used."""
+        part = size // self.times
+        exact = part * share
+        used = max(self.multiple, (exact / self.multiple + Fraction(1, 2)).__floor__() * self.multiple)
+        if 10 * used < 9 * exact:
+            used += self.multiple
+        return min(used, part) * self.times
+
+
+@dataclass(frozen=True)
 class Width:
     """`numerator` / `denominator` of every sliced axis, from its end `side`, "leading" or "trailing"."""
 
@@ -41,26 +60,28 @@ class Width:
     def is_full(self) -> bool:
         return self.numerator == self.denominator
 
-    def of(self, size: int) -> int:
+    def of(self, size: int, rounding: Rounding | None = None) -> int:
         """How much of an axis of `size` is used.
 
         Raises:
-            ValueError: not a whole number.
+            ValueError: not a whole number, and no rounding for it.
         """
+        if rounding is not None:
+            return rounding.of(size, self.ratio)
         used, rest = divmod(size * self.numerator, self.denominator)
         if rest:
             raise ValueError(f"width {self} of {size} is {float(self) * size:g}, not a whole number")
         return used
 
-    def take(self, x: Tensor, axis: int = 0, segments: int = 1) -> Tensor:
+    def take(self, x: Tensor, axis: int = 0, segments: int = 1, rounding: Rounding | None = None) -> Tensor:
         """What is used of an axis that consists of so many equal segments, each sliced by itself."""
         if self.is_full:
             return x
         if segments > 1:
             parts = x.unflatten(axis, (segments, -1))
-            return self.take(parts, axis + 1).flatten(axis, axis + 1)
+            return self.take(parts, axis + 1, rounding=rounding).flatten(axis, axis + 1)
         size = x.shape[axis]
-        used = self.of(size)
+        used = self.of(size, rounding)
         return x.narrow(axis, 0 if self.side == "leading" else size - used, used)
 
     def layer(self, number: int) -> Width:
@@ -104,7 +125,7 @@ class Mix(Width):
         runs = [(width, len(list(run))) for width, run in groupby(map(str, self.layers))]
         return ",".join(width if count == 1 else f"{width}x{count}" for width, count in runs)
 
-    def of(self, size: int) -> int:
+    def of(self, size: int, rounding: Rounding | None = None) -> int:
         raise ValueError(f"{self.words}: there is no width of all layers that {size} could be cut to")
 
     def layer(self, number: int) -> Width:

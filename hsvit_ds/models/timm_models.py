@@ -15,14 +15,13 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from hsvit_kernels.random import Draw, Site, generator
 
 from ..errors import RefusedError, counted, first_line
 from . import slimmable
 from .batchnorm import BatchNorm
-from .network import Network
+from .network import Network, OneRank, count_macs
 from .slimmable import FULL, Width
 from .weights import load_exactly, read_foreign, unwrapped, with_own_classifier
 
@@ -32,7 +31,7 @@ DEFAULT = "default"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(OneRank):
     kind: Literal["timm"] = "timm"
     name: str
     """Of a timm classifier: resnet50, efficientnet_b4, vit_base_patch16_224, …"""
@@ -46,16 +45,6 @@ class Config:
     def __post_init__(self) -> None:
         if not 0 <= self.drop_path < 1:
             raise ValueError(f"drop_path = {self.drop_path}: must be in [0, 1)")
-
-    @property
-    def submodules(self) -> int:
-        """A classifier of timm is not shared between submodule ranks."""
-        return 1
-
-    @property
-    def splits_images(self) -> bool:
-        """See HSViT."""
-        return False
 
     @property
     def widths(self) -> slimmable.Config:
@@ -305,8 +294,6 @@ def _with_tag(key: str, name: str, tag: str) -> str:
 
 def _load(model: Any, path: Path, classes: int, same_classes: bool, message: str) -> None:
     found = unwrapped(read_foreign(path))
-    # Of counts of batches nothing here makes use.
-    found = {name: tensor for name, tensor in found.items() if not name.endswith(".num_batches_tracked")}
     layers = model.pretrained_cfg["classifier"]
     layers = [layers] if isinstance(layers, str) else layers
     if not classes:
@@ -382,18 +369,3 @@ def _macs(config: Config, image_size: int, channels: int, classes: int) -> int:
     with torch.device("meta"):
         model = config.build(image_size=image_size, channels=channels, classes=classes)
     return count_macs(model, f'model.name = "{config.name}"', image_size, channels)[0]
-
-
-def count_macs(model: nn.Module, what: str, image_size: int, channels: int) -> tuple[int, Tensor]:
-    """(multiply-adds of one image, its answer) of a model on the meta device.
-
-    Raises:
-        ValueError: it has no answer to images of this size.
-    """
-    model.eval().requires_grad_(False)  # the counter of FLOPs stumbles over parameters that are inputs
-    try:
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            answer = model(torch.empty(1, channels, image_size, image_size, device="meta"))
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"{what} has no answer to images of {image_size} px ({first_line(error)})") from error
-    return int(counter.get_total_flops()) // 2, answer

@@ -22,14 +22,14 @@ from hsvit_kernels.random import Draw, Site, generator
 from hsvit_kernels.reference import attend
 
 from . import layers
-from .network import AnyWidth, Network, any_seed
+from .network import AnyWidth, Distilled, Network, any_seed
 from .slimmable import FULL, Width
 from .vit_config import Architecture
-from .weights import Start
+from .weights import SizedStart
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(Architecture, Start):
+class Config(Architecture, SizedStart):
     """What a recipe's `model` says of a ViT; below the model, `Architecture` is enough."""
 
     def at(self, width: Width) -> Self:
@@ -51,7 +51,7 @@ class Config(Architecture, Start):
 
 
 class Attention(nn.Module):
-    def __init__(self, config: Config, state: StepState) -> None:
+    def __init__(self, config: Architecture, state: StepState) -> None:
         super().__init__()
         d, by_role, every = config.embedding, config.qkv == "per_role", config.sliced == "all"
         # Parts that are sliced one by one: the heads of each role, or where whole heads are taken, the roles.
@@ -67,10 +67,15 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, width: Width, residual: Tensor | None, rows: int) -> Tensor:
         """x [B, T, d]; residual and the result hold the first `rows` tokens."""
-        heads = width.of(self.heads) if self.slices_heads else self.heads
-        q, k, v = self.qkv(x, width).unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
+        q, k, v = self.queries_keys_values(x, width)
         x = self._attend(q[:, :, :rows], k, v).transpose(1, 2).flatten(2)
         return self.proj(x, width, residual=residual)
+
+    def queries_keys_values(self, x: Tensor, width: Width) -> tuple[Tensor, Tensor, Tensor]:
+        """x [B, T, d] to three of [B, heads, T, c]."""
+        heads = width.of(self.heads) if self.slices_heads else self.heads
+        q, k, v = self.qkv(x, width).unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
+        return q, k, v
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q [B, heads, rows, c] over k, v [B, heads, T, c]."""
@@ -89,7 +94,7 @@ def _without_keys(grad: Tensor | None) -> Tensor | None:
 
 
 class Mlp(nn.Module):
-    def __init__(self, config: Config, hidden: int, state: StepState) -> None:
+    def __init__(self, config: Architecture, hidden: int, state: StepState) -> None:
         super().__init__()
         every = config.sliced == "all"
         self.fc1 = layers.Linear(config.embedding, hidden, slice_in=every, state=state)
@@ -102,7 +107,7 @@ class Mlp(nn.Module):
 class Block(nn.Module):
     """x + attention(norm(x)), then x + MLP(norm(x)); LayerScale and drop path on both branches."""
 
-    def __init__(self, config: Config, hidden: int, state: StepState) -> None:
+    def __init__(self, config: Architecture, hidden: int, state: StepState) -> None:
         super().__init__()
         d, eps, every = config.embedding, config.norm_eps, config.sliced == "all"
         self.norm1 = layers.LayerNorm(d, eps, every)
@@ -149,7 +154,6 @@ class ViT(Network):
     def __init__(self, config: Config, *, image_size: int, channels: int, classes: int, seed: int = 0) -> None:
         c = config.resolved(image_size)
         super().__init__(c, image_size, channels, classes)
-        self.distilled_training = False
         self.step_state = StepState()
         d, every = c.embedding, c.sliced == "all"
         patches = (image_size // c.patch_size) ** 2
@@ -189,7 +193,7 @@ class ViT(Network):
 
     def set_distilled_training(self, enable: bool = True) -> None:
         """Whether a distilled model in training answers with both heads' logits, as timm's do."""
-        self.distilled_training = enable
+        self.all_heads = enable
 
     def reset_classifier(self, num_classes: int) -> None:
         """Give the model new heads for so many classes, with random weights."""
@@ -198,9 +202,7 @@ class ViT(Network):
         self._initialise(any_seed(), only="head")
         self.to(before.device, before.dtype)
 
-    def forward(
-        self, images: Tensor, draw: Draw | None = None, width: AnyWidth = FULL
-    ) -> Tensor | tuple[Tensor, Tensor]:
+    def forward(self, images: Tensor, draw: Draw | None = None, width: AnyWidth = FULL) -> Tensor | Distilled:
         """Classify images.
 
         Args:
@@ -223,7 +225,7 @@ class ViT(Network):
         if self.head_dist is None:
             return logits
         distilled: Tensor = self.head_dist(x[:, 1], outer)
-        return (logits, distilled) if self.training and self.distilled_training else (logits + distilled) / 2
+        return Distilled(logits, distilled) if self.training and self.all_heads else (logits + distilled) / 2
 
     def forward_features(self, images: Tensor, draw: Draw | None = None, width: AnyWidth = FULL) -> Tensor:
         """[B, C, H, W] to all tokens after the last norm, [B, T, d at the width], the special ones first."""
@@ -241,7 +243,7 @@ class ViT(Network):
         special = [t for t in (self.cls_token, self.dist_token) if t is not None]
         first = [outer.take(t, 2).to(patches.dtype).expand(images.shape[0], -1, -1) for t in special]
         x = torch.cat((*first, patches), dim=1) + outer.take(self.pos_embed, 2)
-        kept = self._drop_path(images, draw)
+        kept = self._drop_path(images, draw, self.config.depth, 2)
         for index, block in enumerate(self.blocks):
             last = index == self.config.depth - 1
             own = width.layer(index)
@@ -249,33 +251,17 @@ class ViT(Network):
         normed: Tensor = self.norm(x, outer)
         return normed
 
-    def _drop_path(self, images: Tensor, draw: Draw | None) -> Tensor | None:
-        """[2 depth, B, 1, 1]: 0, or 1 over the keep rate, for every branch and image; None where nothing is dropped."""
-        depth, most = self.config.depth, self.config.drop_path
-        if not self.training or not most:
-            return None
-        draw = self._draw(images, draw)
-        element = torch.arange(2 * depth, dtype=torch.int32, device=draw.key.device)
-        rates = torch.linspace(0, most, depth, device=draw.key.device).repeat_interleave(2)
-        kept = (draw.uniform(Site.DROP_PATH, element) >= rates) / (1 - rates)  # [B, 2 depth]
-        return kept.t()[:, :, None, None]
-
     @torch.no_grad()
     def subnet(self, width: AnyWidth) -> ViT:
         """The standalone network at a width, with copies of its weights."""
         width = self.width(width)
-        small = ViT(
-            self.config.at(width), image_size=self.image_size, channels=self.channels, classes=self.classes
-        ).train(self.training)
+        small = (
+            ViT(self.config.at(width), image_size=self.image_size, channels=self.channels, classes=self.classes)
+            .train(self.training)
+            .to(self.cls_token)
+        )
         outer = self._outer(width)
-        found = {
-            f"{name}.{key}": value
-            for name, module in self.named_modules()
-            if hasattr(module, "slices")
-            for key, value in module.slices(
-                width.layer(int(name.split(".")[1])) if name.startswith("blocks.") else outer
-            ).items()
-        }
+        found = self._slices(lambda path: width.layer(int(path.split(".")[1])) if path.startswith("blocks.") else outer)
         for name in ("cls_token", "dist_token", "pos_embed"):
             if (parameter := getattr(self, name)) is not None:
                 found[name] = outer.take(parameter, 2)
@@ -285,4 +271,4 @@ class ViT(Network):
                 q, k, v = found[name].chunk(3)
                 found[name] = torch.cat((q * (own / full) ** 0.5, k, v))
         small.load_state_dict(found)
-        return small.to(self.cls_token.device)
+        return small

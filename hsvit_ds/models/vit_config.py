@@ -7,6 +7,7 @@ from typing import Literal, Self
 
 from ..errors import counted
 from . import slimmable
+from .network import OneRank
 from .slimmable import FULL, Mix, Width
 
 
@@ -20,7 +21,7 @@ VARIANTS = {"DeiT-Ti": Variant(192, 3), "DeiT-S": Variant(384, 6), "DeiT-B": Var
 
 
 @dataclass(frozen=True, kw_only=True)
-class Architecture:
+class Architecture(OneRank):
     """The numbers that a ViT is made of, and what follows from them; a recipe's `model` is a `vit.Config`."""
 
     kind: Literal["vit"] = "vit"
@@ -103,16 +104,6 @@ class Architecture:
     def slices_heads(self) -> bool:
         """Whether a width has fewer heads of their full width, instead of narrower ones."""
         return self.widths.slice == "heads"
-
-    @property
-    def submodules(self) -> int:
-        """A ViT is not shared between submodule ranks."""
-        return 1
-
-    @property
-    def splits_images(self) -> bool:
-        """See HSViT."""
-        return False
 
     @property
     def hidden(self) -> tuple[int, ...]:

@@ -28,10 +28,12 @@ _MARKS = {
     "a ResNet": ("conv1.", "layer1.0.", "fc."),
     "a Swin Transformer": ("patch_embed.", "layers.0."),
     "a ConvNeXt": ("stem.", "stages.0."),
+    "a UniFormer": ("patch_embed1.", "blocks1.0."),
     "a MobileNet or EfficientNet": ("conv_stem.", "blocks.0."),
     "a transformer of Hugging Face's transformers": ("vit.",),
     "an optimizer's state": ("state", "param_groups"),
 }
+COUNT = ".num_batches_tracked"
 _POINTER = b"version https://git-lfs"
 _NUMBERS = (np._core.multiarray.scalar, np.dtype, *{type(np.dtype(kind)) for kind in "fdilq?"})  # type: ignore[attr-defined]
 """What NumPy's numbers, as a metric beside the weights, are unpickled by: values."""
@@ -47,10 +49,16 @@ class Start:
 
     kind: str
     weights: str = ""
-    """What training starts from: a file (.safetensors, .pth) of a timm or DeiT model, of `hsvit import` or of
-    `hsvit export`, the folder of an export, or of a run (its latest checkpoint); empty for random ones. What it lacks,
-    and a classifier of another number of classes, starts anew; what has no place here is left out; both are said. Not
-    read again on --resume."""
+    """What training starts from: a file (.safetensors, .pth) of a timm, DeiT or UniFormer model, of `hsvit import` or
+    of `hsvit export`, the folder of an export, or of a run (its latest checkpoint); empty for random ones. What it
+    lacks, and a classifier of another number of classes, starts anew; what has no place here is left out; both are
+    said. Not read again on --resume."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SizedStart(Start):
+    """Of a model with weights that depend on the images' size."""
+
     resize: bool = False
     """Resize the weights that depend on the images' size, which are refused otherwise: a ViT's position embeddings, an
     HSViT's projection of maps."""
@@ -122,7 +130,8 @@ def with_own_classifier(
 
 def unwrapped(state_dict: Mapping[str, Any]) -> dict[str, Tensor]:
     """The tensors of a training program's checkpoint, in fp32: wherever it nests them, without the names of wrappers
-    (DDP's "module.", torch.compile's "_orig_mod.", in any order).
+    (DDP's "module.", torch.compile's "_orig_mod.", in any order), and without the counts of batches that PyTorch's
+    BatchNorm keeps and nothing here uses.
 
     Raises:
         RefusedError: no tensors there, or several sets of them.
@@ -133,6 +142,7 @@ def unwrapped(state_dict: Mapping[str, Any]) -> dict[str, Tensor]:
             value.float() if value.is_floating_point() else value
         )
         for key, value in weights.items()
+        if not key.endswith(COUNT)
     }
 
 

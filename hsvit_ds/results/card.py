@@ -9,8 +9,10 @@ from .. import __version__
 from ..data.preprocessing import Preprocessing
 from ..errors import counted
 from ..models import Model
+from ..models.mobilenet import MobileNet
 from ..models.slimmable import Mix, Width
 from ..models.timm_models import Classifier
+from ..models.uniformer import UniFormer
 from ..models.vit import ViT
 from ..run.report import width_name
 
@@ -118,8 +120,8 @@ class Card:
 def _name(model: Model) -> str:
     if isinstance(model, Classifier):
         return model.config.name
-    if isinstance(model, ViT):
-        return "ViT"
+    if isinstance(model, ViT | MobileNet | UniFormer):
+        return type(model).__name__
     backbone = model.config.backbone.name
     return f"HSViT on {backbone}" if backbone else "HSViT"
 

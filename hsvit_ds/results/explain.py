@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import RefusedError
-from ..models import hsvit, vit
+from ..models import Model, hsvit, vit
+from ..models.slimmable import FULL
 from .budget import Chosen, cost_of
 from .predict import Answers, Predictor, open_predictor, predictor
 
@@ -120,11 +121,12 @@ def open_networks(path: Path, width: str, checkpoint: str, ema: bool, root: str)
     return {"the export": found}
 
 
-def _check(path: Path, model: nn.Module) -> None:
+def _check(path: Path, model: Model) -> None:
     if not isinstance(model, hsvit.HSViT | vit.ViT):
+        kind = model.config.kind
         raise RefusedError(
-            f'{path}: a model of kind "timm", whose layers are not known here; kinds "hsvit" and "vit" are explained, '
-            "and hsvit predict says what this one answers"
+            f'{path}: a model of kind "{kind}", whose layers are not known here; kinds "hsvit" and "vit" are explained,'
+            " and hsvit predict says what this one answers"
         )
 
 
@@ -243,6 +245,6 @@ def mixing(weights: Tensor) -> Tensor:
 def attention(layer: vit.Attention, x: Tensor) -> Tensor:
     """[B, heads, T, T], the attention weights of a layer of a `subnet`, which has no scale of its own, for its input
     [B, T, d]."""
-    q, k, _ = layer.qkv(x).unflatten(-1, (3, layer.heads, -1)).permute(2, 0, 3, 1, 4)
+    q, k, _ = layer.queries_keys_values(x, FULL)
     weights: Tensor = (q @ k.mT / q.shape[-1] ** 0.5).softmax(-1)
     return weights

@@ -16,7 +16,7 @@ from ..data.preprocessing import Preprocessing
 from ..engine.interop import MODEL, save_model
 from ..errors import RefusedError
 from ..models import Model
-from ..models.hsvit import HSViT
+from ..models.mobilenet import MobileNet, timm_name
 from ..models.slimmable import Width
 from ..models.timm_models import Classifier
 from ..models.vit import ViT
@@ -30,14 +30,13 @@ def export(model: Model, width: Width, out: Path, card: Card) -> list[Path]:
     (torch.export), model.onnx, classes.txt and README.md; the batch is free in both programs.
     """
     small = model.cpu().subnet(width).eval()
-    in_timm, seen, names = _timm_has(small), card.preprocessing, card.classes
+    seen, names = card.preprocessing, card.classes
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise RefusedError(f"--out {out}: {error.strerror}") from error
     save_model(small, out / MODEL, seen, names, str(width))
-    if in_timm:
-        assert not isinstance(small, HSViT)
+    if _timm_has(small):
         config = timm_config(small, seen) | ({"label_names": list(names)} if names else {})
         (out / "config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
     program = _program(small)
@@ -45,25 +44,30 @@ def export(model: Model, width: Width, out: Path, card: Card) -> list[Path]:
     _onnx(program, out / "model.onnx")
     if names:
         (out / "classes.txt").write_text("\n".join(names) + "\n", "utf-8")
-    (out / "README.md").write_text(card.text(small, width, in_timm), "utf-8")
+    (out / "README.md").write_text(card.text(small, width, _timm_has(small)), "utf-8")
     return sorted(out.iterdir())
 
 
-def _timm_has(model: Model) -> TypeGuard[ViT | Classifier]:
+def _timm_has(model: Model) -> TypeGuard[ViT | MobileNet | Classifier]:
     """Whether timm builds it by itself: not what this project registers there, such as transformers' CvT, nor a ViT
-    whose blocks have MLPs of several sizes."""
+    whose blocks have MLPs of several sizes, a MobileNetV2 of other channels than it has names for, or a UniFormer."""
     if isinstance(model, ViT):
         return not isinstance(model.config.mlp_ratio, tuple)
+    if isinstance(model, MobileNet):
+        return timm_name(model.config) != ""
     return isinstance(model, Classifier) and type(model.net).__module__.partition(".")[0] == "timm"
 
 
-def timm_config(model: ViT | Classifier, seen: Preprocessing) -> dict[str, Any]:
+def timm_config(model: ViT | MobileNet | Classifier, seen: Preprocessing) -> dict[str, Any]:
     """What `timm.create_model("local-dir:…")` reads beside model.safetensors."""
     arguments: dict[str, Any] = {"in_chans": model.channels}
     known: dict[str, Any]
     if isinstance(model, Classifier):
         net: Any = model.net
         architecture, features, known = model.config.name.partition(".")[0], net.num_features, net.pretrained_cfg
+    elif isinstance(model, MobileNet):
+        architecture, features = timm_name(model.config), model.config.features
+        known = {"first_conv": "conv_stem", "classifier": "classifier", "fixed_input_size": False}
     else:
         c = model.config
         architecture, features = f"deit_tiny{'_distilled' if c.distilled else ''}_patch16_224", c.embedding

@@ -1,6 +1,7 @@
 """Published accuracies by width on ImageNet-1k, to stand beside a run of the same model and method.
 
-Of arXiv 2412.04786 (Scala): its text and tables, its figures, and the README of the authors' repository.
+Of arXiv 2412.04786 (Scala): its text and tables, its figures, and the README of the authors' repository; and of the
+repository of US-Net (arXiv 1903.05134).
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from typing import Any
 
 DATA = "imagenet1k"
 PAPER, REPOSITORY = "arXiv 2412.04786", "github.com/BeSpontaneous/Scala-pytorch"
+US_NET = "github.com/JiahuiYu/slimmable_networks"
 _SCALA = {"task.kind": "scala", "task.sampling": "paper", "task.transfer": "progressive", "task.label_weight": 1.0}
 _SCALA |= {"model.widths.isolated": True, "model.widths.smallest": 0.25}
 _OWN = {"model.widths.slice": "channels", "model.widths.then": []}
@@ -18,6 +20,8 @@ _OWN |= {"task.pinned": [], "task.transfer_token": "distillation"}
 """What no published curve has another of; a recipe that does not know the key does as this says."""
 _S = {"model.variant": "DeiT-S", "run.epochs": 100}
 _B = {"model.variant": "DeiT-B"}
+_SPLUS = {"model.variant": "UniFormer-S+", "run.epochs": 100}
+_XS = {"model.variant": "UniFormer-XS", "run.epochs": 150}
 _DEIT = {"task.teacher.name": "timm/deit_base_patch16_224"}
 _REGNET = {"task.teacher.name": "timm/regnety_160"}
 _USNET = {"task.kind": "scala", "task.sampling": "sandwich", "task.transfer": "full", "task.teacher.name": ""}
@@ -127,6 +131,45 @@ CURVES = (
         REPOSITORY,
         _B | _SCALA | _DEIT | {"model.widths.granularity": 0.125, "run.epochs": 400},
         _of(76.0, 80.1, 81.7, 82.4),
+    ),
+    Published(
+        "Scala, UniFormer-S+, 13 networks",
+        f"{PAPER}, table 2 and figure",
+        _SPLUS | _SCALA | {"model.widths.granularity": 0.0625},
+        _of(66.8, 75.5, 80.0, 82.0)
+        | {"0.3125": 66.8, "0.375": 70.7, "0.4375": 73.5, "0.5625": 77.0, "0.625": 78.1}
+        | {"0.6875": 79.3, "0.8125": 80.5, "0.875": 80.8, "0.9375": 81.2},
+        frozenset(
+            {"0.25", "0.3125", "0.375", "0.625", "0.6875", "0.75", "0.8125", "0.875", "0.9375", "1.00"},
+        ),
+    ),
+    Published(
+        "separate training, UniFormer-S+",
+        f"{PAPER}, figure",
+        _SPLUS | _SEPARATE,
+        _of(60.7, 74.0, 78.7, 81.1),
+        frozenset(_of(0, 0, 0, 0)),
+    ),
+    Published(
+        "Scala, UniFormer-XS, 7 networks",
+        f"{PAPER}, figure",
+        _XS | _SCALA | {"model.widths.granularity": 0.125},
+        _of(60.5, 72.3, 77.4, 80.2) | {"0.375": 67.2, "0.625": 75.2, "0.875": 78.5},
+        frozenset({"0.25", "0.375", "0.50", "0.625", "0.75", "0.875", "1.00"}),
+    ),
+    Published(
+        "separate training, UniFormer-XS",
+        f"{PAPER}, figure",
+        _XS | _SEPARATE,
+        _of(53.7, 70.9, 76.9, 80.0),
+        frozenset(_of(0, 0, 0, 0)),
+    ),
+    Published(
+        "US-Net, MobileNetV2, 250 epochs",
+        US_NET,
+        {"model.variant": "MobileNetV2", "run.epochs": 250} | _USNET,
+        {"0.35": 62.3, "0.375": 63.3, "0.40": 63.4, "0.425": 64.2, "0.45": 64.2, "0.475": 64.9, "0.50": 65.1}
+        | {"0.525": 65.4, "0.55": 65.6, "0.575": 67.6, "0.60": 67.6, "0.625": 68.3, "0.75": 69.6, "1.00": 71.5},
     ),
 )
 

@@ -105,7 +105,7 @@ def activations(recipe: Recipe, plan: Plan) -> int:
     part of them."""
     with rehearsal(recipe, plan) as (model, images, draw), _Alive() as alive:
         output = model(images, draw=draw)
-        logits = output if isinstance(output, Tensor) else torch.stack(output).sum(0)  # of a distilled model
+        logits = output if isinstance(output, Tensor) else torch.stack(output).sum(0)  # of several heads
         F.cross_entropy(logits.float(), torch.zeros(len(images), dtype=torch.int64))
     return alive.most
 

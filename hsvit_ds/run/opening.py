@@ -41,6 +41,8 @@ def lines(
     )
     if len(epochs := widths.expected_epochs(recipe, plan)) > 1:
         yield f"expected epochs of each width: {widths.words(epochs)}"
+    if same := widths.alike(recipe):
+        yield f"widths that rounding gives the same channels: {same}"
     yield from weights
     if reader.working:
         yield reader.working

@@ -23,6 +23,7 @@ TRAINED: dict[str, Collection[str] | None] = {
 """The tables that say what is trained, whole; of those that also say where and how, the keys that do. The others say
 where and how alone."""
 _MODELS = {"hsvit": "HSViT", "vit": "ViT", "timm": "timm model"}
+_MODELS |= {"mobilenet": "MobileNet", "uniformer": "UniFormer"}
 
 
 def read(path: Path, overrides: list[str]) -> dict[str, Any]:

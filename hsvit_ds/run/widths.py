@@ -28,6 +28,15 @@ def expected_epochs(recipe: Recipe, plan: Plan) -> dict[Width, float]:
     return _sampler(recipe, plan).expected_epochs(plan.steps)
 
 
+def alike(recipe: Recipe) -> str:
+    """Widths of a resolved recipe's model that rounding gives the same channels, as "0.25 and 0.28125, 0.50 and
+    0.5625"; "" where there are none."""
+    same: dict[models.Config, list[Width]] = {}
+    for width in recipe.model.widths.all:
+        same.setdefault(recipe.model.at(width), []).append(width)
+    return ", ".join(" and ".join(map(str, widths)) for widths in same.values() if len(widths) > 1)
+
+
 def _sampler(recipe: Recipe, plan: Plan) -> scala.Sampler:
     assert isinstance(recipe.task, scala.Config)
     return scala.Sampler(recipe.task, recipe.model.widths, recipe.run.seed, plan.steps_per_epoch)

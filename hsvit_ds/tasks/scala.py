@@ -25,6 +25,7 @@ from ..data.batch import Batch
 from ..data.sets import Facts
 from ..engine.engine import Engine
 from ..models import slimmable
+from ..models.network import Distilled, Twin
 from ..models.slimmable import Width
 from . import teacher
 from .teacher import Teacher
@@ -224,13 +225,20 @@ class Scala:
     def losses(self, engine: Engine, batch: Batch) -> Iterator[Tensor]:
         images, soft = augment.prepare(batch, self.augmentation, self.facts)
         answers = self.teach(batch, images) if self.teach is not None else None
-        larger: Tensor | None = None
+        larger: list[Tensor] | None = None
         for pass_, width in enumerate(self.sampler.draw(batch.step, int(batch.index[0]))):
-            z, u = _both(engine(images, draw=batch.draw(pass_, images.device), width=width))
-            passed = u if self.config.transfer_token == "distillation" else z
-            yield self._first(z, u, soft, answers) if larger is None else self._smaller(z, passed, soft, larger)
+            heads = self._heads(engine(images, draw=batch.draw(pass_, images.device), width=width))
+            if larger is None:
+                losses = [self._first(z, u, soft, answers) for z, u in heads]
+            else:
+                losses = [self._smaller(z, u, soft, theirs) for (z, u), theirs in zip(heads, larger, strict=True)]
+            yield torch.stack(losses).mean()
             if larger is None or self.config.transfer == "progressive":
-                larger = passed.detach()
+                larger = [self._passed(z, u).detach() for z, u in heads]
+
+    def _passed(self, z: Tensor, u: Tensor) -> Tensor:
+        """The logits that pass on what a width knows."""
+        return u if self.config.transfer_token == "distillation" else z
 
     def _first(self, z: Tensor, u: Tensor, soft: Tensor, answers: Tensor | None) -> Tensor:
         """Labels, and the teacher's answers to the same images, for the largest width of the step."""
@@ -240,18 +248,20 @@ class Scala:
         alpha = self.config.teacher.alpha
         return (1 - alpha) * loss + alpha * teacher.loss(self.config.teacher, u, answers)
 
-    def _smaller(self, z: Tensor, passed: Tensor, soft: Tensor, larger: Tensor) -> Tensor:
+    def _smaller(self, z: Tensor, u: Tensor, soft: Tensor, larger: Tensor) -> Tensor:
         """Labels, and the larger network's logits of the token that passes on. A term with weight 0 is not computed."""
         terms = []
         if self.config.label_weight:
             terms.append(self.config.label_weight * F.cross_entropy(z, soft))
         if self.config.transfer != "none":
-            mine, theirs = passed.log_softmax(-1), larger.log_softmax(-1)
+            mine, theirs = self._passed(z, u).log_softmax(-1), larger.log_softmax(-1)
             terms.append(F.kl_div(mine, theirs, reduction="batchmean", log_target=True))
         return torch.stack(terms).sum()
 
-
-def _both(output: Tensor | tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """Class and distillation logits in fp32: one and the same without a distillation token."""
-    z, u = (output, output) if isinstance(output, Tensor) else output
-    return z.float(), u.float()
+    @staticmethod
+    def _heads(output: Tensor | Distilled | Twin) -> list[tuple[Tensor, Tensor]]:
+        """Class and distillation logits in fp32, one and the same without a distillation token; of each of two heads
+        that learn the same."""
+        if isinstance(output, Distilled):
+            return [(output.classes.float(), output.distillation.float())]
+        return [(z.float(), z.float()) for z in (output if isinstance(output, Twin) else (output,))]

@@ -1,4 +1,4 @@
-"""Supervised classification: one pass, cross-entropy with soft targets."""
+"""Supervised classification: one pass, cross-entropy with soft targets, the mean of both where two heads learn."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -13,6 +14,7 @@ from ..data import augment
 from ..data.batch import Batch
 from ..data.sets import Facts
 from ..engine.engine import Engine
+from ..models.network import Twin
 from ..models.slimmable import FULL, Width
 from .features import Features
 
@@ -34,8 +36,9 @@ class Supervised:
     def losses(self, engine: Engine, batch: Batch) -> Iterator[Tensor]:
         images, soft = augment.prepare(batch, self.augmentation, self.facts)
         known = {} if self.features is None else {"maps": self.features(batch, images)}
-        logits = engine(images, draw=batch.draw(0, images.device), **known)
-        yield F.cross_entropy(logits.float(), soft)
+        output = engine(images, draw=batch.draw(0, images.device), **known)
+        heads = output if isinstance(output, Twin) else (output,)
+        yield torch.stack([F.cross_entropy(logits.float(), soft) for logits in heads]).mean()
 
     def lr_factor(self, step: int) -> float:
         return 1.0

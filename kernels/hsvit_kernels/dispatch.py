@@ -113,7 +113,9 @@ def _tell(operation: str, decision: str) -> None:
 
 def low_dtype(x: Tensor) -> torch.dtype:
     """What products with `x` are computed in: autocast's dtype where that is on, its own otherwise."""
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+    if x.is_meta or x.dtype == torch.float64:  # meta tensors, which a counter of FLOPs gives, know no autocast
+        return x.dtype
+    if torch.is_autocast_enabled(x.device.type):
         return torch.get_autocast_dtype(x.device.type)
     return x.dtype
 

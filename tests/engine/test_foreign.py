@@ -14,7 +14,8 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 from hsvit_ds.cli import app
-from hsvit_ds.engine.interop import import_deit, import_scala, import_weights, load_model
+from hsvit_ds.engine.foreign import import_deit, import_scala, import_weights
+from hsvit_ds.engine.interop import load_model
 from hsvit_ds.errors import RefusedError
 from hsvit_ds.models.weights import read_foreign
 

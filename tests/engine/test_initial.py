@@ -18,7 +18,7 @@ from hsvit_ds.cli import app
 from hsvit_ds.engine.initial import Found, read, start
 from hsvit_ds.engine.interop import MODEL, save_model
 from hsvit_ds.errors import RefusedError
-from hsvit_ds.models import hsvit, slimmable, timm_models, vit
+from hsvit_ds.models import hsvit, mobilenet, slimmable, timm_models, uniformer, vit
 from hsvit_ds.registry import create_model
 from hsvit_ds.run import recipe as recipes
 
@@ -30,6 +30,11 @@ SMALL = {"img_size": 32, "patch_size": 8, "depth": 2, "embed_dim": 64, "num_head
 PLAIN, DISTILLED = "deit_tiny_patch16_224", "deit_tiny_distilled_patch16_224"
 VIT = vit.Config(embedding=64, heads=1, depth=2, patch_size=8)
 HSVIT = hsvit.Config(kernels=(8, 16), pool_strides=(2, 2), depth=1, groups=4, heads=2, embedding=16, submodules=2)
+MOBILENET = mobilenet.Config(channels=(8, 16, 24), depths=(1, 2), strides=(2, 2, 2), features=32)
+UNIFORMER = uniformer.Config(
+    channels=(16, 16, 32, 32), depths=(1, 1, 1, 1), heads=(2, 4), strides=(4, 2, 1, 2), pruned=True
+)
+KINDS: dict[str, Any] = {"vit": VIT, "hsvit": HSVIT, "mobilenet": MOBILENET, "uniformer": UNIFORMER}
 
 
 def deit(name: str = PLAIN, **options: Any) -> Any:
@@ -61,10 +66,10 @@ def test_a_slimmable_vit_starts_as_the_deit_in_a_file(name: str, suffix: str, tm
     assert said == f"weights: {count} of {count} tensors from {file}"
 
 
-@pytest.mark.parametrize("kind", ["vit", "hsvit"])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("place", ["folder", "file"])
 def test_an_export_starts_a_run_of_another_family_of_widths(kind: str, place: str, tmp_path: Path) -> None:
-    config: Any = VIT if kind == "vit" else HSVIT
+    config = KINDS[kind]
     theirs = config.build(**SIZES, seed=1)
     save_model(theirs, tmp_path / MODEL)
     config = replace(config, widths=slimmable.Config(smallest=0.5, granularity=0.5))
@@ -97,16 +102,17 @@ def test_a_distilled_deit_starts_a_plain_one(tmp_path: Path) -> None:
     assert torch.equal(model.pos_embed, theirs.pos_embed[:, [0, *range(2, 18)]])
 
 
-@pytest.mark.parametrize("kind", ["vit", "hsvit"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_classifier_of_another_number_of_classes_starts_anew(kind: str, tmp_path: Path) -> None:
-    config: Any = VIT if kind == "vit" else HSVIT
+    config = KINDS[kind]
     save_model(config.build(**{**SIZES, "classes": 1000}, seed=1), tmp_path / MODEL)
     model, (said,) = started(config, str(tmp_path))
     own = config.build(**SIZES, seed=3).state_dict()
-    layer = "head" if kind == "vit" else "head.linear"
-    assert said.endswith(f"; new for 10 classes, there 1,000: 2 tensors ({layer}.weight, {layer}.bias)")
+    layer = {"hsvit": "head.linear", "mobilenet": "classifier"}.get(kind, "head")
+    said_of = f"2 tensors ({layer}.weight, {layer}.bias)" if kind != "uniformer" else "4 tensors (head.weight, "
+    assert f"; new for 10 classes, there 1,000: {said_of}" in said
     assert torch.equal(model.state_dict()[f"{layer}.weight"], own[f"{layer}.weight"])
-    first = "blocks.0.mlp.fc1.weight" if kind == "vit" else "submodules.qkv_weight"
+    first = next(name for name, parameter in config.build(**SIZES).named_parameters() if float(parameter.std()) > 0)
     assert not torch.equal(model.state_dict()[first], own[first])
 
 
@@ -170,7 +176,7 @@ def test_what_no_shape_tells_is_said_or_refused(tmp_path: Path) -> None:
     save_model(replace(VIT, qkv="fused", norm_eps=1e-5).build(**SIZES), tmp_path / MODEL)
     _, said = started(VIT, str(tmp_path))
     assert said[1] == 'weights: their model has qkv = "fused" (here "per_role"), norm_eps = 1e-05 (here 1e-06)'
-    message = r"of a model with 1 head, .* set model.heads = 1 \(here 2\)"
+    message = r"of a model with heads = 1, .* set model.heads = 1 \(here 2\)"
     with pytest.raises(RefusedError, match=message):
         started(replace(VIT, heads=2), str(tmp_path))
 
@@ -290,3 +296,28 @@ def test_keys_that_make_no_tensor_another_one_are_not_said() -> None:
     assert start(model, Found("there", model.state_dict(), {"kind": "vit", "gone": 3, "drop_path": 0.5})) == [
         "weights: 32 of 32 tensors from there"
     ]
+
+
+def test_a_uniformer_of_other_heads_starts_no_other_and_other_shapes_are_listed(tmp_path: Path) -> None:
+    save_model(UNIFORMER.build(**SIZES), tmp_path / MODEL)
+    message = r"of a model with heads = \[2, 4\], .* set model.heads = \[2, 4\] \(here \[4, 4\]\)"
+    with pytest.raises(RefusedError, match=message):
+        started(replace(UNIFORMER, heads=(4, 4)), str(tmp_path))
+    with pytest.raises(
+        RefusedError, match=r"their model has channels = \[16, 16, 32, 32\] \(here \[16, 16, 64, 32\]\)"
+    ):
+        started(replace(UNIFORMER, channels=(16, 16, 64, 32)), str(tmp_path))
+    with pytest.raises(RefusedError, match=r'kind = "mobilenet", depths = \[1, 2\]\) are there; .* kind "uniformer"'):
+        started(MOBILENET, str(tmp_path))
+
+
+def test_timms_mobilenetv2_starts_a_slimmable_one(tmp_path: Path) -> None:
+    theirs = timm.create_model("mobilenetv2_100", num_classes=10).eval()
+    torch.save(theirs.state_dict(), tmp_path / "timm.pth")
+    config = mobilenet.Config(variant="MobileNetV2", widths=slimmable.Config(smallest=0.25, granularity=0.25))
+    model, (said,) = started(config, str(tmp_path / "timm.pth"), image_size=64)
+    count = len(model.state_dict())
+    assert said == f"weights: {count} of {count} tensors from {tmp_path / 'timm.pth'}"
+    images = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(model(images), theirs(images), rtol=1e-4, atol=1e-5)

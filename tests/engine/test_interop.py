@@ -10,14 +10,18 @@ import torch
 from typer.testing import CliRunner
 
 from hsvit_ds.cli import app
-from hsvit_ds.engine.interop import import_deit, import_hsvit, import_scala, load_model
+from hsvit_ds.engine.foreign import import_deit, import_hsvit, import_mobilenet, import_scala, import_uniformer
+from hsvit_ds.engine.interop import load_model
 from hsvit_ds.errors import RefusedError
+from hsvit_ds.models import mobilenet, uniformer, uniformer_config
 from hsvit_ds.models.slimmable import Config as Widths
 from tools.benchmarks.published import published
 from tools.benchmarks.published_scala import Network
 
+from ..models import test_families as families
 from ..models.test_hsvit import randomised
 from ..models.test_hydravit import hydravit, small
+from ..models.uniformer_plain import UniFormer as PlainUniFormer
 
 
 def weights(lightning: bool = False) -> tuple[Any, dict[str, Any]]:
@@ -142,3 +146,69 @@ def test_a_file_that_would_run_code_is_not_unpickled(tmp_path: Path, capfd: pyte
     assert result.exit_code == 2
     assert "executed" not in capfd.readouterr().out + result.output
     assert "is not unpickled" in result.output
+
+
+@pytest.mark.parametrize("share", ["050", "100", "140"])
+def test_the_command_imports_timms_mobilenetv2(share: str, tmp_path: Path) -> None:
+    import timm
+
+    theirs = families.randomised(timm.create_model(f"mobilenetv2_{share}", num_classes=7)).eval()
+    torch.save(theirs.state_dict(), tmp_path / "timm.pth")
+    arguments = ["import", str(tmp_path / "timm.pth"), "-o", str(tmp_path / "ours.safetensors")]
+    result = CliRunner().invoke(app, [*arguments, "--image-size", "64"])
+    assert result.exit_code == 0, result.output
+    ours, x = load_model(tmp_path / "ours.safetensors").double(), torch.randn(4, 3, 64, 64, dtype=torch.float64)
+    torch.testing.assert_close(ours(x), theirs.double()(x), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("variant", uniformer_config.VARIANTS)
+def test_the_command_imports_a_published_uniformer(variant: str, tmp_path: Path) -> None:
+    """With the names of its code, by which the variant is told."""
+    config = uniformer.Config(variant=variant).resolved(64 if "XS" not in variant else 128)
+    theirs = families.randomised(PlainUniFormer(config, 3, classes=7)).eval()
+    torch.save({"model": theirs.state_dict()}, tmp_path / "published.pth")
+    side = 128 if "XS" in variant else 64
+    arguments = ["import", str(tmp_path / "published.pth"), "-o", str(tmp_path / "ours.safetensors")]
+    result = CliRunner().invoke(app, [*arguments, "--image-size", str(side)])
+    assert result.exit_code == 0, result.output
+    ours, x = load_model(tmp_path / "ours.safetensors").double(), torch.randn(2, 3, side, side, dtype=torch.float64)
+    assert ours.config.heads == config.heads  # type: ignore[union-attr]
+    torch.testing.assert_close(ours(x), theirs.double()(x), rtol=1e-9, atol=1e-9)
+
+
+def light() -> dict[str, Any]:
+    config = families.KINDS["light"].resolved(32)
+    return dict(PlainUniFormer(config, 3, classes=7).state_dict())
+
+
+def test_a_uniformer_whose_heads_no_shape_tells_needs_them() -> None:
+    with pytest.raises(RefusedError, match=r"of channels \[16, 24, 32, 48\] .* is no published variant.*--heads"):
+        import_uniformer(light(), image_size=64)
+    config = import_uniformer(light(), image_size=64, heads=2).config
+    assert (config.heads, config.strides) == ((2, 3), (4, 2, 2, 1))
+
+
+@pytest.mark.parametrize(
+    ("read", "state", "message"),
+    [
+        (import_uniformer, lambda: {k: v for k, v in light().items() if k != "head.weight"}, "lack head.weight"),
+        (import_uniformer, lambda: light() | {"surplus": torch.ones(1)}, "surplus is left over"),
+        (
+            import_uniformer,
+            lambda: light() | {"blocks4.0.conv9.weight": torch.ones(1)},
+            "blocks4.0.conv9.weight is left",
+        ),
+        (import_uniformer, lambda: light() | {"norm.bias": torch.ones(3)}, r"norm.bias has shape \(3,\), not \(48,\)"),
+        (import_mobilenet, lambda: mobile("blocks.2.1.bn1.bias"), "blocks.2.1.bn1.bias is missing"),
+        (import_mobilenet, lambda: mobile("conv_head.weight"), "the weights lack conv_head.weight"),
+        (import_mobilenet, lambda: mobile() | {"bn2.bias": torch.ones(2)}, r"bn2.bias has shape \(2,\), not \(1280,\)"),
+    ],
+)
+def test_weights_of_a_family_that_do_not_fit_are_listed(read: Any, state: Any, message: str) -> None:
+    with pytest.raises(RefusedError, match=message):
+        read(state(), image_size=64, **({"heads": 2} if read is import_uniformer else {}))
+
+
+def mobile(without: str = "") -> dict[str, Any]:
+    state = mobilenet.Config(variant="MobileNetV2").build(image_size=64, channels=3, classes=7).state_dict()
+    return {key: tensor for key, tensor in state.items() if key != without}

@@ -12,10 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
+from hsvit_ds.engine.interop import save_model
 from hsvit_ds.engine.optimizer import Config as OptimizerConfig
 from hsvit_ds.engine.optimizer import parameter_groups
 from hsvit_ds.errors import RefusedError
 from hsvit_ds.models import backbone as backbones
+from hsvit_ds.models import mobilenet, uniformer
 from hsvit_ds.models.batchnorm import BatchNorm, Statistics, move_running_statistics, set_statistics
 from hsvit_ds.models.hsvit import Config, HSViT
 from hsvit_kernels.random import Draw
@@ -253,7 +255,9 @@ def test_layer_decay_counts_the_layers_after(trained: int) -> None:
 
 def test_layer_decay_without_layers_of_timm_is_refused() -> None:
     plain = Config(variant="C2A2").build(image_size=32, channels=3, classes=5)
-    with pytest.raises(ValueError, match=r'layer_decay needs a model of timm: model.backbone.name, or model.kind = "t'):
+    with pytest.raises(
+        ValueError, match=r'layer_decay needs a model of timm or a UniFormer: model.backbone.name, or model.kind = "t'
+    ):
         parameter_groups(plain, OptimizerConfig(layer_decay=0.5))
 
 
@@ -352,3 +356,75 @@ def test_an_impossible_hybrid_is_refused(change: dict[str, Any], message: str) -
         change = {"widths": replace(TINY.widths, **change["widths"])}
     with pytest.raises(ValueError, match=message):
         replace(TINY, **change).resolved(64)
+
+
+UNIFORMER = of(TINY, name="uniformer_xs", drop_path=0.3)
+
+
+@pytest.mark.parametrize(("name", "stages"), [("uniformer_small", 4), ("uniformer_small_plus", 4), ("uniformer_xs", 4)])
+def test_a_uniformer_is_a_backbone_by_its_published_name(name: str, stages: int) -> None:
+    shape = backbones.shape(backbones.Config(name=name), 224, 3)
+    assert (shape.channels, shape.height, shape.width, shape.stages) == (512, 7, 7, stages)
+    model = on_meta(of(PAPER, name=name, trained_stages=1), 224)
+    trained = {name.split(".")[2] for name, p in model.named_parameters() if p.requires_grad and "backbone" in name}
+    assert trained >= {"patch_embed4", "blocks4", "norm"}
+    assert not any(name.endswith(("1", "2", "3")) for name in trained)
+
+
+def test_a_uniformers_map_goes_through_the_groups_with_the_passs_own_drop_path() -> None:
+    model, x = tiny(UNIFORMER), images(64)
+    maps = model.backbone.net.eval().forward_features(x)
+    torch.testing.assert_close(model.eval()(x), by_hand(model, maps))
+    set_statistics(model, Statistics())
+    model.train()
+    first, again, other = (model(x, draw=draw(step)) for step in (0, 0, 1))
+    assert torch.equal(first, again)
+    assert not torch.allclose(first, other)
+    first.sum().backward()
+    assert all(p.grad is not None for name, p in model.named_parameters() if "cls_upsample" not in name)
+
+
+def test_recomputing_a_uniformers_activations_changes_nothing() -> None:
+    found = []
+    for recomputes in (False, True):
+        model, x = tiny(UNIFORMER), images(64)
+        set_statistics(model.train(), Statistics())
+        model.backbone.net.set_grad_checkpointing(recomputes)
+        model(x, draw=draw()).square().sum().backward()
+        move_running_statistics(model, torch.tensor(True), None)
+        found.append([*(p.grad for p in model.parameters()), *model.buffers()])
+    for kept, recomputed in zip(*found, strict=True):
+        assert (kept is None and recomputed is None) or torch.equal(kept, recomputed)
+
+
+def test_layers_of_a_uniformer_have_rates_of_their_own() -> None:
+    groups = parameter_groups(tiny(UNIFORMER), OptimizerConfig(layer_decay=0.5))
+    rates = {name: group["lr_scale"] for group in groups for name in group["names"]}
+    assert rates["head.linear.weight"] == 1
+    assert rates["backbone.net.blocks4.2.mlp.fc1.weight"] == 0.5
+    assert rates["backbone.net.blocks4.1.mlp.fc1.weight"] == 0.25
+    assert rates["backbone.net.norm.weight"] == 0.5
+    assert rates["backbone.net.patch_embed1.proj.0.weight"] == min(rates.values())
+
+
+def test_a_uniformers_published_weights_start_a_backbone_and_others_are_refused(tmp_path: Path) -> None:
+    whole = uniformer.Config(variant="UniFormer-XS").build(image_size=64, channels=3, classes=7, seed=5)
+    torch.save({"model": whole.state_dict()}, tmp_path / "xs.pth")
+    model = tiny(of(UNIFORMER, weights=str(tmp_path / "xs.pth")))
+    for name, tensor in model.backbone.net.state_dict().items():
+        torch.testing.assert_close(tensor.float(), whole.state_dict()[name])
+    with pytest.raises(RefusedError, match=r"model.backbone.weights = .* does not fit uniformer_small: .* is missing"):
+        tiny(of(UNIFORMER, name="uniformer_small", weights=str(tmp_path / "xs.pth")))
+    with pytest.raises(ValueError, match=r'model.backbone.weights = "in1k": those of uniformer_xs are a file \(.safe'):
+        tiny(of(UNIFORMER, weights="in1k"))
+    with pytest.raises(ValueError, match=r"model.backbone.output_stride = 16: uniformer_xs has 32 alone"):
+        tiny(of(UNIFORMER, output_stride=16))
+
+
+def test_an_exported_mobilenet_is_timms_backbone(tmp_path: Path) -> None:
+    """A slimmable one at the widths that timm has a name for."""
+    whole = mobilenet.Config(variant="MobileNetV2").build(image_size=64, channels=3, classes=7)
+    save_model(whole, tmp_path / "model.safetensors")
+    model = tiny(of(TINY, name="mobilenetv2_100", weights=str(tmp_path / "model.safetensors"), trained_stages=0)).eval()
+    x = images(64)
+    torch.testing.assert_close(model.backbone(x), whole.double().eval().forward_features(x))

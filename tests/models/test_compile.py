@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hsvit_ds.models import hsvit, slimmable, vit
+from hsvit_ds.models import hsvit, mobilenet, slimmable, uniformer, vit
 from hsvit_ds.models.batchnorm import Statistics, move_running_statistics, set_statistics
 from hsvit_ds.models.slimmable import FULL, Width
 from hsvit_kernels import dispatch, force
@@ -54,6 +54,26 @@ def small_vit() -> nn.Module:
     return config.build(image_size=16, channels=3, classes=10)
 
 
+def small_mobilenet() -> nn.Module:
+    config = mobilenet.Config(
+        channels=(16, 16, 32),
+        depths=(1, 2),
+        strides=(2, 1, 2),
+        features=32,
+        drop_path=0.2,
+        widths=slimmable.Config(**SLIM),
+    )
+    return config.build(image_size=16, channels=3, classes=10)
+
+
+def small_uniformer() -> nn.Module:
+    config = uniformer.Config(
+        channels=(16, 16, 32, 32), depths=(1, 1, 2, 1), heads=(2, 2), strides=(2, 1, 2, 1), drop_path=0.2, pruned=True,
+        widths=slimmable.Config(**SLIM),
+    )  # fmt: skip
+    return config.build(image_size=16, channels=3, classes=10)
+
+
 def step(model: nn.Module, low: torch.dtype, width: Width) -> Callable[[int], Tensor]:
     images = torch.randn(4, 3, 16, 16)
 
@@ -68,7 +88,7 @@ def step(model: nn.Module, low: torch.dtype, width: Width) -> Callable[[int], Te
 @pytest.mark.parametrize(
     ("kernels", "low"), [*(("auto", low) for low in PRECISIONS), ("triton", torch.bfloat16)], ids=str
 )
-@pytest.mark.parametrize("build", [small_hsvit, rounding_hsvit, small_vit])
+@pytest.mark.parametrize("build", [small_hsvit, rounding_hsvit, small_vit, small_mobilenet, small_uniformer])
 def test_a_model_is_one_graph_that_is_compiled_once(
     build: Callable[[], nn.Module], kernels: str, low: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:

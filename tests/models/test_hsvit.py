@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from hsvit_ds.engine.interop import import_hsvit
+from hsvit_ds.engine.foreign import import_hsvit
 from hsvit_ds.models import backbone as backbones
 from hsvit_ds.models.hsvit import VARIANTS, Config, HSViT
 from hsvit_ds.models.slimmable import FULL

@@ -19,7 +19,7 @@ import hsvit_kernels
 from hsvit_ds.engine import engine
 from hsvit_ds.grid.grid import Config as GridConfig
 from hsvit_ds.grid.grid import Grid
-from hsvit_ds.models import Model, backbone, hsvit, slimmable, timm_models, vit
+from hsvit_ds.models import Model, backbone, hsvit, mobilenet, slimmable, timm_models, uniformer, vit
 from hsvit_ds.models.batchnorm import BatchNorm, recalibrate
 
 SLIM = slimmable.Config(smallest=0.5, granularity=0.25)
@@ -29,6 +29,18 @@ HSVIT = hsvit.Config(
 VIT = vit.Config(embedding=32, heads=2, depth=2, patch_size=8, drop_path=0.3, widths=SLIM)
 CNN = backbone.Config(name="test_resnet", trained_stages=-1, drop_path=0.3)
 HYBRID = replace(HSVIT, kernels=(), pool_strides=(), widths=slimmable.Config(), backbone=CNN)
+MOBILENET = mobilenet.Config(
+    channels=(16, 16, 24, 32),
+    depths=(1, 2, 2),
+    strides=(2, 1, 2, 2),
+    expansion=4,
+    features=64,
+    drop_path=0.3,
+    widths=SLIM,
+)
+UNIFORMER = uniformer.Config(
+    channels=(16, 24, 32, 48), depths=(1, 1, 2, 1), heads=(2, 3), strides=(2, 2, 2, 1), drop_path=0.3, widths=SLIM
+)
 KINDS: dict[str, Any] = {
     "hsvit": HSVIT,
     "depthwise": replace(HSVIT, depthwise=True, submodules=2, groups=8),
@@ -37,6 +49,10 @@ KINDS: dict[str, Any] = {
     "hybrid": HYBRID,
     "vit": VIT,
     "distilled vit": replace(VIT, distilled=True),
+    "mobilenet": MOBILENET,
+    "uniformer": UNIFORMER,
+    "uniformer of patches": replace(UNIFORMER, stem="patches", downsampling="patches"),
+    "light uniformer": replace(UNIFORMER, pruned=True),
     "timm": timm_models.Config(name="test_vit", drop_path=0.3),
 }
 SLICED = [name for name, config in KINDS.items() if len(config.widths.all) > 1]
@@ -176,7 +192,8 @@ def test_a_model_may_be_in_bf16(name: str) -> None:
     model, x = built(name).bfloat16(), images().bfloat16()
     loss = model.train()(x).float().square().sum()
     loss.backward()
-    assert all(p.grad is not None and p.grad.dtype == torch.bfloat16 for p in model.parameters())
+    learning = {n: p for n, p in model.named_parameters() if not n.startswith(("norm_cls", "head_cls"))}  # see below
+    assert all(p.grad is not None and p.grad.dtype == torch.bfloat16 for p in learning.values())
     exact = built(name).eval()(images())
     assert (
         float((built(name).bfloat16().eval()(x).float() - exact).abs().max()) < 0.05 * float(exact.abs().max()) + 0.05
@@ -198,7 +215,7 @@ def test_timms_names(name: str) -> None:
     torch.testing.assert_close(model.forward_features(x), features)
     changed = {key for key, tensor in model.state_dict().items() if not torch.equal(tensor, before[key])}
     assert changed
-    assert all("head" in key or "fc" in key for key in changed)
+    assert all(any(layer in key for layer in ("head", "fc", "classifier")) for key in changed)
     model.train()(x).square().sum().backward()
 
 
@@ -209,6 +226,12 @@ def test_features_are_those_that_the_head_takes() -> None:
     assert model.forward_features(x).shape == (2, 1 + 16, 32)
     hs = built("hsvit").eval()
     assert hs.forward_features(x).shape == (2, 4, 16)
+    mobile = built("mobilenet").eval()
+    assert mobile.forward_features(x).shape == (2, 64, 4, 4)
+    torch.testing.assert_close(mobile.classifier(mobile.forward_features(x).mean((2, 3))), mobile(x))
+    uni = built("light uniformer").eval()
+    assert uni.forward_features(x).shape == (2, 48, 4, 4)
+    torch.testing.assert_close(uni.head(uni.forward_features(x).mean((2, 3))), uni(x))
     torch.testing.assert_close(hs.head(hs.forward_features(x).mean(1)), hs(x))
 
 
@@ -221,6 +244,15 @@ def test_a_distilled_model_answers_with_both_only_when_asked() -> None:
     assert isinstance(model.eval()(x), Tensor)
     model.train().set_distilled_training(False)
     assert isinstance(model(x), Tensor)
+
+
+def test_a_light_uniformer_answers_with_both_heads_only_when_asked() -> None:
+    model, x = built("light uniformer").train(), images(2)
+    assert isinstance(model(x), Tensor)
+    model.all_heads = True
+    z, u = model(x)
+    assert z.shape == u.shape == (2, 5)
+    assert isinstance(model.eval()(x), Tensor)
 
 
 @pytest.mark.parametrize("name", KINDS)

@@ -219,7 +219,7 @@ def test_matformer_slices_the_mlp_only() -> None:
 def test_drop_path_skips_branches_by_image_more_often_with_depth() -> None:
     model = small(drop_path=0.4, depth=3).train()
     draw = Draw.of(5, image=torch.arange(4000))
-    kept = model._drop_path(torch.empty(4000), draw)[..., 0, 0]
+    kept = model._drop_path(torch.empty(4000), draw, 3, 2)[..., 0, 0]
     assert kept.shape == (6, 4000)
     for branch, rate in enumerate((0, 0, 0.2, 0.2, 0.4, 0.4)):
         assert float((kept[branch] == 0).float().mean()) == pytest.approx(rate, abs=0.03)

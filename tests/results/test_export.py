@@ -45,7 +45,11 @@ KINDS: dict[str, tuple[str, list[str]]] = {
     "fused ViT": ("scala", ["model.qkv=fused", "model.softmax_scale=full", "model.norm_eps=1e-5"]),
     "ViT by heads": ("scala", ["model.widths={slice='heads', smallest=0.5, granularity=0.5}"]),
     "HSViT": ("hsvit", SLIM_HSVIT),
+    "MobileNet": ("mobilenet", []),
+    "MobileNetV2": ("mobilenet", ["model={kind='mobilenet', variant='MobileNetV2', widths={smallest=0.5}}"]),
+    "light UniFormer": ("uniformer", ["model.pruned=true"]),
 }
+IN_TIMM = {"ViT", "fused ViT", "ViT by heads", "MobileNetV2"}
 
 
 @pytest.fixture(scope="module", params=KINDS)
@@ -69,7 +73,7 @@ def command(*arguments: Any) -> tuple[int, str]:
 
 
 @torch.no_grad()
-def test_every_format_has_the_slices_logits(run: SavedRun, tmp_path: Path) -> None:
+def test_every_format_has_the_slices_logits(run: SavedRun, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     code, output = command("export", run.folder, "--width", "0.5", "-o", tmp_path)
     assert code == 0, output
     (width,) = run.widths("0.5")
@@ -83,7 +87,9 @@ def test_every_format_has_the_slices_logits(run: SavedRun, tmp_path: Path) -> No
     assert "at width 0.50" in card
     assert "| **0.50** |" in card
     assert "| **43.21** |" in card
-    if run.recipe.model.kind == "hsvit":
+    in_timm = request.node.callspec.params["run"] in IN_TIMM
+    assert (tmp_path / "config.json").exists() == ("timm.create_model" in card) == in_timm
+    if not in_timm:
         from hsvit_ds.engine.interop import load_model
 
         alone = load_model(tmp_path / "model.safetensors")
@@ -96,7 +102,7 @@ def test_every_format_has_the_slices_logits(run: SavedRun, tmp_path: Path) -> No
         assert timm.data.resolve_model_data_config(alone)["crop_mode"] == "squash"
         other = timm.create_model(config["architecture"], num_classes=config["num_classes"], **config["model_args"])
         other.load_state_dict(load_file(tmp_path / "model.safetensors"))
-        if (eps := run.recipe.model.norm_eps) != 1e-6:
+        if (eps := getattr(run.recipe.model, "norm_eps", 1e-6)) != 1e-6:
             assert f"m.eps = {eps:g}" in card
             for module in alone.modules():
                 if isinstance(module, torch.nn.LayerNorm):
@@ -105,10 +111,9 @@ def test_every_format_has_the_slices_logits(run: SavedRun, tmp_path: Path) -> No
 
 
 def test_a_card_names_the_weights_that_a_run_started_from_and_no_file_says_where_they_lay(
-    run: SavedRun, tmp_path: Path
+    run: SavedRun, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
-    base = "hsvit" if run.recipe.model.kind == "hsvit" else "scala"
-    overrides = next(o for b, o in KINDS.values() if b == base)
+    base, overrides = KINDS[request.node.callspec.params["run"]]
     started = saved(tmp_path / "second", base, [*overrides, f"model.weights={run.folder}"], 1)
     assert started.recipe.model.weights == str(run.folder)
     (width,) = started.widths("1.0")
@@ -161,10 +166,11 @@ def check_programs(folder: Path, images: Tensor, expected: Tensor) -> None:
     from onnxruntime import InferenceSession
 
     program = torch.export.load(folder / "model.pt2")
-    torch.testing.assert_close(program.module()(images), expected, rtol=1e-5, atol=1e-5)
+    allowed = {"rtol": 1e-5, "atol": 1e-5 * max(1.0, float(expected.abs().max()))}
+    torch.testing.assert_close(program.module()(images), expected, **allowed)
     assert "hsvit" not in str(program.graph)
     (onnx,) = InferenceSession(folder / "model.onnx").run(None, {"images": images.numpy()})
-    torch.testing.assert_close(torch.from_numpy(onnx), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(torch.from_numpy(onnx), expected, **allowed)
 
 
 def test_evaluation_scores_all_widths_in_one_pass_over_the_data(run: SavedRun, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -230,18 +236,21 @@ def test_a_budget_picks_the_widest_subnet_within_it(run: SavedRun, monkeypatch: 
 
     from hsvit_ds import models
 
+    same: dict[int, Width] = {}  # the widest of each size: rounding gives several widths of a MobileNet one
     for width in widths:
-        assert cost(f"{models.macs(run.model, width)}") == width
+        same[models.macs(run.model, width)] = width
+    for macs, width in same.items():
+        assert cost(f"{macs}") == width
         assert cost(f"{models.parameters(run.model, width) / 1e6:.6f}Mparams") == width
     assert cost("100G") == widths[-1]
-    middle = (models.macs(run.model, widths[0]) + models.macs(run.model, widths[1])) / 2
-    assert cost(f"{middle / 1e3:.3f}k") == widths[0]
+    (least, narrowest), (more, _), *_ = same.items()
+    assert cost(f"{(least + more) / 2e3:.3f}k") == narrowest
     times = {float(models.macs(run.model, w)): 2.0 + i for i, w in enumerate(widths)}
     monkeypatch.setattr(
         "hsvit_ds.results.budget.latency_ms", lambda m: times[float(m.config.macs(m.image_size, m.channels, m.classes))]
     )
     run.at(*widths)
-    assert cost("3.5ms") == widths[1]
+    assert cost("3.5ms") == [width for width in widths if times[float(models.macs(run.model, width))] <= 3.5][-1]
     with pytest.raises(RefusedError, match="no trained width costs at most 1 macs; the least costs"):
         cost("1")
     with pytest.raises(RefusedError, match=r"--budget 5 GB: must look like 1.3G \(multiply-adds\), 6Mparams or 8ms"):

@@ -131,7 +131,7 @@ def test_accumulation_is_derived() -> None:
         ),
         ("engine.deepspeed.zero_optimization.stage=3", "engine.deepspeed.zero_optimization.stage = 3 contradicts 1"),
         ("tracking.uri=http://me:secret@host/", "[tracking] uri holds a user name or password"),
-        ("model.kind=vitt", 'model.kind = "vitt": must be one of hsvit, vit, timm'),
+        ("model.kind=vitt", 'model.kind = "vitt": must be one of hsvit, vit, mobilenet, uniformer, timm'),
         ("task.sampling=paper", "task.kind is missing: one of supervised, scala"),
         ("task.kind=scala task.sampling=some", '[task] sampling = "some": must be one of paper'),
         ("task.kind=scala task.teacher.nam=x", 'unknown key "task.teacher.nam"; did you mean "task.teacher.name"?'),

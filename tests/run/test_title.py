@@ -63,7 +63,7 @@ def test_every_recipe_has_a_first_line_that_is_true(path: Path) -> None:
     assert said.startswith(f"{recipe.run.name}: a")
     assert said.endswith(f" on {recipe.data.name}, 2 ranks")
     assert ("slimmable" in said) == (len(recipe.model.widths.all) > 1)
-    assert {"hsvit": "HSViT", "vit": "ViT", "timm": "timm"}[recipe.model.kind] in said
+    assert table._MODELS[recipe.model.kind] in said
 
 
 def test_overrides_are_in_the_first_line() -> None:

@@ -153,3 +153,18 @@ def test_hours_are_refused_where_there_is_nothing_to_compare(
     assert result.exit_code == 2
     assert message in result.output
     assert not timed
+
+
+# Rounded channels
+
+
+def test_widths_that_rounding_gives_the_same_channels_are_said() -> None:
+    said = shown("model.widths.granularity=0.0625", path=ROOT / "recipes/digits/mobilenet.toml")
+    model = resolved(ROOT / "recipes/digits/mobilenet.toml", "model.widths.granularity=0.0625")[0].model
+    (line,) = [line for line in said.splitlines() if "rounding" in line]
+    assert line == "# widths that rounding gives the same channels = 0.375 and 0.4375, 0.625 and 0.6875"
+    sizes: dict[Any, list[str]] = {}
+    for width in model.widths.all:
+        sizes.setdefault(model.at(width).channels, []).append(str(width))  # type: ignore[union-attr]
+    assert [" and ".join(names) for names in sizes.values() if len(names) > 1] == line.partition(" = ")[2].split(", ")
+    assert "rounding" not in shown(), "every width of a ViT has channels of its own"

@@ -15,6 +15,7 @@ from torch import Tensor
 from hsvit_ds.data.augment import Config as AugmentConfig
 from hsvit_ds.data.batch import Batch
 from hsvit_ds.data.sets import SETS
+from hsvit_ds.models.network import Distilled
 from hsvit_ds.models.slimmable import Change
 from hsvit_ds.models.slimmable import Config as Widths
 from hsvit_ds.tasks import teacher
@@ -246,7 +247,7 @@ class Echo:
     def __call__(self, images: Tensor, draw: Any, width: Any) -> Any:
         self.widths.append(str(width))
         z, u = next(self.logits)
-        return (z, u) if self.distilled else z
+        return Distilled(z, u) if self.distilled else z
 
 
 def losses(

@@ -75,7 +75,41 @@ SMALL_HYBRID = [
     "run.global_batch=16",
     "tracking.mlflow=false",
 ]
-BASES = {"hsvit": SMALL, "scala": SMALL_SCALA, "hybrid": SMALL_HYBRID}
+# Drop path, mixing, smoothing, clipping, BatchNorm: all on.
+SMALL_FAMILY = [
+    "model.drop_path=0.2",
+    "augment.mixup=0.8",
+    "augment.cutmix=1.0",
+    "augment.mix_block=4",
+    "augment.shift=2",
+    "augment.label_smoothing=0.1",
+    "optimizer.clip=0.5",
+    "optimizer.lr=0.01",
+    "optimizer.warmup_epochs=0.1",
+    "run.global_batch=16",
+    "tracking.mlflow=false",
+]
+SMALL_MOBILENET = [
+    "model.channels=[8,16,24]",
+    "model.depths=[1,2]",
+    "model.strides=[2,2,2]",
+    "model.features=32",
+    *SMALL_FAMILY,
+]
+SMALL_UNIFORMER = [
+    "model.channels=[16,16,32,32]",
+    "model.depths=[1,1,2,1]",
+    "model.heads=[2,4]",
+    "model.strides=[4,2,1,2]",
+    *SMALL_FAMILY,
+]
+BASES = {
+    "hsvit": SMALL,
+    "scala": SMALL_SCALA,
+    "hybrid": SMALL_HYBRID,
+    "mobilenet": SMALL_MOBILENET,
+    "uniformer": SMALL_UNIFORMER,
+}
 
 _grids: dict[tuple[Any, ...], Grid] = {}
 

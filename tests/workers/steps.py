@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from hsvit_ds.data import augment
 from hsvit_ds.grid.rounding import size
 
 from .common import state, steps, trainer
@@ -39,14 +40,26 @@ def counted(name: str) -> Any:
 
 def main(arguments: dict[str, Any], folder: Path) -> dict[str, Any]:
     """arguments: {"base": recipe, "cases": {name: overrides}}; "choose": whether kernels are tried first; "waiting": of
-    `steps`, after the first."""
+    `steps`, after the first; "float64": what the models compute in."""
     for name in COLLECTIVES:  # before DeepSpeed takes references to them
         setattr(dist, name, counted(name))
+    if arguments.get("float64"):
+        compute_in_float64()
     base, choose, waiting = arguments["base"], arguments.get("choose", False), arguments.get("waiting", "default")
     return {
         name: one_case(trainer(folder / name, case, base=base), choose, waiting)
         for name, case in arguments["cases"].items()
     }
+
+
+def compute_in_float64() -> None:
+    """Masters stay fp32 where DeepSpeed has them."""
+    from deepspeed.accelerator import get_accelerator
+
+    torch.set_default_dtype(torch.float64)
+    get_accelerator().supported_dtypes = lambda: [torch.float32, torch.float64]  # of gradients to be reduced
+    prepare: Any = augment.prepare
+    augment.prepare = lambda *args: tuple(x.double() for x in prepare(*args))  # type: ignore[assignment]
 
 
 def one_case(run: Any, choose: bool, waiting: str) -> dict[str, Any]:
@@ -86,5 +99,5 @@ def one_case(run: Any, choose: bool, waiting: str) -> dict[str, Any]:
 
 def _numbers(recipe: Any) -> int:
     """In a message, of an image: fp32 ones, or bytes."""
-    features, form = recipe.model.embedding, recipe.grid.exchange
+    features, form = getattr(recipe.model, "embedding", 0), recipe.grid.exchange
     return features if form == "fp32" else size(features, form)

@@ -180,6 +180,7 @@ def picture(found: Mapping[str, Any]) -> str:
     """The plot of a study as SVG: a line a row over widths or submodules, a line a value of a grid, or bars."""
     import matplotlib as mpl
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     with mpl.rc_context({"svg.hashsalt": "hsvit-ds", "font.size": 9}):
         figure = Figure(figsize=(7, 4), layout="constrained")
@@ -199,7 +200,8 @@ def picture(found: Mapping[str, Any]) -> str:
                     axes.errorbar([*scores], points, bars, marker="o", capsize=2, label=label)
             by_width = any(name.startswith(WIDTH) for row in rows for name in row["top1"])
             axes.set(xlabel="width" if by_width else "submodules that answer", ylabel=TOP1)
-            axes.xaxis.get_major_locator().set_params(integer=not by_width)
+            if not by_width:
+                axes.xaxis.set_major_locator(MaxNLocator(integer=True))
             figure.legend(loc="outside lower center", ncols=2, fontsize=8)
         else:
             points, bars = zip(*(_bar(row["top1"][""]) for row in rows), strict=True)

@@ -8,6 +8,7 @@ by `python -m tools.docs`.
 from __future__ import annotations
 
 import argparse
+import csv
 import io
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,7 +29,8 @@ ROOT = Path(__file__).parents[1]
 STUDIES = ROOT / "recipes/studies"
 SEED = "run.seed"
 WIDTH, OF = "width ", " of "
-"""What a score is of, beside "", the largest width of all submodules: a width, so many of the submodules, or both."""
+"""What a score is of, beside "", the largest width of all submodules: a width, so many of the submodules, or
+both; and a width that was never trained."""
 MOST = 12
 """Scores in a line of a table; of more those that every line has, as the plot has them all."""
 TOP1 = "top-1, %"
@@ -92,6 +94,8 @@ def _row(runs: Sequence[tuple[Cell, Summary]], varied: Sequence[str]) -> dict[st
                 scores.setdefault("", []).append(round(value, 4))
             elif name.startswith(f"{split}/top1_w"):
                 scores.setdefault(f"{WIDTH}{name.partition('_w')[2]}", []).append(round(value, 4))
+        for width, top1 in _untrained(cell_.folder, split).items():
+            scores.setdefault(f"{WIDTH}{width}, untrained", []).append(top1)
         for width in ("", *(cost.width for cost in one.costs)):
             for subsets in present.of_folder(cell_.folder, width).values():
                 counts = sorted({len(row.subset) for row in subsets})
@@ -110,6 +114,15 @@ def _row(runs: Sequence[tuple[Cell, Summary]], varied: Sequence[str]) -> dict[st
         "macs": costs.macs,
         "training_macs": round(work(cell)),
     }
+
+
+def _untrained(folder: Path, split: str) -> dict[str, float]:
+    """Top-1 in % of widths that the run never trained, as `hsvit evaluate --untrained` left it."""
+    found: dict[str, float] = {}
+    for path in sorted(folder.glob(f"evaluate-widths-{split}-*.csv")):
+        with path.open(encoding="utf-8", newline="") as file:
+            found |= {row["width"]: float(row["top1"]) for row in csv.DictReader(file) if row["trained"] == "no"}
+    return found
 
 
 def words(values: Sequence[float]) -> str:

@@ -58,6 +58,7 @@ def evaluate_run(
                 name = _picture(opened, "widths", split, some)
                 heading, accuracy = f"{title.of(run)}, {split}, {opened.read}", opened.accuracy_of(split)
                 files = [pictures.draw_widths(name, rows, heading, accuracy)]
+                files.append(pictures.write_widths(name.with_suffix(".csv"), rows))
                 heading += f", {chosen[-1].words}" if len(chosen) > 1 else ""
                 name = _picture(opened, "classes", split, some)
                 files += pictures.write_classes(name, counts, opened.classes, heading)

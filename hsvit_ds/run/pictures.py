@@ -154,6 +154,17 @@ def _shades(count: int) -> list[Any]:
     return [colours(0.15 + 0.85 * i / max(count - 1, 1)) for i in range(count)]
 
 
+def write_widths(path: Path, rows: Sequence[WidthRow]) -> Path:
+    """A CSV with what `draw_widths` shows, top-1 in %, and whether the run trained the width."""
+    with path.open("w", encoding="utf-8", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(["width", "trained", "parameters", "macs", "top1"])
+        table.writerows(
+            [str(r.width), "yes" if r.trained else "no", r.parameters, r.macs, f"{r.top1:.4f}"] for r in rows
+        )
+    return path
+
+
 def write_classes(path: Path, answers: Answers, names: Sequence[str], title: str) -> list[Path]:
     """A PNG of the accuracy of each class beside the confusion matrix, of the largest width, and both as CSV, with the
     accuracy at every width.

@@ -17,11 +17,11 @@ from hsvit_ds.models import mobilenet, uniformer, uniformer_config
 from hsvit_ds.models.slimmable import Config as Widths
 from tools.benchmarks.published import published
 from tools.benchmarks.published_scala import Network
+from tools.benchmarks.published_uniformer import UniFormer as PlainUniFormer
 
 from ..models import test_families as families
 from ..models.test_hsvit import randomised
 from ..models.test_hydravit import hydravit, small
-from ..models.uniformer_plain import UniFormer as PlainUniFormer
 
 
 def weights(lightning: bool = False) -> tuple[Any, dict[str, Any]]:

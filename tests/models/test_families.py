@@ -14,9 +14,9 @@ from hsvit_ds.models import macs, mobilenet, parameters, slimmable, uniformer
 from hsvit_ds.models.batchnorm import BatchNorm, Statistics, move_running_statistics, recalibrate, set_statistics
 from hsvit_ds.models.slimmable import Rounding, Width
 from hsvit_kernels import Draw
+from tools.benchmarks.published_uniformer import UniFormer as PlainUniFormer
 
 from .test_plain_loops import MOBILENET, UNIFORMER
-from .uniformer_plain import UniFormer as PlainUniFormer
 
 WIDTHS = slimmable.Config(smallest=0.25, granularity=0.125)
 KINDS: dict[str, Any] = {

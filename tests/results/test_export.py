@@ -213,6 +213,11 @@ def test_a_width_that_was_never_trained_is_refused(tmp_path: Path) -> None:
     assert [line.split("│")[1].strip() for line in output.splitlines() if line.startswith("│")] == [
         "0.125 (untrained)", "0.50 (untrained)", "1.00",
     ]  # fmt: skip
+    (table,) = tmp_path.glob("evaluate-widths-test-*.csv")
+    lines = [line.split(",") for line in table.read_text().splitlines()]
+    assert lines[0] == ["width", "trained", "parameters", "macs", "top1"]
+    assert [line[:2] for line in lines[1:]] == [["0.125", "no"], ["0.50", "no"], ["1.00", "yes"]]
+    assert all(f"{float(line[4]):.2f}" in output and f"{int(line[2]):,}" in output for line in lines[1:])
     code, output = command("export", tmp_path, "--width", "1/8", "--untrained")
     assert code == 0, output
     assert "| **0.125 (untrained)** |" in (tmp_path / "export-0.125/README.md").read_text()

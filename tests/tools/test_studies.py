@@ -10,7 +10,10 @@ from typing import Any
 import pytest
 
 from hsvit_ds.errors import RefusedError
+from hsvit_ds.models.slimmable import Width
 from hsvit_ds.results import present
+from hsvit_ds.run.pictures import write_widths
+from hsvit_ds.run.report import WidthRow
 from hsvit_ds.run.summary import Cost
 from hsvit_ds.sweeps import cells
 from hsvit_ds.sweeps.cells import Cell, Sweep
@@ -78,7 +81,26 @@ def test_widths_and_submodules_are_columns(tmp_path: Path) -> None:
         subsets = [(0,), (1,), (0, 1)]
         present.write(cell.folder / "evaluate-present-test-step-8.csv", subsets, [60.0, 70.0, 93.0])
     text = studies.markdown(studies.collect(sweep), "a.svg")
+    assert "| width 0.50 | width 1.00 | 1 of 2 | 2 of 2 |" in text
     assert "| as the recipe is | 91.00 | 93.00 | 65.00 | 93.00 |" in text
+
+
+def test_widths_that_were_never_trained_and_subsets_of_a_width_are_lines_of_their_own(tmp_path: Path) -> None:
+    sweep = trained(cells.read(written(tmp_path)), lambda _: {"test/top1": 93.0, "test/top1_w0.50": 91.0})
+    folder = sweep.cells[0].folder
+    rows = [WidthRow(Width(n, 8), 1, 2, 10.0 * n, n != 3) for n in (3, 4)]
+    write_widths(folder / "evaluate-widths-test-step-8.csv", rows)
+    present.write(folder / "evaluate-present-test-step-8-1.00.csv", [(0,), (1,), (0, 1)], [60.0, 70.0, 93.0])
+    found = studies.collect(sweep)
+    assert found["rows"][0]["top1"] == {
+        "": [93.0], "width 0.50": [91.0], "width 0.375, untrained": [30.0], "width 1.00, 1 of 2": [65.0],
+        "width 1.00": [93.0],
+    }  # fmt: skip
+    assert studies._lines(found["rows"][0]) == {
+        "as the recipe is": {0.5: [91.0], 1.0: [93.0]},
+        "as the recipe is, untrained": {0.375: [30.0]},
+        "as the recipe is, 1 of 2": {1.0: [65.0]},
+    }
 
 
 def test_of_many_widths_a_table_has_those_that_all_lines_have(tmp_path: Path) -> None:

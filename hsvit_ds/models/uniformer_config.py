@@ -100,7 +100,8 @@ class Architecture(OneRank):
     def resolved(self, image_size: int) -> Self:
         """Fill what the variant gives; refuse what cannot be divided, and images too small for the strides."""
         known = VARIANTS[self.variant] if self.variant else Variant((), (), (), downsampling="convolutions")
-        unset: dict[str, Any] = {n: getattr(known, n) for n in _KNOWN if getattr(self, n) in ((), 0, "", None)}
+        given = {name: getattr(self, name) for name in _KNOWN}
+        unset: dict[str, Any] = {n: getattr(known, n) for n, v in given.items() if not v and v is not False}
         full = replace(self, **unset)
         for channels, heads in zip(full.channels[2:], full.heads, strict=True):
             if channels % heads:

@@ -90,6 +90,12 @@ def test_parameters_and_macs_are_the_published_ones(name: str, text: str) -> Non
     assert round(macs(model, width) / 1e6, 1) == millions
 
 
+def test_what_is_set_goes_before_what_the_variant_has() -> None:
+    config = uniformer.Config(variant="UniFormer-XS", pruned=False, mlp_ratio=4.0, stem="patches").resolved(224)
+    assert (config.pruned, config.mlp_ratio, config.stem, config.downsampling) == (False, 4.0, "patches", "patches")
+    assert config.channels == uniformer.Config(variant="UniFormer-XS").resolved(224).channels
+
+
 def test_channels_are_rounded_as_us_nets() -> None:
     """Of every size and width: nearest multiple of 8, half upwards, at least 8, above 0.9 of the exact number."""
     for size in range(8, 330, 8):

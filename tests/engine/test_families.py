@@ -116,6 +116,22 @@ def test_one_process_equals_plain_pytorch(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["mobilenet", "light uniformer"])
+def test_a_run_is_a_teacher(name: str, tmp_path: Path) -> None:
+    """Its first head answers, in evaluation, for every width of a student of another kind."""
+    base, keys = MODELS[name]
+    taught = trainer(tmp_path / "teacher", [*keys, "run.seed=7"], base=base)
+    steps(taught, 2)
+    taught.checkpoints.save(Position(0, 2, 2))
+    assert taught.checkpoints.wait() is None
+    student = trainer(tmp_path / "student", [f"task.teacher.name={tmp_path / 'teacher'}"], base="uniformer")
+    assert steps(student, 1)[0] > 0
+    module = student.task.teach.module  # type: ignore[attr-defined]
+    images = torch.randn(3, 1, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(module(images), taught.engine.module.eval()(images))
+
+
+@pytest.mark.parametrize("name", ["mobilenet", "light uniformer"])
 def test_resume_equals_the_uninterrupted_run(name: str, tmp_path: Path) -> None:
     base, keys = MODELS[name]
     keys = [*keys, "ema.decay=0.9"]

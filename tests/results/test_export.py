@@ -233,6 +233,21 @@ def test_a_width_that_was_never_trained_is_refused(tmp_path: Path) -> None:
     assert (code, "--split dev: must be one of train, val, test" in output) == (2, True)
 
 
+def test_a_family_answers_at_widths_that_were_never_trained_between_and_below(tmp_path: Path) -> None:
+    """With the statistics of each taken anew; a MobileNet at any, since its channels are rounded."""
+    saved(tmp_path / "mobile", "mobilenet", [], 2)
+    code, output = command("evaluate", tmp_path / "mobile", "--widths", "1/8,0.3,0.5,1", "--untrained")
+    assert code == 0, output
+    (table,) = (tmp_path / "mobile").glob("evaluate-widths-test-*.csv")
+    rows = [line.split(",")[:2] for line in table.read_text().splitlines()[1:]]
+    assert rows == [["0.125", "no"], ["0.30", "no"], ["0.50", "yes"], ["1.00", "yes"]]
+    saved(tmp_path / "uni", "uniformer", ["model.pruned=true"], 2)
+    code, output = command("evaluate", tmp_path / "uni", "--widths", "1/8,1/2", "--untrained")
+    assert code == 0, output
+    code, output = command("evaluate", tmp_path / "uni", "--widths", "0.3", "--untrained")
+    assert (code, "width 0.30: 0.3 x the stem's channels 8 = 2.4 is not a whole number" in output) == (2, True)
+
+
 def test_a_budget_picks_the_widest_subnet_within_it(run: SavedRun, monkeypatch: pytest.MonkeyPatch) -> None:
     widths = run.trained
 

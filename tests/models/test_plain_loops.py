@@ -30,7 +30,7 @@ VIT = vit.Config(embedding=32, heads=2, depth=2, patch_size=8, drop_path=0.3, wi
 CNN = backbone.Config(name="test_resnet", trained_stages=-1, drop_path=0.3)
 HYBRID = replace(HSVIT, kernels=(), pool_strides=(), widths=slimmable.Config(), backbone=CNN)
 MOBILENET = mobilenet.Config(
-    channels=(16, 16, 24, 32),
+    channels=(24, 16, 24, 32),
     depths=(1, 2, 2),
     strides=(2, 1, 2, 2),
     expansion=4,

@@ -10,7 +10,6 @@ Shape letters: B images, C channels, H x W pixels, Q classes.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
 from math import prod
 from typing import Any, Literal, Self
 
@@ -23,7 +22,7 @@ from hsvit_kernels.random import Draw, Site, generator
 from ..errors import counted
 from . import layers, slimmable
 from .batchnorm import BatchNorm, without_gradient
-from .network import AnyWidth, Network, OneRank, any_seed, count_macs
+from .network import AnyWidth, Network, OneRank, any_seed, counted_macs
 from .slimmable import FULL, Mix, Rounding, Width
 from .weights import Start
 
@@ -125,7 +124,8 @@ class Config(Start, OneRank):
 
     def macs(self, image_size: int, channels: int, classes: int, width: Width = FULL) -> int:
         """Multiply-adds of one image, forward: convolutions and the classifier."""
-        return _macs(self.resolved(image_size).at(width), image_size, channels, classes)
+        own = self.resolved(image_size).at(width)
+        return counted_macs(own, f'model.kind = "{self.kind}"', image_size, channels, classes)
 
     def build(
         self,
@@ -140,13 +140,6 @@ class Config(Start, OneRank):
     ) -> MobileNet:
         """The model; `here`, `grid` and `exchange` are HSViT's."""
         return MobileNet(self, image_size=image_size, channels=channels, classes=classes, seed=seed)
-
-
-@lru_cache(maxsize=256)
-def _macs(config: Config, image_size: int, channels: int, classes: int) -> int:
-    with torch.device("meta"):
-        model = config.build(image_size=image_size, channels=channels, classes=classes)
-    return count_macs(model, 'model.kind = "mobilenet"', image_size, channels)[0]
 
 
 def timm_name(config: Config) -> str:

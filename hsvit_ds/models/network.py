@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -163,3 +164,11 @@ def count_macs(model: nn.Module, what: str, image_size: int, channels: int) -> t
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"{what} has no answer to images of {image_size} px ({first_line(error)})") from error
     return int(counter.get_total_flops()) // 2, answer
+
+
+@lru_cache(maxsize=256)
+def counted_macs(config: Any, what: str, image_size: int, channels: int, classes: int) -> int:
+    """Of the network of a config, as `count_macs`."""
+    with torch.device("meta"):
+        model = config.build(image_size=image_size, channels=channels, classes=classes)
+    return count_macs(model, what, image_size, channels)[0]

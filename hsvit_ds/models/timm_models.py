@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import difflib
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,7 +20,7 @@ from hsvit_kernels.random import Draw, Site, generator
 from ..errors import RefusedError, counted, first_line
 from . import slimmable
 from .batchnorm import BatchNorm
-from .network import Network, OneRank, count_macs
+from .network import Network, OneRank, counted_macs
 from .slimmable import FULL, Width
 from .weights import load_exactly, read_foreign, unwrapped, with_own_classifier
 
@@ -53,7 +52,7 @@ class Config(OneRank):
 
     def resolved(self, image_size: int) -> Config:
         """Refuse what timm does not have, or does not build for such images."""
-        _macs(self, image_size, 3, 10)
+        self.macs(image_size, 3, 10)
         return self
 
     def check_width(self, width: Width) -> None:
@@ -67,7 +66,7 @@ class Config(OneRank):
     def macs(self, image_size: int, channels: int, classes: int, width: Width = FULL) -> int:
         """Multiply-adds of one image, forward: convolutions and matrix products."""
         self.check_width(width)
-        return _macs(self, image_size, channels, classes)
+        return counted_macs(self, f'model.name = "{self.name}"', image_size, channels, classes)
 
     def build(
         self,
@@ -362,10 +361,3 @@ def layer_numbers(model: Any, stages: bool) -> dict[str, int]:
         name: order.get(number, max((order[n] for n in order if n < number), default=min(0, last)))
         for name, number in groups.items()
     }
-
-
-@lru_cache(maxsize=32)
-def _macs(config: Config, image_size: int, channels: int, classes: int) -> int:
-    with torch.device("meta"):
-        model = config.build(image_size=image_size, channels=channels, classes=classes)
-    return count_macs(model, f'model.name = "{config.name}"', image_size, channels)[0]

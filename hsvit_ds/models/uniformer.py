@@ -14,7 +14,7 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache, partial
+from functools import partial
 from itertools import pairwise
 from typing import Any, Self
 
@@ -29,7 +29,7 @@ from hsvit_kernels.random import Draw, Site, generator
 
 from . import layers, vit, vit_config
 from .batchnorm import BatchNorm, without_gradient
-from .network import AnyWidth, Network, Twin, any_seed, count_macs
+from .network import AnyWidth, Network, Twin, any_seed, counted_macs
 from .slimmable import FULL, Width
 from .uniformer_config import STAGES, Architecture
 from .weights import Start
@@ -44,7 +44,8 @@ class Config(Architecture, Start):
 
     def macs(self, image_size: int, channels: int, classes: int, width: Width = FULL) -> int:
         """Multiply-adds of one image, forward: convolutions and matrix products, attention's too."""
-        return _macs(self.resolved(image_size).at(width), image_size, channels, classes)
+        own = self.resolved(image_size).at(width)
+        return counted_macs(own, f'model.kind = "{self.kind}"', image_size, channels, classes)
 
     def build(
         self,
@@ -59,13 +60,6 @@ class Config(Architecture, Start):
     ) -> UniFormer:
         """The model; `here`, `grid` and `exchange` are HSViT's."""
         return UniFormer(self, image_size=image_size, channels=channels, classes=classes, seed=seed)
-
-
-@lru_cache(maxsize=256)
-def _macs(config: Config, image_size: int, channels: int, classes: int) -> int:
-    with torch.device("meta"):
-        model = config.build(image_size=image_size, channels=channels, classes=classes)
-    return count_macs(model, 'model.kind = "uniformer"', image_size, channels)[0]
 
 
 class Convolutions(nn.Module):
@@ -222,10 +216,6 @@ def _at(tokens: Tensor, index: Tensor) -> Tensor:
     return tokens.gather(1, index[:, :, None].expand(-1, -1, tokens.shape[2]))
 
 
-def _call(function: Callable[..., Any], *arguments: Any) -> Any:
-    return function(*arguments)
-
-
 class UniFormer(Network):
     """A slimmable UniFormer.
 
@@ -345,7 +335,7 @@ class UniFormer(Network):
         kept = self._drop_path(images, draw, sum(self.config.depths), 2)
         factors = iter([None] * sum(self.config.depths) if kept is None else kept.unflatten(0, (-1, 2)))
         recomputes = self.recomputes and torch.is_grad_enabled()
-        compute: Any = partial(checkpoint, use_reentrant=False) if recomputes else _call
+        compute: Any = partial(checkpoint, use_reentrant=False) if recomputes else lambda block, *given: block(*given)
         cls: Tensor | None = None
         scores: Tensor | None = None
         for number in range(1, STAGES + 1):

@@ -24,7 +24,6 @@ from ..errors import RefusedError, counted
 from ..grid import grid
 from ..models import hsvit
 from ..models.batchnorm import BatchNorm
-from ..models.weights import SizedStart
 from ..tasks import features, scala, supervised, teacher
 from . import table as tables
 from . import tracking
@@ -301,7 +300,7 @@ def _model(config: models.Config, facts: Facts) -> models.Config:
         model = config.resolved(facts.image_size)
     except ValueError as error:
         raise RefusedError(f"{'' if str(error).startswith('model.') else '[model] '}{error}") from error
-    if isinstance(model, SizedStart) and model.resize and not model.weights:
+    if getattr(model, "resize", False) and not model.weights:
         raise RefusedError("model.resize = true: there are no weights to resize; set model.weights too")
     return model
 

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from . import __version__
-from .commands import clusters, compare, explain, listing, new, predict, recipes, runs, shards, sweep, weights
+from .commands import clusters, compare, explain, listing, new, predict, profile, recipes, runs, shards, sweep, weights
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 app.command("new")(new.make_recipe)
@@ -21,6 +21,7 @@ app.command("explain")(explain.explain_images)
 app.command("import")(weights.import_weights)
 app.command("doctor")(clusters.examine_hosts)
 app.command("launch")(clusters.launch_run)
+app.command("profile")(profile.profile_run)
 app.command("sweep")(sweep.run_sweep)
 app.add_typer(shards.app, name="shards", help="Data sets as tar shards.")
 

@@ -33,12 +33,14 @@ def size(count: int) -> str:
     return f"{count} B" if unit == "B" else f"{number:.1f} {unit}"
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[str]], title: str | None = None) -> None:
-    """Of names as they are: no brackets or colons in them are markup."""
+def table(
+    head: Sequence[str], rows: Sequence[Sequence[str]], title: str | None = None, numbers: Sequence[str] = ()
+) -> None:
+    """Of names as they are: no brackets or colons in them are markup. numbers: columns aligned at the right."""
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Column, Table
 
-    made = Table(*head, title=title)
+    made = Table(*(Column(name, justify="right" if name in numbers else "left") for name in head), title=title)
     for row in rows:
         made.add_row(*row)
     Console(highlight=False, soft_wrap=True, markup=False, emoji=False).print(made)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from hsvit_kernels.random import Draw, Site, uniform
 
+from ..spans import Part, spanned
 from .batch import Batch
 from .sets import Facts
 
@@ -336,6 +337,7 @@ def pixels(batch: Batch, config: Config, facts: Facts) -> Tensor:
     return normalise(batch.images, facts.mean, facts.std)
 
 
+@spanned(Part.AUGMENTATION)
 def prepare(batch: Batch, config: Config, facts: Facts) -> tuple[Tensor, Tensor]:
     """A training batch to (images fp32 [B, C, H, W], targets fp32 [B, Q]), augmented, on its device."""
     images = pixels(batch, config, facts)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..errors import RefusedError, counted
 from ..grid.grid import Grid, ranks_here
+from ..spans import Part, spanned
 from . import augment, decode, loader, remote
 from .batch import PADDING, Batch, Images, Job
 from .index import Index
@@ -211,6 +212,7 @@ class Reader:
         """The part of a forward's images that this rank reads."""
         return whole.chunk(self.grid.submodule_ranks)[self.grid.submodule_rank] if self._gathers else whole
 
+    @spanned(Part.COPY)
     def _batch(self, read: Images, index: Tensor, step: int) -> Batch:
         if self._on_device:
             images, labels, views = self._training_split.look_up(read, self.augmentation)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 from unittest.mock import patch
@@ -21,6 +21,7 @@ from ..grid.grid import Grid
 from ..models import timm_models
 from ..models.batchnorm import Statistics, move_running_statistics, set_statistics
 from ..models.network import Network
+from ..spans import Part, each, span, spanned
 from . import captured, expert
 from . import optimizer as optimizers
 from .outcomes import Outcomes, Passes, StepResult
@@ -223,6 +224,7 @@ class Engine:
         if config.zero_stage == 0:
             self.update = Update(self.module, self.optimizer, grid, optimizer_config.clip)
             self.optimizer.step = lambda: None
+            self.deepspeed.allreduce_gradients = spanned(Part.REDUCTION)(self.deepspeed.allreduce_gradients)
             if optimizer_config.name == "sgd" and optimizer_config.momentum:
                 # PyTorch makes these at the first step, without numbers in them where that step is left out.
                 self.shards.set_moment("momentum_buffer", [torch.zeros_like(m) for m in self.shards.masters])
@@ -253,6 +255,7 @@ class Engine:
             self.deepspeed.compile(compile_kwargs={"dynamic": False})
         return why_not
 
+    @spanned(Part.FORWARD)
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.deepspeed(*args, **kwargs)
 
@@ -288,29 +291,36 @@ class Engine:
         last = self.accumulation * count - 1
         with self._one_reduction():
             for micro in passes():
-                for loss in micro:
-                    if self.config.zero_stage == 0:  # where coalescing raises
-                        self.deepspeed.set_gradient_accumulation_boundary(len(losses) == last)
-                    self.step_state.last = len(losses) == last
-                    self.deepspeed.backward(loss / self.accumulation)
+                for loss in each(Part.LOSS, micro):
+                    with span(Part.BACKWARD):
+                        if self.config.zero_stage == 0:  # where coalescing raises
+                            self.deepspeed.set_gradient_accumulation_boundary(len(losses) == last)
+                        self.step_state.last = len(losses) == last
+                        self.deepspeed.backward(loss / self.accumulation)
                     losses.append(loss.detach().float())
                 if not self.not_captured and len(losses) <= last:
                     captured.own_gradients(self.module)
             self._sum_partial()
-        applied, norm = self._update()
-        self.step_state.clear()
-        self.step_state.gathers = False
-        move_running_statistics(self.module, applied, self.runs_differ)
-        result = StepResult(step, torch.stack(losses).view(-1, count).mean(0), norm, applied)
-        self.outcomes.add(result, passes)
+        with span(Part.OPTIMIZER):
+            applied, norm = self._update()
+            self.step_state.clear()
+            self.step_state.gathers = False
+            move_running_statistics(self.module, applied, self.runs_differ)
+            result = StepResult(step, torch.stack(losses).view(-1, count).mean(0), norm, applied)
+            self.outcomes.add(result, passes)
         return result
 
-    def _one_reduction(self) -> AbstractContextManager[None]:
+    @contextmanager
+    def _one_reduction(self) -> Iterator[None]:
         # Without it stages 1 and 2 silently keep the last pass only; boundaries would reduce once a pass.
-        if self.config.zero_stage == 0:
-            return nullcontext()
-        return self.deepspeed.coalesce_grad_reduction()
+        with ExitStack() as at_the_end:
+            if self.config.zero_stage:
+                at_the_end.enter_context(self.deepspeed.coalesce_grad_reduction())
+            yield
+            with span(Part.REDUCTION):
+                at_the_end.close()
 
+    @spanned(Part.REDUCTION)
     @torch.no_grad()
     def _sum_partial(self) -> None:
         """Sum the gradients of a backbone over the ranks of the replica, each of which has seen a share of its images:

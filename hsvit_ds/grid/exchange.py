@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..errors import counted
+from ..spans import Part, span
 from . import rounding
 
 
@@ -18,8 +19,8 @@ class Channel:
     last: ClassVar[str] = "none"
     """The collective of this process that began last, whatever its channel; for one that hangs."""
 
-    def __init__(self, name: str, group: dist.ProcessGroup, size: int) -> None:
-        self.name, self.group, self.size, self.bytes = name, group, size, 0
+    def __init__(self, name: str, group: dist.ProcessGroup, size: int, part: Part = Part.EXCHANGE) -> None:
+        self.name, self.group, self.size, self.part, self.bytes = name, group, size, part, 0
 
     def _begin(self, what: str, x: Tensor, sent: int) -> None:
         self.bytes += sent
@@ -28,7 +29,8 @@ class Channel:
     def all_reduce(self, x: Tensor) -> Tensor:
         """Sum `x` over the group, in place."""
         self._begin("all_reduce", x, x.nbytes)
-        dist.all_reduce(x, group=self.group)
+        with span(self.part):
+            dist.all_reduce(x, group=self.group)
         return x
 
     def take(self) -> int:
@@ -43,14 +45,16 @@ class Channel:
         host = x.is_cuda and dist.get_backend(self.group) == "gloo"
         sent = (x.cpu() if host else x).contiguous()
         received = torch.empty_like(sent)
-        dist.all_to_all_single(received.view(torch.uint8), sent.view(torch.uint8), group=self.group)
+        with span(self.part):
+            dist.all_to_all_single(received.view(torch.uint8), sent.view(torch.uint8), group=self.group)
         return received.to(x.device)
 
     def all_gather(self, x: Tensor) -> Tensor:
         """[size, *x.shape]: every rank's `x`, in the order of ranks."""
         self._begin("all_gather", x, x.nbytes)
         parts = [torch.empty_like(x) for _ in range(self.size)]
-        dist.all_gather(parts, x.contiguous(), group=self.group)
+        with span(self.part):
+            dist.all_gather(parts, x.contiguous(), group=self.group)
         return torch.stack(parts)
 
 

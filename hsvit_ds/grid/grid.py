@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..errors import RefusedError, counted
+from ..spans import Part
 from . import rendezvous, rounding
 from .eager import eager
 from .exchange import Channel, ExchangeFeatures, SumForward, SumRounded
@@ -158,8 +159,8 @@ class Grid:
             self.signals_group = dist.new_group(timeout=self.timeout, backend="gloo")
         self.exchanges = Channel("CLS sums", self.replica_group, s)
         self.features = Channel("maps", self.replica_group, s)
-        self.norms = Channel("batch statistics", self.data_group, r)
-        self.all_norms = Channel("batch statistics", self.world_group, self.size)
+        self.norms = Channel("batch statistics", self.data_group, r, Part.STATISTICS)
+        self.all_norms = Channel("batch statistics", self.world_group, self.size, Part.STATISTICS)
         self.images = Channel("images", self.replica_group, s)
 
     def _device(self) -> torch.device:

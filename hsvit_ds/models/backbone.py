@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from hsvit_kernels.random import Draw
 
+from ..spans import Part, spanned
 from . import timm_models, uniformer
 from .network import count_macs
 from .uniformer import UniFormer
@@ -151,6 +152,7 @@ class Backbone(nn.Module):
                 module.eval()
         return self
 
+    @spanned(Part.BACKBONE)
     def forward(self, images: Tensor, draw: Draw | None = None) -> Tensor:
         """images [B, C, H, W], normalised, to maps [B, K, H, W]. draw: needed in training with drop_path."""
         self.randomness.draw = draw

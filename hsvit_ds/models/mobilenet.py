@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from hsvit_kernels.random import Draw, Site, generator
 
 from ..errors import counted
+from ..spans import Part, spanned
 from . import layers, slimmable
 from .batchnorm import BatchNorm, without_gradient
 from .network import AnyWidth, Network, OneRank, any_seed, counted_macs
@@ -176,6 +177,7 @@ class Block(nn.Module):
         # What it adds goes through sums and 1 x 1 convolutions alone, each of which has a BatchNorm behind it.
         without_gradient(getattr(self, self.steps[-1][1]).bias)
 
+    @spanned(Part.TRUNK)
     def forward(self, x: Tensor, width: Width, kept: Tensor | None) -> Tensor:
         """kept [B, 1, 1, 1]: drop path's factors."""
         shortcut = x

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from hsvit_kernels import grouped_attention
 from hsvit_kernels.random import Draw, Site, generator, keep_scale, threshold
 
+from ..spans import Part, span, spanned
 from . import layers
 from .batchnorm import BatchNorm
 from .hsvit_config import Architecture
@@ -38,6 +39,7 @@ class ConvBlock(nn.Module):
         self.norm2 = BatchNorm(c_out, segments=submodules)
         self.pool = nn.MaxPool2d(kernel, stride, kernel // 2) if stride > 1 else nn.Identity()
 
+    @spanned(Part.TRUNK)
     def forward(self, x: Tensor, width: Width) -> Tensor:
         x = F.relu(self.norm1(self.conv1(x, width), width), inplace=True)
         return F.relu(self.pool(self.norm2(self.conv2(x, width), width)), inplace=True)
@@ -63,6 +65,7 @@ class SeparableBlock(nn.Module):
         self.norm2_pointwise = BatchNorm(c_out, segments=submodules)
         self.pool = nn.MaxPool2d(kernel, stride, kernel // 2) if stride > 1 else nn.Identity()
 
+    @spanned(Part.TRUNK)
     def forward(self, x: Tensor, width: Width) -> Tensor:
         x = F.relu(self.norm1(self.conv1(x, width), width), inplace=True)
         if not self.first:
@@ -166,20 +169,22 @@ class Submodules(nn.Module):
         if not c.depth:
             return tokens
         own: dict[str, Any] = self.slices(width)
-        return grouped_attention(
-            tokens,
-            **{name: p for name, p in own.items() if not name.startswith("projection")},
-            heads=c.heads,
-            dropout=c.dropout if self.training else 0.0,
-            draw=draw,
-            first_group=width.of(c.groups // c.submodules) * self.here.start,
-        )
+        with span(Part.ATTENTION):
+            return grouped_attention(
+                tokens,
+                **{name: p for name, p in own.items() if not name.startswith("projection")},
+                heads=c.heads,
+                dropout=c.dropout if self.training else 0.0,
+                draw=draw,
+                first_group=width.of(c.groups // c.submodules) * self.here.start,
+            )
 
     def _sum(self, vectors: Tensor) -> Tensor:
         """[B, M x n, D] to [B, M, D], in fp32 at least: this is what travels."""
         dtype = torch.promote_types(vectors.dtype, torch.float32)
         return vectors.unflatten(1, (self.count, -1)).sum(2, dtype=dtype)
 
+    @spanned(Part.EMBEDDING)
     def tokens(self, images: Tensor, draw: Draw | None = None, width: Width = FULL) -> Tensor:
         """images or a backbone's maps to channel tokens [B, K, D] of the submodules here."""
         c = self.config
@@ -237,6 +242,7 @@ class Head(nn.Module):
             source = generator(seed, Site.INIT, -1, *f"head.{name}".encode())
             parameter.uniform_(-bound, bound, generator=source)
 
+    @spanned(Part.HEAD)
     def forward(self, x: Tensor) -> Tensor:
         if not torch.is_autocast_enabled(x.device.type):
             x = x.to(self.norm.weight.dtype)  # what travelled is fp32, also of a model in bf16

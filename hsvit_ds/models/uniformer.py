@@ -27,6 +27,7 @@ from hsvit_kernels import StepState
 from hsvit_kernels.dispatch import exporting
 from hsvit_kernels.random import Draw, Site, generator
 
+from ..spans import Part, spanned
 from . import layers, vit, vit_config
 from .batchnorm import BatchNorm, without_gradient
 from .network import AnyWidth, Network, Twin, any_seed, counted_macs
@@ -128,6 +129,7 @@ class ConvBlock(nn.Module):
         self.norm2 = BatchNorm(channels)
         self.mlp = ConvMlp(channels, hidden)
 
+    @spanned(Part.TRUNK)
     def forward(self, x: Tensor, width: Width, kept: Tensor | None) -> Tensor:
         """x [B, d, H, W]; kept [2, B, 1, 1]: drop path's factors of both branches."""
         x = x + self.pos_embed(x, width)

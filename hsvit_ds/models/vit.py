@@ -21,6 +21,7 @@ from hsvit_kernels import StepState
 from hsvit_kernels.random import Draw, Site, generator
 from hsvit_kernels.reference import attend
 
+from ..spans import Part, span, spanned
 from . import layers
 from .network import AnyWidth, Distilled, Network, any_seed
 from .slimmable import FULL, Width
@@ -65,6 +66,7 @@ class Attention(nn.Module):
             # No key bias can change a softmax: its gradient is rounding noise, which Adam would turn into steps.
             self.qkv.bias.register_hook(_without_keys)
 
+    @spanned(Part.ATTENTION)
     def forward(self, x: Tensor, width: Width, residual: Tensor | None, rows: int) -> Tensor:
         """x [B, T, d]; residual and the result hold the first `rows` tokens."""
         q, k, v = self.queries_keys_values(x, width)
@@ -100,6 +102,7 @@ class Mlp(nn.Module):
         self.fc1 = layers.Linear(config.embedding, hidden, slice_in=every, state=state)
         self.fc2 = layers.Linear(hidden, config.embedding, slice_out=every, state=state)
 
+    @spanned(Part.MLP)
     def forward(self, x: Tensor, width: Width, residual: Tensor | None, rows: int) -> Tensor:
         return self.fc2(self.fc1(x, width, gelu=True), width, residual=residual)
 
@@ -138,6 +141,7 @@ class PatchEmbed(nn.Module):
         p, every = config.patch_size, config.sliced == "all"
         self.proj = layers.Conv2d(channels, config.embedding, p, stride=p, slice_in=False, slice_out=every)
 
+    @spanned(Part.EMBEDDING)
     def forward(self, images: Tensor, width: Width) -> Tensor:
         """[B, C, H, W] to [B, n, d]."""
         return self.proj(images, width).flatten(2).transpose(1, 2)
@@ -221,10 +225,11 @@ class ViT(Network):
         width = self.width(width)
         x = self._tokens(images, draw, width, rows=self.config.special_tokens)
         outer = self._outer(width)
-        logits: Tensor = self.head(x[:, 0], outer)
-        if self.head_dist is None:
-            return logits
-        distilled: Tensor = self.head_dist(x[:, 1], outer)
+        with span(Part.HEAD):
+            logits: Tensor = self.head(x[:, 0], outer)
+            if self.head_dist is None:
+                return logits
+            distilled: Tensor = self.head_dist(x[:, 1], outer)
         return Distilled(logits, distilled) if self.training and self.all_heads else (logits + distilled) / 2
 
     def forward_features(self, images: Tensor, draw: Draw | None = None, width: AnyWidth = FULL) -> Tensor:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import statistics
 import time
-from itertools import zip_longest
+from itertools import pairwise, zip_longest
 from typing import Any
 
 import torch
 
 from ..engine.outcomes import Settled
+from .clock import Clock
 
 # Dense bf16 TFLOP/s of one GPU, by a part of its name (vendors' data sheets), for perf/mfu.
 _PEAK_TFLOPS = {"A100": 312, "H100": 989, "H200": 989, "B200": 2250, "L40S": 362}
@@ -23,20 +24,10 @@ class Interval:
 
     def __init__(self, device: torch.device) -> None:
         self.device, self.settled, self.steps = device, list[Settled](), 0
+        self._clock = Clock(device)
         self._seconds = self._waited = 0.0
         self._began = time.perf_counter()
-        self._marks: list[Any] = [self._mark()]
-
-    def _mark(self) -> Any:
-        """A moment: on a GPU that of the work given to it so far, as the host runs ahead."""
-        if self.device.type != "cuda":
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    def _ms(self, first: Any, second: Any) -> float:
-        return 1000 * (second - first) if isinstance(first, float) else float(first.elapsed_time(second))
+        self._marks: list[Any] = [self._clock.mark()]
 
     def waits(self) -> None:
         """A step's images are being waited for."""
@@ -48,7 +39,7 @@ class Interval:
 
     def ended(self) -> None:
         """The step has been given to the device."""
-        self._marks.append(self._mark())
+        self._marks.append(self._clock.mark())
         self.steps += 1
 
     def rests(self) -> None:
@@ -62,7 +53,7 @@ class Interval:
 
     def speed(self, images: int) -> dict[str, float]:
         """Of settled steps, with `images` in each."""
-        ms = [self._ms(*pair) for pair in zip(self._marks, self._marks[1:], strict=False)]
+        ms = [1000 * (end - start) for start, end in pairwise(map(self._clock.seconds, self._marks))]
         return {
             "perf/images_per_sec": images * self.steps / self._seconds,
             "perf/step_ms_p50": statistics.median(ms),

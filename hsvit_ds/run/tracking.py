@@ -36,8 +36,12 @@ class Config:
     """MLflow experiment that the run is logged to."""
     parent: str = ""
     """Id of the MLflow run that this one belongs to, as `hsvit sweep` sets it."""
+    profile: int = 0
+    """Steps whose parts are timed on every rank, after ten others, as `hsvit profile` sets it; then the run ends."""
 
     def __post_init__(self) -> None:
+        if self.profile < 0:
+            raise ValueError(f"profile = {self.profile}: must not be negative")
         # In a query databases take them too.
         if "@" in self.uri.partition("://")[2].partition("/")[0] or "password=" in self.uri.lower():
             raise ValueError(

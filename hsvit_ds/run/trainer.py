@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from contextlib import AbstractContextManager, suppress
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -14,7 +14,6 @@ import torch
 from ..data.bad import BadSamples
 from ..data.batch import Batch
 from ..data.reader import Reader
-from ..data.sets import Facts
 from ..data.splits import class_names
 from ..data.splits import facts as facts_of
 from ..engine import initial
@@ -27,16 +26,14 @@ from ..engine.outcomes import NonFiniteError, StepResult
 from ..errors import Exit, RefusedError, counted
 from ..grid.grid import Grid
 from ..models import Model
-from ..tasks import Task, scala
-from ..tasks.features import Features
-from ..tasks.supervised import Supervised
-from ..tasks.teacher import Teacher
-from . import about, closing, commands, kernels, opening, title
+from ..spans import Part, each, span, spanned
+from . import about, closing, commands, kernels, opening, task, title
 from . import recipe as recipes
 from .about import UNKNOWN, Asked
 from .evaluation import Answers, evaluate
 from .interval import Interval
 from .memory import used_up
+from .profiling import Profile, TracedError
 from .recipe import Plan, Recipe
 from .report import Reporter, print_widths
 from .summary import FAILED, FINISHED, STOPPED
@@ -79,7 +76,7 @@ class Trainer:
             bf16=plan.bf16,
         )
         self.schedule = Schedule(recipe.optimizer, recipe.run.epochs, plan.steps_per_epoch)
-        self.task = self._task(facts)
+        self.task = task.build(recipe, plan, self.engine, facts)
         self.reader = Reader(recipe.data, recipe.augment, recipes.order(recipe), plan.share(recipe, grid.replica), grid)
         self.bad = BadSamples(folder, self.reader, recipe.data.max_bad_fraction)
         self.ema = None
@@ -105,27 +102,10 @@ class Trainer:
             (folder / CLASSES).write_text("\n".join(names) + "\n", "utf-8")
         self.report = Reporter(grid.is_main, plan.steps, self.start.total, self.watch.state)
         self.interval = Interval(grid.device)
+        self.profile = Profile(recipe.tracking.profile, folder, grid)
         self.reader.idle = self._waits
         self._steps_back = 0
         self._evaluated: tuple[str, int, dict[str, float]] = ("", 0, {})
-
-    def _task(self, facts: Facts) -> Task:
-        r, p = self.recipe, self.plan
-        same = ("name", "fingerprint", "window", "last_batch", "decoder")
-        shown = {"augment": asdict(r.augment)} | {name: getattr(r.data, name) for name in same}
-        if not isinstance(r.task, scala.Config):
-            backbone, taken = getattr(self.engine.module, "backbone", None), None
-            if backbone is not None and backbone.config.cache:
-                key = {**shown, "image_size": facts.image_size}
-                taken = Features(backbone.config.cache, backbone, self.grid, recipes.order(r), key, p.bf16)
-            return Supervised(r.augment, facts, taken)
-        sampler = scala.Sampler(r.task, r.model.widths, r.run.seed, p.steps_per_epoch)
-        taught = None
-        if r.task.teacher.name:
-            key = {"seed": r.run.seed, "global_batch": r.run.global_batch, **shown}
-            dtype = torch.bfloat16 if p.bf16 else torch.float32
-            taught = Teacher(r.task.teacher, facts, self.grid.device, dtype, r.run.global_batch, key)
-        return scala.Scala(r.task, r.augment, facts, sampler, taught)
 
     def fit(self) -> Exit:
         """Train to the end, or until the run is asked to stop."""
@@ -141,6 +121,9 @@ class Trainer:
             except StoppedError:
                 self._stop()
                 ended = Exit.STOPPED
+            except TracedError:
+                self._end_traced()
+                ended = Exit.FINISHED
             except BaseException as error:
                 self.report.close()
                 if is_out_of_memory(error):
@@ -148,6 +131,7 @@ class Trainer:
                 self.tracker.close(FAILED, told(error), seconds=10)
                 raise error
             finally:
+                self.profile.close()
                 self.reader.close()
         return ended
 
@@ -195,13 +179,14 @@ class Trainer:
     def _train_epoch(self, epoch: int, first_step: int) -> None:
         steps, every = self.plan.steps_per_epoch, self.recipe.checkpoint.every_steps
         self.interval.waits()
-        for step, batches in enumerate(self.reader.train(epoch, first_step), first_step):
+        for step, batches in enumerate(each(Part.IMAGES, self.reader.train(epoch, first_step)), first_step):
             self.interval.works()
             total = epoch * steps + step + 1
             self.watch.doing(f"step {total}: forward and backward passes, reduction, update", total - 1)
             result = self._step(batches, total - 1)
             if self.ema is not None:
-                self.ema.update(result.applied)
+                with span(Part.AVERAGE):
+                    self.ema.update(result.applied)
             self.interval.ended()
             self.at = replace(self.at, epoch=epoch, step=step + 1, total=total)
             logs = total % self.recipe.run.log_every == 0 or total == self.plan.steps
@@ -213,7 +198,10 @@ class Trainer:
                 self._log(total)
             if saves:
                 self._save()
-            self.stops.check()
+            with span(Part.WAITING):
+                self.stops.check()
+            if self.profile.steps:
+                self.profile.ended(total, self._flops)
             self.watch.doing(f"step {total + 1}: waiting for images", total)
             self.interval.waits()
 
@@ -229,6 +217,7 @@ class Trainer:
             self.tracker.close(STOPPED, "asked to, while it waited for images")
             os._exit(Exit.STOPPED)
 
+    @spanned(Part.LOG)
     def _settle(self) -> None:
         """Wait for the steps so far, and learn which of them were skipped. Only here does the host wait for the device.
 
@@ -287,6 +276,13 @@ class Trainer:
         self.report.close()
         self.tracker.close(STOPPED, "asked to")
 
+    def _end_traced(self) -> None:
+        """The steps of a profile are over; what was trained in them is not kept."""
+        self._warn_of(self.checkpoints.wait())
+        self.report.say(f"traced {counted(self.profile.steps, 'step')}, by step {self.at.total}")
+        self.report.close()
+        self.tracker.close(STOPPED, f"traced {counted(self.profile.steps, 'step')}")
+
     def _step(self, batches: list[Batch], step: int) -> StepResult:
         return self.engine.step(
             lambda: (self.task.losses(self.engine, batch) for batch in batches),
@@ -298,6 +294,7 @@ class Trainer:
     def _lr(self, step: int) -> float:
         return self.schedule.lr(step) * self.task.lr_factor(step) * self.at.lr_factor
 
+    @spanned(Part.EVALUATION)
     def _evaluate(self, split: str, step: int) -> dict[str, float]:
         """The metrics of a split, under its name; once after a step."""
         if self._evaluated[:2] == (split, step):
@@ -327,6 +324,7 @@ class Trainer:
         self._evaluated = split, step, found
         return found
 
+    @spanned(Part.CHECKPOINT)
     def _save(self, top1: float | None = None) -> None:
         self.watch.doing(f"saving after step {self.at.total}")
         self.at = replace(self.at, logged=self.tracker.size())
@@ -337,6 +335,7 @@ class Trainer:
         if failure is not None:
             self.report.say(f"warning: a checkpoint could not be saved, the run goes on: {failure}")
 
+    @spanned(Part.LOG)
     def _log(self, step: int) -> None:
         """Bring an interval's metrics from the device, once, and hand them to the tracker."""
         done, self.interval = self.interval, Interval(self.grid.device)

@@ -19,6 +19,7 @@ from ..data.sets import Facts
 from ..engine.interop import load_run
 from ..errors import RefusedError
 from ..models import timm_models
+from ..spans import Part, spanned
 from .cache import Rows, digest
 
 
@@ -135,6 +136,7 @@ class Teacher:
             numbers, kind = (1, torch.int16) if is_hard else (facts.classes, torch.float16)
             self.cache = Rows(Path(config.cache), about, numbers, kind, "task.teacher.cache")
 
+    @spanned(Part.TEACHER)
     @torch.no_grad()
     def __call__(self, batch: Batch, images: Tensor) -> Tensor:
         """images fp32 [B, C, H, W], as the student sees them, to int64 classes [B] or fp32 logits [B, Q]."""

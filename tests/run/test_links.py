@@ -84,6 +84,8 @@ def test_the_slowest_link_of_a_ring_counts() -> None:
     inside, across = seconds("all_reduce", [[0, 1], [3, 4]], joined(ranks=4))
     assert inside == pytest.approx(2 * (1e-6 + SIZE / 2 / 1e9))
     assert across == pytest.approx(2 * (1e-5 + SIZE / 2 / 1e8))
+    (mixed,) = seconds("all_reduce", [[0, 1, 2, 4]], joined(ranks=4))
+    assert mixed == pytest.approx(6 * (1e-5 + SIZE / 4 / 1e8))
 
 
 def test_rings_that_leave_a_host_share_its_link() -> None:

@@ -4,7 +4,9 @@ when each rank computes, waits and sends."""
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -12,6 +14,7 @@ import torch
 
 from ..data import splits
 from ..data.augment import VIEW
+from ..engine import optimizer
 from ..errors import RefusedError
 from ..grid import rounding
 from ..models import hsvit
@@ -31,8 +34,8 @@ PERSISTENT = 100_000
 (stage3_param_persistence_threshold)."""
 PARTS = ("compute", "exchange", "reduction", "waiting", "images")
 """Of a `Step`; together all of it."""
-PARAMETER_GROUPS = 2
-"""With weight decay and without."""
+ALIGNED = 2
+"""Numbers of whose multiple a rank's part of a group is at stages 1 and 2 (DeepSpeed's nccl_start_alignment_factor)."""
 _FP32, _FP64 = 4, 8
 
 
@@ -89,8 +92,8 @@ class Shape:
     """Channels of each BatchNorm."""
     synced: bool
     """Whether their statistics span the replicas."""
-    trained: tuple[int, ...]
-    """Numbers of each trained parameter."""
+    trained: tuple[tuple[int, ...], ...]
+    """Numbers of each trained parameter, by the optimizer's groups."""
 
     @property
     def ranks(self) -> int:
@@ -138,7 +141,9 @@ def shape(recipe: Recipe, plan: Plan) -> Shape:
         gathered=plan.micro_batch * image if gathers else 0,
         norms=tuple(len(m.running_mean) for m in model.modules() if isinstance(m, BatchNorm)),
         synced=plan.bn_synced,
-        trained=tuple(p.numel() for p in model.parameters() if p.requires_grad),
+        trained=tuple(
+            tuple(p.numel() for p in group["params"]) for group in optimizer.parameter_groups(model, recipe.optimizer)
+        ),
     )
 
 
@@ -167,8 +172,8 @@ def schedule(shape: Shape, passes: Passes) -> list[Phase]:
         if number % shape.passes == 0:
             phases.append(Message("data", "all_gather", "replica", shape.gathered))
         if shape.zero_stage == 3:
-            parted = sum(numbers for numbers in shape.trained if numbers > PERSISTENT)
-            phases.append(Message("parameter", "all_gather", "replicas", _FP32 * parted))
+            parted = [numbers for numbers in chain(*shape.trained) if numbers > PERSISTENT]
+            phases.append(Message("parameter", "all_gather", "replicas", _FP32 * _padded(parted, shape.replicas)))
         phases.append(Compute("forward", passes.forward))
         if shape.synced:
             phases.append(Message("norm", "all_gather", "replicas", shape.replicas * sum(each), len(each)))
@@ -184,19 +189,25 @@ def schedule(shape: Shape, passes: Passes) -> list[Phase]:
 
 def _reduction(shape: Shape, passes: Passes) -> list[Phase]:
     """From the gradients to the next step's parameters, as DeepSpeed 0.19 does it at each stage."""
-    trained, stage = sum(shape.trained), shape.zero_stage
+    stage, trained = shape.zero_stage, list(chain(*shape.trained))
     kind = "reduce_scatter" if stage == 3 else "all_reduce"
-    phases: list[Phase] = [Message("gradient", kind, "replicas", _FP32 * trained)]
+    phases: list[Phase] = [Message("gradient", kind, "replicas", _FP32 * sum(trained))]
     if stage == 0:
         return [*phases, Message("scalar", "all_reduce", "replica", _FP64), Compute("update", passes.update)]
     # Whether a gradient is not finite, and the norm's square.
     phases += [Message("scalar", "all_reduce", over, _FP32) for over in ("replicas", "replica") for _ in range(2)]
     phases.append(Compute("update", passes.update))
-    whole = [numbers for numbers in shape.trained if stage < 3 or numbers <= PERSISTENT]
-    return [
-        *phases,
-        Message("parameter", "all_gather", "replicas", _FP32 * sum(whole), len(whole) if stage == 3 else 2),
-    ]
+    if stage == 3:
+        whole = [numbers for numbers in trained if numbers <= PERSISTENT]
+        size = _FP32 * _padded(whole, shape.replicas)
+        return [*phases, Message("parameter", "all_gather", "replicas", size, max(len(whole), 1))]
+    flat = [_FP32 * _padded([sum(group)], ALIGNED * shape.replicas) for group in shape.trained]
+    return [*phases, *(Message("parameter", "all_gather", "replicas", size) for size in flat)]
+
+
+def _padded(numbers: Iterable[int], parts: int) -> int:
+    """The sum of numbers that are each filled up to a multiple of `parts`."""
+    return sum(-(-number // parts) * parts for number in numbers)
 
 
 def traffic(shape: Shape) -> dict[str, float]:

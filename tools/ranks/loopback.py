@@ -1,0 +1,37 @@
+"""What a link between two ranks carries, measured by all-reduces."""
+
+from __future__ import annotations
+
+import time
+from statistics import median
+
+import torch
+import torch.distributed as dist
+
+from hsvit_ds.grid.grid import Config, Grid
+
+from .watch import Watch
+
+SMALL, LARGE = 2**10, 2**22
+"""Bytes of the messages that it is measured by."""
+
+
+def link_seconds(_: Watch, repeats: int = 30) -> tuple[float, float]:
+    """Of an all-reduce of `SMALL` and of `LARGE` bytes between the ranks, medians."""
+    Grid(Config(), submodules=1)
+    found = []
+    for size in (SMALL, LARGE):
+        x, taken = torch.zeros(size // 4), []
+        for _ in range(repeats):
+            dist.barrier()
+            began = time.perf_counter()
+            dist.all_reduce(x)
+            taken.append(time.perf_counter() - began)
+        found.append(median(taken))
+    return found[0], found[1]
+
+
+def link(small: float, large: float) -> dict[str, float]:
+    """Of two ranks, whose all-reduces are two messages of half the bytes."""
+    bandwidth = (LARGE - SMALL) / (large - small)
+    return {"bandwidth": bandwidth, "latency": max(small / 2 - SMALL / 2 / bandwidth, 0.0)}

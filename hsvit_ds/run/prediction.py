@@ -195,7 +195,8 @@ def _reduction(shape: Shape, passes: Passes) -> list[Phase]:
     if stage == 0:
         return [*phases, Message("scalar", "all_reduce", "replica", _FP64), Compute("update", passes.update)]
     # Whether a gradient is not finite, and the norm's square.
-    phases += [Message("scalar", "all_reduce", over, _FP32) for over in ("replicas", "replica") for _ in range(2)]
+    scalar = _FP64 if stage == 3 else _FP32
+    phases += [Message("scalar", "all_reduce", over, scalar) for over in ("replicas", "replica") for _ in range(2)]
     phases.append(Compute("update", passes.update))
     if stage == 3:
         whole = [numbers for numbers in trained if numbers <= PERSISTENT]

@@ -62,7 +62,7 @@ def on_hosts(made: hosts.Cluster, folder: Path, functions: Sequence[Callable[[Wa
     started = [
         made.start(
             [sys.executable, "-m", "tools.ranks.cables", str(folder)],
-            hosts.ROOT,
+            folder,
             host,
             **place,
             RANK=str(rank),

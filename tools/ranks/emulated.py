@@ -38,17 +38,19 @@ def _act(phase: Phase, shape: Shape, groups: dict[str, Any]) -> Callable[[], Non
         return lambda: sleep(phase.seconds)
     ranks, group = shape.group(phase.over), groups[phase.over]
     numbers = phase.size // 4
-    sizes = [len(part) for part in torch.empty(numbers, device="meta").tensor_split(phase.count)]
-    messages = [(torch.zeros(size), torch.zeros(size // ranks)) for size in sizes]
+    if phase.kind != "all_reduce":  # equal parts of the ranks
+        numbers //= ranks
+    messages = [torch.zeros(len(part)) for part in torch.empty(numbers, device="meta").tensor_split(phase.count)]
+    wholes = [torch.zeros(ranks * len(message)) for message in messages]
 
     def sends() -> None:
-        for whole, part in messages:
+        for message, whole in zip(messages, wholes, strict=True):
             if phase.kind == "all_reduce":
-                dist.all_reduce(whole, group=group)
+                dist.all_reduce(message, group=group)
             elif phase.kind == "all_gather":
-                dist.all_gather_into_tensor(whole[: ranks * len(part)], part, group=group)
+                dist.all_gather_into_tensor(whole, message, group=group)
             else:
-                dist.reduce_scatter_tensor(part, whole[: ranks * len(part)], group=group)
+                dist.reduce_scatter_tensor(message, whole, group=group)
 
     return sends
 

@@ -16,7 +16,7 @@ SMALL, LARGE = 2**10, 2**22
 """Bytes of the messages that it is measured by."""
 
 
-def link_seconds(_: Watch, repeats: int = 30) -> tuple[float, float]:
+def link_seconds(watch: Watch, repeats: int = 30) -> tuple[float, float]:
     """Of an all-reduce of `SMALL` and of `LARGE` bytes between the ranks, medians."""
     Grid(Config(), submodules=1)
     found = []

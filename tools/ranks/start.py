@@ -24,7 +24,7 @@ def forked(worlds: list[int], function: Callable[[], T]) -> list[T]:
         RuntimeError: a rank failed, whose stack trace is on standard error.
     """
     with tempfile.TemporaryDirectory() as name:
-        ranks = []
+        ranks: list[tuple[int, Path]] = []
         for world in worlds:
             port = str(find_port())
             for rank in range(world):

@@ -180,6 +180,7 @@ def test_predictions_go_to_4096_ranks() -> None:
     assert ranks == 4096
 
 
+@pytest.mark.slow
 def test_curves_have_every_way_to_divide_the_network_in_weak_and_strong_scaling() -> None:
     lines = list(predict.Curves(variant="C2A2", batch=32, passes=PASSES, links=FREE).rows(4))
     ways = {(line["scaling"], line["divided by"]) for line in lines if line["ranks"] == 4}

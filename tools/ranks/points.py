@@ -13,6 +13,8 @@ from hsvit_ds.models.hsvit import VARIANTS
 from hsvit_ds.run import recipe as recipes
 from hsvit_ds.run.links import Between, Host, Inside, Links, Passes
 
+from . import idle
+
 SUBMODULES = 4
 """Of the whole network, whatever divides it; more where there are more ranks of them, each of the same size."""
 SUBMODULE, PIPELINE = "submodules", "pipeline"
@@ -97,8 +99,10 @@ class Row:
 
     @property
     def idle_ratio(self) -> float:
-        """Idle to busy time without communication; of submodules without their repeated heads."""
-        return self.waiting / self.compute
+        """Idle to busy time without communication, the ranks' summed."""
+        if self.method != SUBMODULE:
+            return self.waiting / self.compute
+        return idle.of_submodules(self.ranks, self.compute, json.loads(self.passes)["head"], self.waiting)
 
     @property
     def idle_share(self) -> float:

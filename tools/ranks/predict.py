@@ -80,6 +80,9 @@ def check(rows: Sequence[Row]) -> list[dict[str, Any]]:
                 "bytes predicted": f"{p.given:,.0f}",
                 "idle, %": f"{100 * row.idle_share:.1f}",
                 "predicted idle, %": f"{100 * (1 - p.compute / p.seconds):.1f}",
+                "idle to busy": f"{row.idle_ratio:.4f}",
+                "predicted idle to busy": f"{p.idle_ratio:.4f}",
+                "formula": f"{row.formula:.4f}",
             }
         )
     return found

@@ -47,8 +47,8 @@ class Inside:
     latency: float = 0.0
     """Of a message of no length, s."""
     at_once: int = 0
-    """Messages that travel at the same time as if each was alone; of more, all take longer: on loopback, where cores
-    carry them, as many as there are cores. 0: any number, as a switch of their own carries them."""
+    """Messages that have this bandwidth at the same time; of more, each has less: on loopback, where cores carry them,
+    as many as there are cores. 0: any number, as a switch of their own carries them."""
 
     def __post_init__(self) -> None:
         _check(self, bandwidth=_DOCTOR)
@@ -170,7 +170,7 @@ class Rings:
         staying = np.bincount(host[~leaves], minlength=hosts)[host]
         at_once = links.inside.at_once or max(int(staying.max()), 1)
         slower = np.maximum(staying / at_once, 1.0)
-        self._latency: Floats = np.where(leaves, links.between.latency, links.inside.latency * slower)
+        self._latency: Floats = np.where(leaves, links.between.latency, links.inside.latency)
         self._each_byte: Floats = np.where(leaves, leaving / links.between.bandwidth, slower / links.inside.bandwidth)
 
     def seconds(self, kind: str, size: int) -> Floats:

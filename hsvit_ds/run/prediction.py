@@ -190,8 +190,11 @@ def schedule(shape: Shape, passes: Passes) -> list[Phase]:
 def _reduction(shape: Shape, passes: Passes) -> list[Phase]:
     """From the gradients to the next step's parameters, as DeepSpeed 0.19 does it at each stage."""
     stage, trained = shape.zero_stage, list(chain(*shape.trained))
-    kind = "reduce_scatter" if stage == 3 else "all_reduce"
-    phases: list[Phase] = [Message("gradient", kind, "replicas", _FP32 * sum(trained))]
+    if stage == 3:
+        size = _FP32 * _padded(trained, shape.replicas)
+        phases: list[Phase] = [Message("gradient", "reduce_scatter", "replicas", size)]
+    else:
+        phases = [Message("gradient", "all_reduce", "replicas", _FP32 * sum(trained))]
     if stage == 0:
         return [*phases, Message("scalar", "all_reduce", "replica", _FP64), Compute("update", passes.update)]
     # Whether a gradient is not finite, and the norm's square.
@@ -218,6 +221,8 @@ def traffic(shape: Shape) -> dict[str, float]:
         key = f"comm/{phase.what}_bytes"
         if isinstance(phase, Message) and key in found:
             found[key] += phase.given(shape.group(phase.over))
+    if shape.replicas > 1:  # counted there without what stage 3 fills parts up with
+        found["comm/gradient_bytes"] = float(_FP32 * sum(chain(*shape.trained)))
     return found
 
 

@@ -98,4 +98,4 @@ def test_rings_that_leave_a_host_share_its_link() -> None:
 def test_ranks_share_what_carries_their_messages_inside_a_host() -> None:
     for at_once, slower in ((0, 1), (2, 4), (8, 1), (16, 1)):
         found = seconds("all_reduce", [list(range(8))], joined(ranks=8, at_once=at_once))
-        assert found == pytest.approx([2 * 7 * slower * (1e-6 + SIZE / 8 / 1e9)])
+        assert found == pytest.approx([2 * 7 * (1e-6 + slower * SIZE / 8 / 1e9)])

@@ -95,13 +95,11 @@ def cases(variant: str, ranks: int, images: int) -> list[Case]:
 
 
 def rows(bench: Bench, variant: str, images: int) -> Iterator[Row]:
-    """Of a variant, predicted by the links that two hosts measure."""
+    """Of a variant, predicted by the links that the hosts measure."""
     for named, rate in RATES.items():
-        between: Between | None = None
         for count in HOSTS:
             with tempfile.TemporaryDirectory() as name, cluster(Path(name), count, rate) as made:
-                if between is None:
-                    between = Between(**link(*on_hosts(made, Path(name), [link_seconds])[0][0]))
+                between = Between(**link(*on_hosts(made, Path(name), [link_seconds])[0][0], count))
                 links = Links(inside=Inside(bandwidth=between.bandwidth), between=between, host=Host(ranks=1))
                 asked = [bench.asked(case, "emulated", links) for case in cases(variant, count, images)]
                 functions = [partial(methods.watched, one.make, steps=bench.steps) for one in asked]

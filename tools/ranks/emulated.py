@@ -44,13 +44,16 @@ def _act(phase: Phase, shape: Shape, groups: dict[str, Any]) -> Callable[[], Non
     wholes = [torch.zeros(ranks * len(message)) for message in messages]
 
     def sends() -> None:
+        works = []
         for message, whole in zip(messages, wholes, strict=True):
             if phase.kind == "all_reduce":
                 dist.all_reduce(message, group=group)
             elif phase.kind == "all_gather":
-                dist.all_gather_into_tensor(whole, message, group=group)
+                works.append(dist.all_gather_into_tensor(whole, message, group=group, async_op=True))
             else:
                 dist.reduce_scatter_tensor(message, whole, group=group)
+        for work in works:
+            work.wait()
 
     return sends
 

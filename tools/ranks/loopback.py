@@ -1,4 +1,4 @@
-"""What a link between two ranks carries, measured by all-reduces."""
+"""What the links of a ring of ranks carry, measured by all-reduces."""
 
 from __future__ import annotations
 
@@ -31,7 +31,8 @@ def link_seconds(watch: Watch, repeats: int = 30) -> tuple[float, float]:
     return found[0], found[1]
 
 
-def link(small: float, large: float) -> dict[str, float]:
-    """Of two ranks, whose all-reduces are two messages of half the bytes."""
-    bandwidth = (LARGE - SMALL) / (large - small)
-    return {"bandwidth": bandwidth, "latency": max(small / 2 - SMALL / 2 / bandwidth, 0.0)}
+def link(small: float, large: float, ranks: int) -> dict[str, float]:
+    """Of a ring of ranks, whose all-reduces are 2 (N - 1) messages of an N-th of the bytes each."""
+    messages = 2 * (ranks - 1)
+    bandwidth = messages * (LARGE - SMALL) / ranks / (large - small)
+    return {"bandwidth": bandwidth, "latency": max(small / messages - SMALL / ranks / bandwidth, 0.0)}

@@ -98,8 +98,18 @@ class Bench:
 
     def __init__(self, steps: int) -> None:
         self.steps, self.watch, self.cores = steps, Watch(), len(os.sched_getaffinity(0))
+        self._links: dict[int, Links] = {}
         self._timed: dict[Any, methods.Timed] = {}
         self._layers: dict[Any, methods.Layers] = {}
+
+    def loopback(self, ranks: int) -> Links:
+        """As so many ranks have it when all send; one rank has none."""
+        if ranks not in self._links:
+            found = forked([max(ranks, 2)], partial(link_seconds, self.watch))[0]
+            self._links[ranks] = Links(
+                inside=Inside(**link(*found, max(ranks, 2))), between=Between(bandwidth=1e9), host=Host(ranks=ranks)
+            )
+        return self._links[ranks]
 
     def timed(self, case: Case) -> methods.Timed:
         """The passes of one rank alone, each core at such work."""
@@ -117,7 +127,10 @@ class Bench:
         """Of a pipeline: its layers by stage, their seconds, and the shapes between them."""
         key = case.variant, case.batch // case.micro_batches
         if key not in self._layers:
-            self._layers[key] = forked([1] * self.cores, partial(methods.timed_layers, case, self.steps))[0]
+            found = forked([1] * self.cores, partial(methods.timed_layers, case, self.steps))
+            pairs = zip(*(one.seconds for one in found), strict=True)
+            mean = [(fmean(f for f, _ in layer), fmean(b for _, b in layer)) for layer in pairs]
+            self._layers[key] = found[0]._replace(seconds=mean)
         layers = self._layers[key]
         divided = pipeline.balanced([sum(pair) for pair in layers.seconds], case.ranks)
         seconds = [
@@ -168,13 +181,11 @@ def rows(variants: Sequence[str], steps: int, most: int) -> Iterator[Row]:
     """Of every case on at most so many ranks."""
     bench = Bench(steps)
     import_engine()
-    loopback = Inside(**link(*forked([2], partial(link_seconds, bench.watch))[0]), at_once=bench.cores)
     for variant in variants:
         cases = {"measured": measured_cases(variant, bench.cores), "emulated": emulated_cases(variant, bench.cores)}
         for how in cases:
             for case in (case for case in cases[how] if case.ranks <= most):
-                links = Links(inside=loopback, between=Between(bandwidth=1e9), host=Host(ranks=case.ranks))
-                yield bench.here(bench.asked(case, how, links))
+                yield bench.here(bench.asked(case, how, bench.loopback(case.ranks)))
     if why := cables.missing():
         print(f"no hosts with limited links: {why}", flush=True)
     elif most >= max(cables.HOSTS):

@@ -16,7 +16,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hsvit_ds.run.links import Links
+from hsvit_ds.run.links import Between, Inside, Links
 from tools.benchmarks.published import ConvUnit, PublishedHSViT, published
 
 
@@ -170,19 +170,19 @@ def simulated(
             next.
     """
     ends = [0.0] * len(stages)
-    hops = [
-        links.inside.latency + size / links.inside.bandwidth
-        if stage % links.host.ranks
-        else links.between.latency + size / links.between.bandwidth
-        for stage, size in enumerate(sizes, 1)
+    hops: list[Inside | Between] = [
+        links.inside if stage % links.host.ranks else links.between for stage in range(1, len(stages))
     ]
     for direction, order in enumerate((range(len(stages)), reversed(range(len(stages))))):
         arrived = [0.0] * micro_batches
         for stage in order:
-            hop = hops[stage - direction] if 0 <= stage - direction < len(hops) else 0.0
+            hop, free = stage - direction, 0.0
             for number in range(micro_batches):
                 ends[stage] = max(ends[stage], arrived[number]) + stages[stage][direction]
-                arrived[number] = ends[stage] + hop
+                arrived[number] = ends[stage]
+                if 0 <= hop < len(hops):  # messages over one link follow each other
+                    free = max(free, ends[stage]) + sizes[hop] / hops[hop].bandwidth
+                    arrived[number] = free + hops[hop].latency
     computing = [micro_batches * (forward + backward) + update for forward, backward, update in stages]
     ended = max(end + stage[2] for end, stage in zip(ends, stages, strict=True))
     return Simulated(ended, sum(computing) / len(stages))

@@ -41,12 +41,11 @@ def draw(rows: Sequence[Row], predicted: Sequence[dict[str, Any]], path: Path) -
             idle.plot(row.ranks, 100 * row.idle_share, **mark)
             named.add(row.case.name)
     for axes, what in ((speed, "images a second"), (idle, "idle, % of a step")):
-        axes.set(xscale="log", xlabel="ranks", ylabel=what)
+        axes.set(xlabel="ranks", ylabel=what)
+        axes.set_xscale("log", base=2)
         axes.xaxis.set_major_formatter(lambda number, _: f"{number:,.0f}")
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
-    speed.set_xscale("log", base=2)
-    idle.set_xscale("log", base=2)
     speed.set_yscale("log")
     idle.set_ylim(0, 100)
     for name in (name for name in COLOURS if name in named):

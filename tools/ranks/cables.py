@@ -99,7 +99,9 @@ def rows(bench: Bench, variant: str, images: int) -> Iterator[Row]:
     for named, rate in RATES.items():
         for count in HOSTS:
             with tempfile.TemporaryDirectory() as name, cluster(Path(name), count, rate) as made:
-                between = Between(**link(*on_hosts(made, Path(name), [link_seconds])[0][0], count))
+                small, large = on_hosts(made, Path(name), [link_seconds])[0][0]
+                bandwidth, latency = link(small, large, count)
+                between = Between(bandwidth=bandwidth, latency=latency)
                 links = Links(inside=Inside(bandwidth=between.bandwidth), between=between, host=Host(ranks=1))
                 asked = [bench.asked(case, "emulated", links) for case in cases(variant, count, images)]
                 functions = [partial(methods.watched, one.make, steps=bench.steps) for one in asked]

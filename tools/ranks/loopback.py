@@ -31,8 +31,8 @@ def link_seconds(watch: Watch, repeats: int = 30) -> tuple[float, float]:
     return found[0], found[1]
 
 
-def link(small: float, large: float, ranks: int) -> dict[str, float]:
-    """Of a ring of ranks, whose all-reduces are 2 (N - 1) messages of an N-th of the bytes each."""
+def link(small: float, large: float, ranks: int) -> tuple[float, float]:
+    """(bandwidth, latency) of a ring of ranks, whose all-reduces are 2 (N - 1) messages of an N-th of the bytes each."""
     messages = 2 * (ranks - 1)
     bandwidth = messages * (LARGE - SMALL) / ranks / (large - small)
-    return {"bandwidth": bandwidth, "latency": max(small / messages - SMALL / ranks / bandwidth, 0.0)}
+    return bandwidth, max(small / messages - SMALL / ranks / bandwidth, 0.0)

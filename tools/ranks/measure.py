@@ -105,10 +105,10 @@ class Bench:
     def loopback(self, ranks: int) -> Links:
         """As so many ranks have it when all send; one rank has none."""
         if ranks not in self._links:
-            found = forked([max(ranks, 2)], partial(link_seconds, self.watch))[0]
-            self._links[ranks] = Links(
-                inside=Inside(**link(*found, max(ranks, 2))), between=Between(bandwidth=1e9), host=Host(ranks=ranks)
-            )
+            small, large = forked([max(ranks, 2)], partial(link_seconds, self.watch))[0]
+            bandwidth, latency = link(small, large, max(ranks, 2))
+            inside = Inside(bandwidth=bandwidth, latency=latency)
+            self._links[ranks] = Links(inside=inside, between=Between(bandwidth=1e9), host=Host(ranks=ranks))
         return self._links[ranks]
 
     def timed(self, case: Case) -> methods.Timed:

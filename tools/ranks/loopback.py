@@ -32,7 +32,7 @@ def link_seconds(watch: Watch, repeats: int = 30) -> tuple[float, float]:
 
 
 def link(small: float, large: float, ranks: int) -> tuple[float, float]:
-    """(bandwidth, latency) of a ring of ranks, whose all-reduces are 2 (N - 1) messages of an N-th of the bytes each."""
+    """(bandwidth, latency) of a ring of ranks, of whose bytes an all-reduce sends an N-th 2 (N - 1) times."""
     messages = 2 * (ranks - 1)
     bandwidth = messages * (LARGE - SMALL) / ranks / (large - small)
     return bandwidth, max(small / messages - SMALL / ranks / bandwidth, 0.0)

@@ -332,7 +332,8 @@ def folder_for(page: str, parent: Path) -> Path:
     """Where a page's commands are run: links to the checkout's files, and an environment that `make` takes for made."""
     folder = parent / page.replace("/", "-")
     (folder / ".venv").mkdir(parents=True)
-    for name in (*FOLDERS, "Makefile", "README.md", "pyproject.toml", "requirements.lock", "hostfile.example"):
+    examples = ("hostfile.example", "links.example.toml")
+    for name in (*FOLDERS, "Makefile", "README.md", "pyproject.toml", "requirements.lock", *examples):
         (folder / name).symlink_to(ROOT / name)
     (folder / ".venv/bin").symlink_to(Path(sys.executable).parent)
     (folder / ".venv/.locked").touch()

@@ -36,6 +36,10 @@ def show_recipe(
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[key=value]...")] = None,
     ranks: Annotated[int, typer.Option(help="Ranks to resolve for; the grid's own by default.")] = 0,
     memory: Annotated[bool, typer.Option("--memory", help="What each rank will need, instead of the recipe.")] = False,
+    links: Annotated[
+        Path | None,
+        typer.Option(help="What a run will take of time and memory over these links (TOML), instead of the recipe."),
+    ] = None,
     hours: Annotated[
         bool, typer.Option("--hours", help="What each width alone would take here, timed, instead of the recipe.")
     ] = False,
@@ -48,11 +52,14 @@ def show_recipe(
     """Print a recipe with everything derived filled in.
 
     Example: hsvit recipe recipes/digits/hsvit.toml model.submodules=4 --memory
+
+    Example: hsvit recipe recipes/digits/hsvit.toml --ranks 16 --links links.example.toml
     """
     with shown(2, debug):
         check_kernels()
-        if memory and hours:
-            raise RefusedError("--memory and --hours: each takes the recipe's place; ask for one")
+        asked = [name for name, is_set in (("memory", memory), ("links", links), ("hours", hours)) if is_set]
+        if len(asked) > 1:
+            raise RefusedError(f"{' and '.join(f'--{n}' for n in asked)}: each takes the recipe's place; ask for one")
         if form != Format.TABLE and not hours:
             raise RefusedError(f"--format {form}: only --hours has one; leave it out")
         from ..run import recipe as recipes
@@ -61,6 +68,8 @@ def show_recipe(
         recipe, plan = recipes.resolve(recipe, ranks or recipe.grid.submodule_ranks)
         if memory:
             _print_memory(recipe, plan)
+        elif links:
+            _print_prediction(recipe, plan, links)
         elif hours:
             _print_hours(recipe, plan, form)
         else:
@@ -90,6 +99,29 @@ def _print_memory(recipe: Recipe, plan: Plan) -> None:
         f"ZeRO-{recipe.engine.zero_stage}, micro batch {plan.micro_batch}, {'bf16' if plan.bf16 else 'fp32'}"
     )
     report.print_memory(vars(needed(recipe, plan)), title)
+
+
+def _print_prediction(recipe: Recipe, plan: Plan, file: Path) -> None:
+    from ..run import links, prediction
+    from ..run.report import duration
+
+    joined = links.read(file)
+    shape = prediction.shape(recipe, plan)
+    _print_memory(recipe, plan)
+    passes = joined.passes or prediction.timed(recipe, plan, joined)
+    step = prediction.simulate(shape, joined, passes)
+    sent = {name.removeprefix("comm/").replace("_", " "): size for name, size in prediction.traffic(shape).items()}
+    rows = [
+        ("images/s", f"{shape.global_batch / step.seconds:,.1f}"),
+        ("all steps", duration(plan.steps * step.seconds)),
+        ("a step, ms", f"{1000 * step.seconds:.3f}"),
+        *((f"{name}, ms", f"{1000 * getattr(step, name):.3f}") for name in prediction.PARTS),
+        ("idle, % of a step", f"{100 * step.idle:.2f}"),
+        *((f"{name} of a rank and step", f"{size:,.0f}") for name, size in sent.items() if size),
+    ]
+    source = f"passes as {file} has them" if joined.passes else "passes timed here"
+    title = f"{recipe.run.name}: {counted(plan.ranks, 'rank')} on hosts of {joined.host.ranks}, {source}"
+    terminal.table(("predicted", ""), rows, title=title)
 
 
 def _print_hours(recipe: Recipe, plan: Plan, form: Format) -> None:

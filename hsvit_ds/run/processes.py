@@ -110,7 +110,7 @@ def command(recipe: Path, arguments: list[str], ranks: int, gpus: tuple[str, ...
     train = ["hsvit_ds.train", str(recipe), *arguments]
     if ranks == 1:
         return [sys.executable, "-m", *train]
-    port = _find_port()  # of its own: other runs may start at the same moment
+    port = find_port()  # of its own: other runs may start at the same moment
     # With a number of accelerators DeepSpeed takes the first ones, whatever CUDA_VISIBLE_DEVICES says.
     which = ["--include", f"localhost:{','.join(gpus[:ranks])}"] if gpus else ["--num_accelerators", str(ranks)]
     deepspeed = str(Path(sys.executable).with_name("deepspeed"))
@@ -118,7 +118,7 @@ def command(recipe: Path, arguments: list[str], ranks: int, gpus: tuple[str, ...
     return [deepspeed, "--hostfile", os.devnull, *which, "--master_port", str(port), "--module", *train]
 
 
-def _find_port() -> int:
+def find_port() -> int:
     """A free one that no run of this process was given: the system names one again once it is closed."""
     while True:
         with socket.create_server(("127.0.0.1", 0)) as server:

@@ -164,7 +164,7 @@ def _build(table: dict[str, Any], where: str) -> Recipe:
         return TypeAdapter(Recipe).validate_json(json.dumps(table), strict=True)
     except ValidationError as error:
         # Of a key of two types each complains, and the other one says what it is.
-        lines = [_explain(e) for e in error.errors() if e["loc"][-1] != "str" and "tuple[float, ...]" not in e["loc"]]
+        lines = [explain(e) for e in error.errors() if e["loc"][-1] != "str" and "tuple[float, ...]" not in e["loc"]]
         raise RefusedError(f"{where}: {'; '.join(lines)}") from error
     except TypeError as error:  # a TOML date, which JSON does not have
         raise RefusedError(f"{where}: {error}") from error
@@ -175,7 +175,7 @@ _OR_ELSE["mlp_ratio"] = "must be a number, or a list of one for each block"
 """What is said of keys that are of such a type or a string, and of this one."""
 
 
-def _explain(error: Any) -> str:
+def explain(error: Any) -> str:
     tagged = error["loc"][:1] in (("model",), ("task",))  # the second part is then the kind
     key = ".".join(str(part) for i, part in enumerate(error["loc"]) if not (tagged and i == 1))
     message = str(error["msg"]).removeprefix("Value error, ")

@@ -1,0 +1,210 @@
+"""Idle time measured: `python -m tools.scaling measure`."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+from statistics import fmean
+from typing import Any, NamedTuple
+
+import torch
+
+from hsvit_ds.engine.engine import import_muon
+from hsvit_ds.errors import counted
+from hsvit_ds.run import prediction
+from hsvit_ds.run import recipe as recipes
+from hsvit_ds.run.links import Between, Host, Inside, Links, Passes
+from tools.benchmarks.steps import machine
+
+from . import cables, emulated, idle, methods, pipeline, points
+from .loopback import link, link_seconds
+from .points import BATCHES, PIPELINE, STAGES, SUBMODULE, Case, Row
+from .start import forked
+from .watch import Parts, Watch, parts
+
+MICRO_BATCHES = (1, 2, 4, 8)
+LOOPBACK = "loopback"
+
+
+def measured_cases(variant: str, cores: int) -> list[Case]:
+    """On as many ranks as there are cores, 2 and 4 at most."""
+    batch, found = BATCHES[variant], [Case(variant=variant, method=SUBMODULE, ranks=1, batch=BATCHES[variant])]
+    for ranks in (2, 4):
+        if ranks <= cores:
+            found += _cases(variant, ranks, batch)
+    return found
+
+
+def emulated_cases(variant: str, cores: int) -> list[Case]:
+    """On more ranks than cores: whole at 4; at 8 and 16 a submodule more, or as many images more, for each rank."""
+    found = _cases(variant, 4, BATCHES[variant]) if cores < 4 else []
+    for ranks in (8, 16):
+        found.append(Case(variant=variant, method=SUBMODULE, ranks=ranks, batch=BATCHES[variant]))
+        found += [Case(variant=variant, method=m, ranks=ranks, batch=BATCHES[variant] // 4 * ranks) for m in STAGES]
+    return found
+
+
+def _cases(variant: str, ranks: int, batch: int) -> list[Case]:
+    whole = [Case(variant=variant, method=method, ranks=ranks, batch=batch) for method in (SUBMODULE, *STAGES)]
+    return whole + [
+        Case(variant=variant, method=PIPELINE, ranks=ranks, batch=batch, micro_batches=m)
+        for m in MICRO_BATCHES
+        if m <= batch
+    ]
+
+
+class Asked(NamedTuple):
+    """A case that is to be measured. make: gives a rank's step. The others are those of a `Row`."""
+
+    case: Case
+    how: str
+    links: Links
+    make: Callable[[], Callable[[], Any]]
+    passes: str
+    formula: float
+    elapsed: float
+
+    def row(self, over: str, found: Parts) -> Row:
+        row = Row(
+            **asdict(self.case),
+            **found._asdict(),
+            how=self.how,
+            over=over,
+            images_per_second=self.case.batch / found.seconds,
+            formula=self.formula,
+            elapsed=self.elapsed,
+            passes=self.passes,
+            links=points.text_of(self.links),
+            machine=f"{machine(torch.device('cpu'))}, one thread a rank",
+        )
+        print(
+            f"{row.how} {row.variant} {self.case.name}, {counted(row.ranks, 'rank')}, {over}: "
+            f"{row.images_per_second:.1f} images/s, idle {100 * row.idle_share:.1f} %",
+            flush=True,
+        )
+        return row
+
+
+class Bench:
+    """Measures cases, and what they are predicted by, in forked ranks.
+
+    Args:
+        steps: that are counted.
+    """
+
+    def __init__(self, steps: int) -> None:
+        self.steps, self.watch, self.cores = steps, Watch(), len(os.sched_getaffinity(0))
+        self._links: dict[int, Links] = {}
+        self._timed: dict[Any, methods.Timed] = {}
+        self._layers: dict[Any, methods.Layers] = {}
+
+    def loopback(self, ranks: int) -> Links:
+        """As so many ranks have it when all send; one rank has none."""
+        if ranks not in self._links:
+            small, large = forked([max(ranks, 2)], partial(link_seconds, self.watch))[0]
+            bandwidth, latency = link(small, large, max(ranks, 2))
+            inside = Inside(bandwidth=bandwidth, latency=latency)
+            self._links[ranks] = Links(inside=inside, between=Between(bandwidth=1e9), host=Host(ranks=ranks))
+        return self._links[ranks]
+
+    def timed(self, case: Case) -> methods.Timed:
+        """The passes of one rank alone, each core at such work."""
+        recipe, plan = case.resolved()
+        share = prediction.alone(recipe, plan)
+        key = share.model, share.run.global_batch, share.engine.zero_stage
+        if key not in self._timed:
+            alone = recipes.resolve(share, 1)
+            found = forked([1] * self.cores, partial(methods.timed, *alone, self.steps))
+            passes = {k: fmean(asdict(one.passes)[k] for one in found) for k in asdict(found[0].passes)}
+            self._timed[key] = methods.Timed(Passes(**passes), fmean(one.spread for one in found))
+        return self._timed[key]
+
+    def stages(self, case: Case) -> dict[str, Any]:
+        """Of a pipeline: its layers by stage, their seconds, and the shapes between them."""
+        key = case.variant, case.batch // case.micro_batches
+        if key not in self._layers:
+            found = forked([1] * self.cores, partial(methods.timed_layers, case, self.steps))
+            pairs = zip(*(one.seconds for one in found), strict=True)
+            mean = [(fmean(f for f, _ in layer), fmean(b for _, b in layer)) for layer in pairs]
+            self._layers[key] = found[0]._replace(seconds=mean)
+        layers = self._layers[key]
+        divided = pipeline.balanced([sum(pair) for pair in layers.seconds], case.ranks)
+        seconds = [
+            (
+                sum(layers.seconds[i][0] for i in stage),
+                sum(layers.seconds[i][1] for i in stage),
+                sum(layers.parameters[i] for i in stage) * layers.update,
+            )
+            for stage in divided
+        ]
+        images = case.batch // case.micro_batches
+        shapes = [(images, 3, points.SIZE, points.SIZE), *(layers.outputs[stage[-1]] for stage in divided)]
+        sizes = [4 * torch.Size(shape).numel() for shape in shapes[1:-1]]
+        return {"stages": seconds, "shapes": shapes, "sizes": sizes, "layers": divided}
+
+    def asked(self, case: Case, how: str, links: Links) -> Asked:
+        """What a rank of a case does, and what it is predicted by."""
+        if case.method == PIPELINE:
+            divided = self.stages(case)
+            if how == "measured":
+                make: Any = partial(methods.stage_step, case, divided["layers"], divided["shapes"])
+            else:
+                make = partial(emulated.piped, divided["stages"], divided["shapes"], case.batch, case.micro_batches)
+            passes = json.dumps({name: divided[name] for name in ("stages", "sizes")})
+            return Asked(case, how, links, make, passes, idle.pipeline(case.ranks, case.micro_batches), 0.0)
+        timed, (recipe, plan) = self.timed(case), case.resolved()
+        if how == "measured":
+            make, links = partial(engine_step, recipe, plan), replace(links, stragglers=timed.spread)
+        else:
+            make = partial(emulated.scheduled, prediction.shape(recipe, plan), timed.passes)
+        p, formulas = timed.passes, (0.0, 0.0)
+        if case.method == SUBMODULE:
+            each = case.ranks, p.forward + p.backward + p.update, p.head
+            formulas = idle.summed(*each), idle.elapsed(*each)
+        return Asked(case, how, links, make, points.text_of(p), *formulas)
+
+    def here(self, asked: Asked) -> Row:
+        """Measured on forked ranks of this machine."""
+        found = forked([asked.case.ranks], partial(methods.watched, asked.make, self.watch, self.steps))
+        return asked.row(LOOPBACK, parts(found, methods.WARM))
+
+
+def engine_step(*args: Any) -> Callable[[], Any]:
+    return methods.engine_step(*args)[1]
+
+
+def rows(variants: Sequence[str], steps: int, most: int) -> Iterator[Row]:
+    """Of every case on at most so many ranks."""
+    bench = Bench(steps)
+    import_engine()
+    for variant in variants:
+        cases = {"measured": measured_cases(variant, bench.cores), "emulated": emulated_cases(variant, bench.cores)}
+        for how in cases:
+            for case in (case for case in cases[how] if case.ranks <= most):
+                yield bench.here(bench.asked(case, how, bench.loopback(case.ranks)))
+    if why := cables.missing():
+        print(f"no hosts with limited links: {why}", flush=True)
+    elif most >= max(cables.HOSTS):
+        yield from cables.rows(bench, variants[0], BATCHES[variants[0]])
+
+
+def import_engine() -> None:
+    """In this process, so that its forks have it."""
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    import_muon()
+
+
+def run(out: Path, variants: Sequence[str], steps: int, most: int) -> None:
+    """The table, written after every row, and the plot."""
+    from .plot import draw
+
+    out.mkdir(parents=True, exist_ok=True)
+    found: list[Row] = []
+    for row in rows(variants, steps, most):
+        found.append(row)
+        points.write(found, out / "measured.csv")
+    draw(found, [], out / "measured.svg")

@@ -1,0 +1,55 @@
+"""Ranks as forks of this process, which has everything imported."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import tempfile
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+
+from hsvit_ds.run.processes import find_port
+
+T = TypeVar("T")
+
+
+def forked(worlds: list[int], function: Callable[[], T]) -> list[T]:
+    """What a function returns on every rank of some worlds, which run at the same time; ranks by world.
+
+    Raises:
+        RuntimeError: a rank failed, whose stack trace is on standard error.
+    """
+    with tempfile.TemporaryDirectory() as name:
+        ranks: list[tuple[int, Path]] = []
+        for world in worlds:
+            port = str(find_port())
+            for rank in range(world):
+                place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
+                place |= {"LOCAL_WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+                ranks.append((_fork(function, place, Path(name) / f"{len(ranks)}"), Path(name) / f"{len(ranks)}"))
+        codes = [os.waitpid(child, 0)[1] for child, _ in ranks]
+        if any(codes):
+            raise RuntimeError(f"ranks ended with {codes}")
+        return [pickle.loads(path.read_bytes()) for _, path in ranks]
+
+
+def _fork(function: Callable[[], T], place: dict[str, str], result: Path) -> int:
+    child = os.fork()
+    if child:
+        return child
+    status = 1
+    try:
+        os.environ.update(place)
+        torch.set_num_threads(1)
+        result.write_bytes(pickle.dumps(function()))
+        if torch.distributed.is_initialized():
+            torch.distributed.barrier()  # none leaves while another still sends
+        status = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(status)  # without gloo's destructors

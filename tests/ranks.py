@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -162,6 +162,5 @@ def assert_same_run(found: list[Any], expected: Any, tolerance: float) -> None:
     written = {key: tensor for rank in found for key, tensor in rank["state"].items()}
     assert written.keys() == expected["state"].keys()
     for key, tensor in expected["state"].items():
-        torch.testing.assert_close(
-            written[key], tensor, rtol=tolerance, atol=tolerance, msg=lambda m, k=key: f"{k}: {m}"
-        )
+        said = partial("{}: {}".format, key)
+        torch.testing.assert_close(written[key], tensor, rtol=tolerance, atol=tolerance, msg=said)

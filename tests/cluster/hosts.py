@@ -102,6 +102,10 @@ class Host:
     def is_on(self) -> bool:
         return self._holder is not None
 
+    def is_idle(self) -> bool:
+        """Whether it answers, and nothing of a run is left on it."""
+        return not self.processes("hsvit_ds") and self.answers()
+
     def switch_off(self) -> None:
         """As when the power fails: nothing is said to the other hosts."""
         if self._holder is not None:
@@ -261,7 +265,7 @@ class Cluster:
                 host.start()
             host.shorten()
             host.plug()
-            until(lambda host=host: not host.processes("hsvit_ds") and host.answers(), f"{name} is idle", 20)
+            until(host.is_idle, f"{name} is idle", 20)
 
     def close(self) -> None:
         for process in self._started:

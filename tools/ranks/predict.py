@@ -183,8 +183,10 @@ def run(out: Path, measured: Path | None, file: Path | None, variant: str, most:
     own = [row for row in rows if row.method == SUBMODULE and row.ranks == SUBMODULES]
     joined = links.read(file) if file else points.links_of(own[0].links) if own else None
     passes = joined.passes if joined and joined.passes else Passes(**json.loads(own[0].passes)) if own else None
-    if joined is None or passes is None:
+    found: list[dict[str, Any]] = []
+    if joined and passes:
+        found = list(Curves(variant=variant, batch=BATCHES[variant], passes=passes, links=joined).rows(most))
+        show(found, f"predicted: {variant}, hosts of {joined.host.ranks} ranks", out / "predicted.csv")
+    elif not rows:
         raise SystemExit("nothing to predict by: name --check measured.csv, or --links with [passes] of one submodule")
-    found = list(Curves(variant=variant, batch=BATCHES[variant], passes=passes, links=joined).rows(most))
-    show(found, f"predicted: {variant}, hosts of {joined.host.ranks} ranks", out / "predicted.csv")
     draw(rows, found, out / "scaling.svg")

@@ -102,7 +102,7 @@ def grouped_attention(
         q = _projected(y[:, :, :rows], q_weight, q_bias, heads).squeeze(0)
         kv = _projected(y, kv_weight, kv_bias, heads)
         o = attend(q, kv, keep).permute(1, 2, 4, 0, 3).reshape(groups, width, batch * rows)
-        x = (x[:, :, :rows] + bias).flatten(1, 2).baddbmm_(o.mT, weight.mT).unflatten(1, (batch, rows))
+        x = _applied(_FromHeads, x[:, :, :rows].flatten(1, 2), o, weight, bias).unflatten(1, (batch, rows))
     out: Tensor = x.transpose(0, 1) if all_tokens else x[:, :, 0].transpose(0, 1)
     return out
 
@@ -117,7 +117,7 @@ def _layers(
     low: torch.dtype,
 ) -> Iterator[tuple[Tensor, ...]]:
     """For each layer W [G, D, D] of q and [G, 2D, D] of k and v, their biases [G, N, 1], W [G, D, D] and bias
-    [G, 1, 1, D] of the output, in `low`.
+    [G, 1, D] of the output, in `low`.
 
     The LayerNorm's factors w and offsets b are in the former: W (w y + b) + c = (W w) y + (W b + c). All layers are
     cast together, once a forward, and lie one behind the other, as products want them.
@@ -130,7 +130,7 @@ def _layers(
     bias = ((qkv_weight * norm_bias.unsqueeze(2)).sum(-1) + qkv_bias) * key_free.flatten()
     shares = (width, 2 * width)
     weights = (qkv_weight * norm_weight.unsqueeze(2)).split(shares, dim=2)
-    every = (*weights, *bias.unsqueeze(-1).split(shares, dim=2), out_weight, out_bias[:, :, None, None])
+    every = (*weights, *bias.unsqueeze(-1).split(shares, dim=2), out_weight, out_bias.unsqueeze(2))
     return zip(*(w.transpose(0, 1).to(low, memory_format=torch.contiguous_format).unbind() for w in every), strict=True)
 
 
@@ -140,8 +140,51 @@ def _projected(y: Tensor, weight: Tensor, bias: Tensor, heads: int) -> Tensor:
     They lie [G, n, h, d, B, T]: an image's tokens are a run of memory, longer than a head's features.
     """
     (groups, batch, count, width), parts = y.shape, weight.shape[1] // weight.shape[2]
-    flat = torch.baddbmm(bias, weight, y.flatten(1, 2).mT)
+    flat = _applied(_ToHeads, y.flatten(1, 2), weight, bias)
     return flat.view(groups, parts, heads, width // heads, batch, count).permute(1, 4, 0, 2, 5, 3)
+
+
+def _applied(function: Any, *inputs: Tensor) -> Tensor:
+    """By hand, so that gradients too lie as the next product wants them; torch.compile chooses that itself, and torch
+    2.11 compiles some functions with a hand-written backward to wrong gradients without a word."""
+    out: Tensor = function.compute(*inputs) if torch.compiler.is_compiling() else function.apply(*inputs)
+    return out
+
+
+class _ToHeads(torch.autograd.Function):
+    """y [G, n, D], weight [G, N, D], bias [G, N, 1] to weight y^T + bias [G, N, n]."""
+
+    @staticmethod
+    def compute(y: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return torch.baddbmm(bias, weight, y.mT)
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        ctx.save_for_backward(y, weight)
+        return _ToHeads.compute(y, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        y, weight = ctx.saved_tensors
+        return grad.mT @ weight, grad @ y, grad.sum(-1, keepdim=True)
+
+
+class _FromHeads(torch.autograd.Function):
+    """x [G, n, D], o [G, D, n], weight [G, D, D], bias [G, 1, D] to x + o^T weight^T + bias."""
+
+    @staticmethod
+    def compute(x: Tensor, o: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return (x + bias).baddbmm_(o.mT, weight.mT)
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, o: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        ctx.save_for_backward(o, weight)
+        return _FromHeads.compute(x, o, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        o, weight = ctx.saved_tensors
+        return grad, weight.mT @ grad.mT, grad.mT @ o.mT, grad.sum(1, keepdim=True)
 
 
 def attend(q: Tensor, kv: Tensor, keep: Keep | None = None, scale: float | None = None) -> Tensor:

@@ -69,22 +69,27 @@ class Attention(nn.Module):
     @spanned(Part.ATTENTION)
     def forward(self, x: Tensor, width: Width, residual: Tensor | None, rows: int) -> Tensor:
         """x [B, T, d]; residual and the result hold the first `rows` tokens."""
-        q, k, v = self.queries_keys_values(x, width)
-        x = self._attend(q[:, :, :rows], k, v).transpose(1, 2).flatten(2)
+        q, kv = self._heads(x, width).split((1, 2))
+        x = self._attend(q.squeeze(0)[:, :, :rows], kv).transpose(1, 2).flatten(2)
         return self.proj(x, width, residual=residual)
 
     def queries_keys_values(self, x: Tensor, width: Width) -> tuple[Tensor, Tensor, Tensor]:
         """x [B, T, d] to three of [B, heads, T, c]."""
-        heads = width.of(self.heads) if self.slices_heads else self.heads
-        q, k, v = self.qkv(x, width).unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
+        q, k, v = self._heads(x, width)
         return q, k, v
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """q [B, heads, rows, c] over k, v [B, heads, T, c]."""
+    def _heads(self, x: Tensor, width: Width) -> Tensor:
+        """The same as one tensor [3, B, heads, T, c]."""
+        heads = width.of(self.heads) if self.slices_heads else self.heads
+        return self.qkv(x, width).unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
+
+    def _attend(self, q: Tensor, kv: Tensor) -> Tensor:
+        """q [B, heads, rows, c] over kv [2, B, heads, T, c]."""
         if q.device.type != "cpu" or torch.compiler.is_compiling():
+            k, v = kv
             return F.scaled_dot_product_attention(q, k, v, scale=self.scale)
         # PyTorch's fused attention takes three times as long on CPUs, backward included (tools.benchmark scala).
-        return attend(q[:, None], k[:, None], v[:, None], scale=self.scale)[:, 0]
+        return attend(q[:, None], kv[:, :, None], scale=self.scale)[:, 0]
 
 
 def _without_keys(grad: Tensor | None) -> Tensor | None:

@@ -116,16 +116,20 @@ class Draw:
 
     def words(self, site: Site, element: Tensor) -> Tensor:
         """Random bits for every (image, element): int32 [4, B, *element.shape]. element: int32, any shape."""
+        return torch.stack(self.four_words(site, element))
+
+    def four_words(self, site: Site, element: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """`words` one by one, to be put where they are wanted."""
         image = self.image.view(-1, *[1] * element.dim())
-        return torch.stack(pcg4d(self.key[0], self.key[1] + (int(site) << 24), image, element))
+        return pcg4d(self.key[0], self.key[1] + (int(site) << 24), image, element)
 
     def bytes(self, site: Site, element: Tensor) -> Tensor:
         """Sixteen random bytes for every (image, element): [B, *element.shape, 16], word by word."""
-        return split_bytes(self.words(site, element).movedim(0, -1)).flatten(-2)
+        return split_bytes(torch.stack(self.four_words(site, element), dim=-1)).flatten(-2)
 
     def uniform(self, site: Site, element: Tensor) -> Tensor:
         """A number in (0, 1), a multiple of 2**-23 plus 2**-24, for every (image, element): fp32."""
-        return uniform(self.words(site, element)[0])
+        return uniform(self.four_words(site, element)[0])
 
 
 def split_bytes(words: Tensor) -> Tensor:
@@ -133,6 +137,13 @@ def split_bytes(words: Tensor) -> Tensor:
     if torch.compiler.is_compiling():  # inductor chooses strides that cannot be viewed as bytes
         return (words.unsqueeze(-1) >> torch.arange(0, 32, 8, device=words.device)) & 255
     return words.contiguous().view(torch.uint8).view(*words.shape, 4)
+
+
+def split_halves(words: Tensor) -> Tensor:
+    """int32 [...] to its two halves, the lower first: integers of at least 16 bits [..., 2]."""
+    if torch.compiler.is_compiling():  # as above
+        return words.unsqueeze(-1) >> torch.arange(0, 32, 16, device=words.device)
+    return words.contiguous().view(torch.int16).view(*words.shape, 2)
 
 
 def uniform(words: Tensor) -> Tensor:

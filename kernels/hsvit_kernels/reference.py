@@ -5,6 +5,7 @@ Shape letters: B images, G groups, T tokens of a group with CLS, D embedding wid
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .cases import is_listing, stand_in
-from .random import Draw, Site, keep_scale, split_bytes, threshold
+from .dispatch import low_dtype
+from .random import Draw, Site, keep_scale, split_halves, threshold
 
 CLS_PLACE = 255
 
@@ -39,21 +41,29 @@ class Keep:
 
     def mask(self, images: slice) -> Tensor:
         """bool [images, G, h, rows, T]."""
+        return self.margin(images) >= 0
+
+    def margin(self, images: slice) -> Tensor:
+        """Each weight's byte less the threshold, so that a negative one is dropped: integers [images, G, h, rows, T].
+
+        In 16 bits, because a CPU's operations on these are an order of magnitude faster than on bools.
+        """
         draw, device = self.draw.slice(images.start, images.stop), self.draw.key.device
         pairs, features = -(-self.heads // 2), self.tokens - 1
         call = torch.arange(self.layer * pairs, (self.layer + 1) * pairs, device=device)
         group = torch.arange(self.groups.start, self.groups.stop, device=device)
         query = (torch.arange(self.rows, device=device) + CLS_PLACE) % (CLS_PLACE + 1)
         counter = ((group.view(-1, 1, 1) * 2048 + call.view(-1, 1)) * 256 + query) * 32
-        lane = torch.arange(-(-features // 32) * 4, device=device)
-        words = draw.words(Site.ATTENTION, (counter.unsqueeze(-1) + lane).to(torch.int32))
-        bytes_ = split_bytes(words).unflatten(-1, (2, 2)).unflatten(5, (-1, 4))
-        # word, image, group, call, row, block of 32 keys, lane, key % 2, head % 2: word and head to their places
-        bytes_ = bytes_.permute(1, 2, 3, 8, 4, 5, 0, 6, 7).flatten(5)[..., :features]
-        of_cls = split_bytes(draw.words(Site.ATTENTION, (counter + 31).to(torch.int32))[3])[..., 2:]
-        bytes_ = torch.cat((of_cls.movedim(-1, 3).unsqueeze(-1), bytes_), dim=-1)
-        mask: Tensor = bytes_.flatten(2, 3)[:, :, : self.heads] >= threshold(self.probability)
-        return mask
+        lane = torch.arange(-(-features // 32) * 4 + 1, device=device)
+        lane[-1] = 31  # CLS, whose halves are the upper ones of the last word
+        words = draw.four_words(Site.ATTENTION, (counter.unsqueeze(-1) + lane).to(torch.int32))
+        # A half of a word has the bytes of a key's two heads. Image, group, call, row, block of 32 keys, word, lane.
+        blocks = torch.stack([word[..., :-1].unflatten(-1, (-1, 4)) for word in words], dim=-2)
+        of_cls, of_features = split_halves(words[3][..., -1:])[..., 1], split_halves(blocks).flatten(4)
+        halves = torch.cat((of_cls, of_features[..., :features]), dim=-1)
+        shift = torch.arange(0, 16, 8, dtype=halves.dtype, device=device).view(2, 1, 1)
+        bytes_ = (halves.unsqueeze(3) >> shift).bitwise_and_(255).flatten(2, 3)
+        return bytes_[:, :, : self.heads].sub_(threshold(self.probability))
 
 
 def grouped_attention(
@@ -77,51 +87,125 @@ def grouped_attention(
     """All groups at once, batched on the leading axis; `hsvit_kernels.grouped_attention` documents the arguments."""
     groups, depth = qkv_weight.shape[:2]
     batch, count, width = tokens.shape
-    x = tokens.unflatten(1, (groups, count // groups)).transpose(0, 1)
-    x = torch.cat((cls[:, None, None].expand(-1, batch, -1, -1).to(x.dtype), x), dim=2)
-    x = x + positions[:, None].to(x.dtype)
+    low = low_dtype(tokens)
+    x = tokens.to(low).unflatten(1, (groups, count // groups)).transpose(0, 1)
+    x = torch.cat((cls[:, None, None].expand(-1, batch, -1, -1).to(low), x), dim=2)
+    x = x + positions[:, None].to(low)
     here = range(first_group, first_group + groups)
-    # The key bias shifts every score of a row alike and cancels in the softmax: leaving it out is exact and makes its
-    # gradient an exact zero, where rounding noise would be turned into steps by Adam.
-    key_free = torch.ones(3, width, dtype=qkv_bias.dtype, device=qkv_bias.device)
-    key_free[1] = 0
-    bias = qkv_bias * key_free.flatten()
-    for layer in range(depth):
+    layers = _layers(norm_weight, norm_bias, qkv_weight, qkv_bias, out_weight, out_bias, low)
+    for layer, (q_weight, kv_weight, q_bias, kv_bias, weight, bias) in enumerate(layers):
         rows = 1 if layer == depth - 1 and not all_tokens else x.shape[2]  # only CLS leaves the last layer
         keep = None
         if dropout and draw is not None:
             keep = Keep(draw, dropout, layer, heads, here, rows, x.shape[2])
         y = F.layer_norm(x, (width,), eps=eps)
-        y = y * norm_weight[:, layer, None, None].to(y.dtype) + norm_bias[:, layer, None, None].to(y.dtype)
-        weight, shift = qkv_weight[:, layer], bias[:, layer, None]
-        q = _linear(y[:, :, :rows], weight[:, :width], shift[..., :width])
-        k, v = _linear(y, weight[:, width:], shift[..., width:]).chunk(2, dim=-1)
-        q, k, v = (t.unflatten(-1, (heads, width // heads)).permute(1, 0, 3, 2, 4) for t in (q, k, v))
-        o = attend(q, k, v, keep).permute(1, 0, 3, 2, 4).flatten(-2)
-        x = x[:, :, :rows] + _linear(o, out_weight[:, layer], out_bias[:, layer, None])
-    x = x.transpose(0, 1)
-    return x if all_tokens else x[:, :, 0]
+        q = _projected(y[:, :, :rows], q_weight, q_bias, heads).squeeze(0)
+        kv = _projected(y, kv_weight, kv_bias, heads)
+        o = attend(q, kv, keep).permute(1, 2, 4, 0, 3).reshape(groups, width, batch * rows)
+        x = _applied(_FromHeads, x[:, :, :rows].flatten(1, 2), o, weight, bias).unflatten(1, (batch, rows))
+    out: Tensor = x.transpose(0, 1) if all_tokens else x[:, :, 0].transpose(0, 1)
+    return out
 
 
-def _linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """x [G, B, T, D] times weight [G, N, D] plus bias [G, 1, N], a group at a time in one batched product."""
-    flat = torch.baddbmm(bias.to(x.dtype), x.flatten(1, 2), weight.to(x.dtype).transpose(1, 2))
-    return flat.view(*x.shape[:3], weight.shape[1])
+def _layers(
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    qkv_weight: Tensor,
+    qkv_bias: Tensor,
+    out_weight: Tensor,
+    out_bias: Tensor,
+    low: torch.dtype,
+) -> Iterator[tuple[Tensor, ...]]:
+    """For each layer W [G, D, D] of q and [G, 2D, D] of k and v, their biases [G, N, 1], W [G, D, D] and bias
+    [G, 1, D] of the output, in `low`.
+
+    The LayerNorm's factors w and offsets b are in the former: W (w y + b) + c = (W w) y + (W b + c). All layers are
+    cast together, once a forward, and lie one behind the other, as products want them.
+    """
+    width = qkv_weight.shape[-1]
+    # The key bias shifts every score of a row alike and cancels in the softmax: leaving it out is exact and makes its
+    # gradient an exact zero, where rounding noise would be turned into steps by Adam.
+    key_free = torch.ones(3, width, dtype=qkv_bias.dtype, device=qkv_bias.device)
+    key_free[1] = 0
+    bias = ((qkv_weight * norm_bias.unsqueeze(2)).sum(-1) + qkv_bias) * key_free.flatten()
+    shares = (width, 2 * width)
+    weights = (qkv_weight * norm_weight.unsqueeze(2)).split(shares, dim=2)
+    every = (*weights, *bias.unsqueeze(-1).split(shares, dim=2), out_weight, out_bias.unsqueeze(2))
+    return zip(*(w.transpose(0, 1).to(low, memory_format=torch.contiguous_format).unbind() for w in every), strict=True)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, keep: Keep | None = None, scale: float | None = None) -> Tensor:
-    """Softmax attention with dropout of q [B, G, h, rows, d] over k, v [B, G, h, T, d]; scale: d^-1/2 by default."""
+def _projected(y: Tensor, weight: Tensor, bias: Tensor, heads: int) -> Tensor:
+    """y [G, B, T, D] by weight [G, n h d, D] and bias [G, n h d, 1] to heads [n, B, G, h, T, d].
+
+    They lie [G, n, h, d, B, T]: an image's tokens are a run of memory, longer than a head's features.
+    """
+    (groups, batch, count, width), parts = y.shape, weight.shape[1] // weight.shape[2]
+    flat = _applied(_ToHeads, y.flatten(1, 2), weight, bias)
+    return flat.view(groups, parts, heads, width // heads, batch, count).permute(1, 4, 0, 2, 5, 3)
+
+
+def _applied(function: Any, *inputs: Tensor) -> Tensor:
+    """By hand, so that gradients too lie as the next product wants them; torch.compile chooses that itself, and torch
+    2.11 compiles some functions with a hand-written backward to wrong gradients without a word."""
+    out: Tensor = function.compute(*inputs) if torch.compiler.is_compiling() else function.apply(*inputs)
+    return out
+
+
+class _ToHeads(torch.autograd.Function):
+    """y [G, n, D], weight [G, N, D], bias [G, N, 1] to weight y^T + bias [G, N, n]."""
+
+    @staticmethod
+    def compute(y: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return torch.baddbmm(bias, weight, y.mT)
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        ctx.save_for_backward(y, weight)
+        return _ToHeads.compute(y, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        y, weight = ctx.saved_tensors
+        return grad.mT @ weight, grad @ y, grad.sum(-1, keepdim=True)
+
+
+class _FromHeads(torch.autograd.Function):
+    """x [G, n, D], o [G, D, n], weight [G, D, D], bias [G, 1, D] to x + o^T weight^T + bias."""
+
+    @staticmethod
+    def compute(x: Tensor, o: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return (x + bias).baddbmm_(o.mT, weight.mT)
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, o: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        ctx.save_for_backward(o, weight)
+        return _FromHeads.compute(x, o, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        o, weight = ctx.saved_tensors
+        return grad, weight.mT @ grad.mT, grad.mT @ o.mT, grad.sum(1, keepdim=True)
+
+
+def attend(q: Tensor, kv: Tensor, keep: Keep | None = None, scale: float | None = None) -> Tensor:
+    """Softmax attention with dropout of q [B, G, h, rows, d] over kv [2, B, G, h, T, d]; scale: d^-1/2 by default.
+
+    Keys and values come together, so that their gradients need not be joined.
+    """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if is_listing():
         return stand_in(q, q.shape, q.dtype, torch.is_grad_enabled() and q.requires_grad)
+    out: Tensor
     if not torch.compiler.is_compiling():
-        out: Tensor = _Attention.apply(q, k, v, keep, scale)
+        out = _Attention.apply(q, kv, keep, scale)
         return out
     # torch 2.11 compiles the function below to wrong gradients without a word; what it saves inductor saves too.
-    weights = _weights(q, k, scale)
+    k, v = kv
+    weights = _softmax((q * scale) @ k.mT)
     if keep is not None:
         weights = weights * keep.mask(slice(0, len(q))) * keep_scale(keep.probability)
-    return weights @ v
+    out = weights @ v
+    return out
 
 
 class _Attention(torch.autograd.Function):
@@ -132,47 +216,53 @@ class _Attention(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, keep: Keep | None, scale: float) -> Tensor:
-        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()  # once, or every product copies them
+    def forward(ctx: Any, q: Tensor, kv: Tensor, keep: Keep | None, scale: float) -> Tensor:
         out = torch.empty_like(q)
-        ctx.chunks, ctx.saved = _chunks(q, k), []
+        ctx.like, ctx.chunks, ctx.saved = (q, kv), _chunks(q, kv), []
+        ctx.scale, ctx.keep_scale = scale, 1.0 if keep is None else keep_scale(keep.probability)
         for chunk in ctx.chunks:
-            mask = None if keep is None else keep.mask(chunk)
-            weights = _weights(q[chunk], k[chunk], scale)
-            out[chunk] = (weights if mask is None else weights * mask) @ v[chunk]
-            ctx.saved.append((weights, mask))
-        ctx.softmax_scale = scale
-        ctx.scale = 1.0 if keep is None else keep_scale(keep.probability)
-        ctx.save_for_backward(q, k, v)
-        return out if keep is None else out.mul_(ctx.scale)
+            q_, (k, v) = _dense(q[chunk]) * scale, _dense(kv[:, chunk])
+            weights = kept = _softmax(q_ @ k.mT)
+            if keep is not None:
+                # One tensor is saved for both: a weight that is dropped has a negative sign.
+                kept = weights.copysign_(keep.margin(chunk)).relu()
+            out[chunk] = _product(kept, v).mul_(ctx.keep_scale)
+            ctx.saved.append((q_, k, v, weights))
+        return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        q, k, v = ctx.saved_tensors
-        grads = [torch.empty_like(t) for t in (q, k, v)]
-        for chunk, (weights, mask) in zip(ctx.chunks, ctx.saved, strict=True):
-            g = grad[chunk] if mask is None else grad[chunk] * ctx.scale
-            kept = weights if mask is None else weights * mask
-            grads[2][chunk] = kept.transpose(-1, -2) @ g
-            slope = g @ v[chunk].transpose(-1, -2)
-            if mask is not None:
-                slope = slope.mul_(mask)
-            slope = torch.ops.aten._softmax_backward_data(slope, weights, -1, weights.dtype).mul_(ctx.softmax_scale)
-            grads[0][chunk] = slope @ k[chunk]
-            grads[1][chunk] = slope.transpose(-1, -2) @ q[chunk]
-        return *grads, None, None
+        dq, dkv = (torch.empty_like(t) for t in ctx.like)
+        for chunk, (q, k, v, weights) in zip(ctx.chunks, ctx.saved, strict=True):
+            g, kept = _dense(grad[chunk]) * ctx.keep_scale, weights.relu()
+            dkv[1, chunk] = _product(kept.mT, g)
+            slope = torch.ops.aten.threshold_backward(g @ v.mT, kept, 0)
+            slope = torch.ops.aten._softmax_backward_data(slope, weights.abs(), -1, weights.dtype)
+            dq[chunk] = _product(slope, k).mul_(ctx.scale)
+            dkv[0, chunk] = _product(slope.mT, q)
+        return dq, dkv, None, None
 
 
-def _weights(q: Tensor, k: Tensor, scale: float) -> Tensor:
-    """Attention weights in q's dtype, computed in fp32 at least; under autocast torch.softmax would return fp32."""
-    weights: Tensor = torch.ops.aten._softmax((q * scale) @ k.transpose(-1, -2), -1, False)
+def _softmax(scores: Tensor) -> Tensor:
+    """In the dtype of the scores, computed in fp32 at least; under autocast torch.softmax would return fp32."""
+    weights: Tensor = torch.ops.aten._softmax(scores, -1, False)
     return weights
 
 
-def _chunks(q: Tensor, k: Tensor) -> list[slice]:
+def _dense(x: Tensor) -> Tensor:
+    """x [..., n, d] without gaps, with the last two axes in the order in which they lie."""
+    return x.contiguous() if x.stride(-1) == 1 else x.mT.contiguous().mT
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b, which lies as b does: a CPU multiplies matrices of few columns slowly, of few rows fast."""
+    return a @ b if b.stride(-1) == 1 else (b.mT @ a.mT).mT
+
+
+def _chunks(q: Tensor, kv: Tensor) -> list[slice]:
     """Images that are computed together: all on a GPU, as many as keep the scores below 8 MiB on a CPU."""
     images = q.shape[0]
-    a_image = 4 * q.shape[1] * q.shape[2] * q.shape[3] * k.shape[3]
+    a_image = 4 * q.shape[1] * q.shape[2] * q.shape[3] * kv.shape[4]
     size = max(images, 1) if q.is_cuda else max(2**23 // a_image, 1)
     return [slice(start, min(start + size, images)) for start in range(0, images, size)]
 

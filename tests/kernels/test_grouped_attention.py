@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from hsvit_kernels import grouped_attention, reference
 from hsvit_kernels.random import Draw, keep_scale, threshold
@@ -133,6 +134,45 @@ def test_strided_input_and_an_empty_batch() -> None:
     empty = grouped_attention(a["tokens"][:0], **rest, heads=2)
     assert empty.shape == (0, 4, 16)
     empty.sum().backward()
+
+
+class _Casts(TorchDispatchMode):
+    """Counts the casts to bf16."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        self.count += func is torch.ops.aten._to_copy.default and kwargs.get("dtype") == torch.bfloat16
+        return func(*args, **kwargs)
+
+
+def test_weights_are_cast_once_a_forward_however_many_layers() -> None:
+    counts = []
+    for depth in (1, 5):
+        a = arguments(depth=depth, dtype=torch.float32)
+        with _Casts() as casts, torch.autocast("cpu", torch.bfloat16):
+            grouped_attention(**a, heads=2)
+        counts.append(casts.count)
+    assert counts[0] == counts[1] > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attention_is_the_same_in_whatever_order_heads_lie(dtype: torch.dtype) -> None:
+    """Features of a token side by side, as of a ViT, or tokens of a feature, as of the groups; gradients too."""
+    draw, shape = Draw.of(1, image=torch.arange(3)), (3, 3, 4, 2, 6, 8)
+    keep = reference.Keep(draw, 0.2, 0, 2, range(4), 6, 6)
+    by_token = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+    by_feature = by_token.mT.contiguous().mT
+    found = []
+    for qkv in (by_token.requires_grad_(), by_feature.requires_grad_()):
+        y = reference.attend(qkv[0], qkv[1:], keep)
+        found += [y, *torch.autograd.grad(y.square().sum(), qkv)]
+    tolerance = 1e-5 if dtype == torch.float32 else 0.05
+    torch.testing.assert_close(found[0], found[2], rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(found[1], found[3], rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize(

@@ -101,7 +101,7 @@ def grouped_attention(
         y = F.layer_norm(x, (width,), eps=eps)
         q = _projected(y[:, :, :rows], q_weight, q_bias, heads).squeeze(0)
         kv = _projected(y, kv_weight, kv_bias, heads)
-        o = attend(q, kv, keep).permute(1, 2, 4, 0, 3).reshape(groups, width, batch * rows)
+        o = attend(q, kv, keep).permute(1, 0, 3, 2, 4).flatten(3).flatten(1, 2).mT
         x = _applied(_FromHeads, x[:, :, :rows].flatten(1, 2), o, weight, bias).unflatten(1, (batch, rows))
     out: Tensor = x.transpose(0, 1) if all_tokens else x[:, :, 0].transpose(0, 1)
     return out
@@ -140,6 +140,9 @@ def _projected(y: Tensor, weight: Tensor, bias: Tensor, heads: int) -> Tensor:
     They lie [G, n, h, d, B, T]: an image's tokens are a run of memory, longer than a head's features.
     """
     (groups, batch, count, width), parts = y.shape, weight.shape[1] // weight.shape[2]
+    if torch.compiler.is_compiling():  # in that order the strides of an export would depend on the batch, which is free
+        flat = torch.baddbmm(bias.mT, y.flatten(1, 2), weight.mT)
+        return flat.view(groups, batch, count, parts, heads, width // heads).permute(3, 1, 0, 4, 2, 5)
     flat = _applied(_ToHeads, y.flatten(1, 2), weight, bias)
     return flat.view(groups, parts, heads, width // heads, batch, count).permute(1, 4, 0, 2, 5, 3)
 

@@ -102,7 +102,7 @@ def grouped_attention(
         q = _projected(y[:, :, :rows], q_weight, q_bias, heads).squeeze(0)
         kv = _projected(y, kv_weight, kv_bias, heads)
         o = attend(q, kv, keep).permute(1, 0, 3, 2, 4).flatten(3).flatten(1, 2).mT
-        x = _applied(_FromHeads, x[:, :, :rows].flatten(1, 2), o, weight, bias).unflatten(1, (batch, rows))
+        x = _joined(x[:, :, :rows].flatten(1, 2), o, weight, bias).unflatten(1, (batch, rows))
     out: Tensor = x.transpose(0, 1) if all_tokens else x[:, :, 0].transpose(0, 1)
     return out
 
@@ -143,28 +143,30 @@ def _projected(y: Tensor, weight: Tensor, bias: Tensor, heads: int) -> Tensor:
     if torch.compiler.is_compiling():  # in that order the strides of an export would depend on the batch, which is free
         flat = torch.baddbmm(bias.mT, y.flatten(1, 2), weight.mT)
         return flat.view(groups, batch, count, parts, heads, width // heads).permute(3, 1, 0, 4, 2, 5)
-    flat = _applied(_ToHeads, y.flatten(1, 2), weight, bias)
-    return flat.view(groups, parts, heads, width // heads, batch, count).permute(1, 4, 0, 2, 5, 3)
+    out: Tensor = _ToHeads.apply(y.flatten(1, 2), weight, bias)
+    return out.view(groups, parts, heads, width // heads, batch, count).permute(1, 4, 0, 2, 5, 3)
 
 
-def _applied(function: Any, *inputs: Tensor) -> Tensor:
-    """By hand, so that gradients too lie as the next product wants them; torch.compile chooses that itself, and torch
-    2.11 compiles some functions with a hand-written backward to wrong gradients without a word."""
-    out: Tensor = function.compute(*inputs) if torch.compiler.is_compiling() else function.apply(*inputs)
+def _joined(x: Tensor, o: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """See `_FromHeads`."""
+    if torch.compiler.is_compiling():
+        return torch.baddbmm(x + bias, o.mT, weight.mT)
+    out: Tensor = _FromHeads.apply(x, o, weight, bias)
     return out
 
 
 class _ToHeads(torch.autograd.Function):
-    """y [G, n, D], weight [G, N, D], bias [G, N, 1] to weight y^T + bias [G, N, n]."""
+    """y [G, n, D], weight [G, N, D], bias [G, N, 1] to weight y^T + bias [G, N, n].
 
-    @staticmethod
-    def compute(y: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        return torch.baddbmm(bias, weight, y.mT)
+    By hand, as the next one, so that gradients too lie as the next product wants them. Not for torch.compile, which
+    chooses that itself: torch 2.11 compiles some functions with a hand-written backward to wrong gradients without a
+    word.
+    """
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         ctx.save_for_backward(y, weight)
-        return _ToHeads.compute(y, weight, bias)
+        return torch.baddbmm(bias, weight, y.mT)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
@@ -176,13 +178,9 @@ class _FromHeads(torch.autograd.Function):
     """x [G, n, D], o [G, D, n], weight [G, D, D], bias [G, 1, D] to x + o^T weight^T + bias."""
 
     @staticmethod
-    def compute(x: Tensor, o: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        return (x + bias).baddbmm_(o.mT, weight.mT)
-
-    @staticmethod
     def forward(ctx: Any, x: Tensor, o: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         ctx.save_for_backward(o, weight)
-        return _FromHeads.compute(x, o, weight, bias)
+        return (x + bias).baddbmm_(o.mT, weight.mT)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:

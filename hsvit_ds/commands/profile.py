@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..errors import Exit, RefusedError, counted, shown
-from ..spans import Part
 from ..train import check_kernels
 from . import Debug, terminal
 
@@ -119,6 +118,7 @@ def show(folder: Path, steps: int) -> None:
 
 def _print_times(ranks: Sequence[Rank], title: str) -> None:
     from ..results import profile
+    from ..spans import Part
 
     columns = {f"rank {rank.rank}": place for place, rank in enumerate(ranks)}
     if len(ranks) > SHOWN:  # the last to come waits least

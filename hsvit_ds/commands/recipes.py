@@ -52,8 +52,6 @@ def show_recipe(
     """Print a recipe with everything derived filled in.
 
     Example: hsvit recipe recipes/digits/hsvit.toml model.submodules=4 --memory
-
-    Example: hsvit recipe recipes/digits/hsvit.toml --ranks 16 --links links.example.toml
     """
     with shown(2, debug):
         check_kernels()

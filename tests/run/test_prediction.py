@@ -51,10 +51,12 @@ RUNS: dict[str, tuple[str, list[str]]] = {
     "replicas, ZeRO-3, own statistics": ("hsvit", [*ALIKE, "engine.zero_stage=3", "run.bn_batch=32"]),
     "replicas of a ViT": ("scala", []),
 }
+OFTEN = ("int8 of two submodules", "images gathered", "replicas, ZeRO-1", "replicas, ZeRO-3, own statistics")
+"""Those that `make test` runs; `make test-slow` the others."""
 
 
 @pytest.mark.heavy
-@pytest.mark.parametrize("case", RUNS)
+@pytest.mark.parametrize("case", [pytest.param(c, marks=() if c in OFTEN else pytest.mark.slow) for c in RUNS])
 def test_the_bytes_of_a_step_are_those_that_two_ranks_count(case: str, tmp_path: Path) -> None:
     base, overrides = RUNS[case]
     path, small = f"recipes/digits/{base}.toml", {"hsvit": SMALL, "scala": SMALL_SCALA}[base]

@@ -34,7 +34,14 @@ class Counted(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize(("base", "stage"), [*((base, 0) for base in BASES), ("hybrid", 1), ("hybrid", 3)])
+@pytest.mark.parametrize(
+    ("base", "stage"),
+    [
+        *[pytest.param(base, 0, marks=() if base in ("hsvit", "scala") else pytest.mark.slow) for base in BASES],
+        pytest.param("hybrid", 1, marks=pytest.mark.slow),
+        ("hybrid", 3),
+    ],
+)
 def test_whatever_a_step_computes_lies_in_a_span(
     base: str, stage: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -28,6 +28,8 @@ def main() -> None:
     predict.add_argument("--ranks", type=int, default=4096, help="the most")
     args = parser.parse_args()
     if args.what == "measure":
+        if args.steps < 2:
+            parser.error(f"--steps {args.steps}: how much steps differ is known of two at least")
         from tools.ranks import measure as measuring
 
         measuring.run(args.out, args.variant, args.steps, args.ranks)

@@ -206,7 +206,7 @@ def run(*arguments: str) -> str:
 @pytest.mark.heavy
 @pytest.mark.slow
 def test_measured_ranks_send_the_bytes_that_are_predicted(tmp_path: Path) -> None:
-    run("measure", "--out", str(tmp_path), "--steps", "1", "--ranks", "2")
+    run("measure", "--out", str(tmp_path), "--steps", "2", "--ranks", "2")
     rows = points.read(tmp_path / "measured.csv")
     assert {r.case.name for r in rows} > {"submodules", "data parallel", "ZeRO-1", "ZeRO-3", "model parallel"}
     assert all(r.given == predict.of_row(r).given for r in rows)

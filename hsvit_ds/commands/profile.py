@@ -83,7 +83,10 @@ def _run_there(file: Path, overrides: list[str], hostfile: Path) -> Path:
 
     options = Options(recipe=file, overrides=overrides, hosts=0, max_restarts=0, shrink=False, resume=False)
     launch = prepare(options, read_hostfile(hostfile))
-    launch.run()
+    try:
+        launch.run()
+    except RefusedError as error:  # what was traced by then is shown all the same
+        typer.echo(f"hsvit: warning: the run ended before: {error}", err=True)
     return launch.folder
 
 

@@ -70,24 +70,21 @@ def read(folder: Path) -> list[Rank]:
     Raises:
         RefusedError: no rank has traced a step.
     """
-    found = [_rank(path) for path in sorted((folder / FOLDER).glob("rank-*.jsonl"))]
-    ranks = [rank for rank in found if rank is not None and rank.steps]
+    files = [_lines(path) for path in sorted((folder / FOLDER).glob("rank-*.jsonl"))]
+    started = [lines for lines in files if lines]
+    ranks = [rank for lines in started if (rank := _rank(lines, started[0][0])).steps]
     if not ranks:
         raise RefusedError(f"{folder / FOLDER}: no step was traced; the run ended before, see {folder}")
     _add_waiting(ranks)
     return ranks
 
 
-def _rank(path: Path) -> Rank | None:
-    lines = _lines(path)
-    if not lines:
-        return None
+def _rank(lines: list[dict[str, Any]], first: dict[str, Any]) -> Rank:
+    """first: the first line of the rank whose clock the others are set by."""
     head, *others = lines
-    first = _lines(path.with_name(file_name(0)))
-    start = first[0] if first else head
-    offset = head["began"] - start["began"]
-    if head["host"] != start["host"]:  # of another host's clock it is known when all had met alone
-        offset = start["met"] - head["met"]
+    offset = head["began"] - first["began"]
+    if head["host"] != first["host"]:  # of another host's clock it is known when all had met alone
+        offset = first["met"] - head["met"]
     rank = Rank(offset=offset, **{name: head[name] for name in head if name not in ("began", "met")})
     for line in others:
         if "spans" in line:

@@ -13,7 +13,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TextIO
 
 import torch
 from torch.autograd import DeviceType
@@ -71,12 +71,14 @@ class Profile:
         self._operations: Any = None
         if not steps:
             return
-        path = folder / FOLDER / file_name(grid.rank)
+        self._file = grid.together(lambda: self._opened(folder / FOLDER / file_name(grid.rank)))
+
+    def _opened(self, path: Path) -> TextIO:
         try:
             path.parent.mkdir(exist_ok=True)
-            self._file = path.open("w", encoding="utf-8")
+            return path.open("w", encoding="utf-8")
         except OSError as error:
-            raise RefusedError(f"tracking.profile = {steps}: {path}: {error.strerror}; set run.root") from error
+            raise RefusedError(f"tracking.profile = {self.steps}: {path}: {error.strerror}; set run.root") from error
 
     def ended(self, step: int, flops: Callable[[int], int]) -> None:
         """Step `step` is done, with all that lies between it and the next, on all ranks. flops: gives a step's, of all

@@ -69,8 +69,7 @@ class Attention(nn.Module):
     @spanned(Part.ATTENTION)
     def forward(self, x: Tensor, width: Width, residual: Tensor | None, rows: int) -> Tensor:
         """x [B, T, d]; residual and the result hold the first `rows` tokens."""
-        q, kv = self._heads(x, width).split((1, 2))
-        x = self._attend(q.squeeze(0)[:, :, :rows], kv).transpose(1, 2).flatten(2)
+        x = self._attend(self._heads(x, width), rows).transpose(1, 2).flatten(2)
         return self.proj(x, width, residual=residual)
 
     def queries_keys_values(self, x: Tensor, width: Width) -> tuple[Tensor, Tensor, Tensor]:
@@ -83,13 +82,15 @@ class Attention(nn.Module):
         heads = width.of(self.heads) if self.slices_heads else self.heads
         return self.qkv(x, width).unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
 
-    def _attend(self, q: Tensor, kv: Tensor) -> Tensor:
-        """q [B, heads, rows, c] over kv [2, B, heads, T, c]."""
-        if q.device.type != "cpu" or torch.compiler.is_compiling():
-            k, v = kv
-            return F.scaled_dot_product_attention(q, k, v, scale=self.scale)
+    def _attend(self, qkv: Tensor, rows: int) -> Tensor:
+        """qkv [3, B, heads, T, c] to what the first `rows` tokens see, [B, heads, rows, c]."""
+        if qkv.device.type != "cpu" or torch.compiler.is_compiling():
+            q, k, v = qkv
+            return F.scaled_dot_product_attention(q[:, :, :rows], k, v, scale=self.scale)
         # PyTorch's fused attention takes three times as long on CPUs, backward included (tools.benchmark scala).
-        return attend(q[:, None], kv[:, :, None], scale=self.scale)[:, 0]
+        groups = qkv[:, :, None]
+        parts = [groups] if rows == qkv.shape[3] else [groups[0, :, :, :, :rows], groups[1:]]
+        return attend(*parts, scale=self.scale)[:, 0]
 
 
 def _without_keys(grad: Tensor | None) -> Tensor | None:

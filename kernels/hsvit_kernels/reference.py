@@ -101,7 +101,7 @@ def grouped_attention(
         y = F.layer_norm(x, (width,), eps=eps)
         q = _projected(y[:, :, :rows], q_weight, q_bias, heads).squeeze(0)
         kv = _projected(y, kv_weight, kv_bias, heads)
-        o = attend(q, kv, keep).permute(1, 0, 3, 2, 4).flatten(3).flatten(1, 2).mT
+        o = attend(q, kv, keep=keep).permute(1, 0, 3, 2, 4).flatten(3).flatten(1, 2).mT
         x = _joined(x[:, :, :rows].flatten(1, 2), o, weight, bias).unflatten(1, (batch, rows))
     out: Tensor = x.transpose(0, 1) if all_tokens else x[:, :, 0].transpose(0, 1)
     return out
@@ -188,17 +188,24 @@ class _FromHeads(torch.autograd.Function):
         return grad, weight.mT @ grad.mT, grad.mT @ o.mT, grad.sum(1, keepdim=True)
 
 
-def attend(q: Tensor, kv: Tensor, keep: Keep | None = None, scale: float | None = None) -> Tensor:
-    """Softmax attention with dropout of q [B, G, h, rows, d] over kv [2, B, G, h, T, d]; scale: d^-1/2 by default.
+def attend(*parts: Tensor, keep: Keep | None = None, scale: float | None = None) -> Tensor:
+    """Softmax attention with dropout.
 
-    Keys and values come together, so that their gradients need not be joined.
+    Args:
+        parts: q [B, G, h, rows, d] and kv [2, B, G, h, T, d], or q, k and v as one [3, B, G, h, T, d]. What comes
+            together has its gradient together, in the order in which it lies: nothing need be joined.
+        scale: of the scores; d^-1/2 by default.
+
+    Returns:
+        [B, G, h, rows, d].
     """
+    q, kv = _split(parts)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if is_listing():
         return stand_in(q, q.shape, q.dtype, torch.is_grad_enabled() and q.requires_grad)
     out: Tensor
     if not torch.compiler.is_compiling():
-        out = _Attention.apply(q, kv, keep, scale)
+        out = _Attention.apply(keep, scale, *parts)
         return out
     # torch 2.11 compiles the function below to wrong gradients without a word; what it saves inductor saves too.
     k, v = kv
@@ -217,31 +224,47 @@ class _Attention(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, kv: Tensor, keep: Keep | None, scale: float) -> Tensor:
+    def forward(ctx: Any, keep: Keep | None, scale: float, *parts: Tensor) -> Tensor:
+        q, kv = _split(parts)
         out = torch.empty_like(q)
-        ctx.like, ctx.chunks, ctx.saved = (q, kv), _chunks(q, kv), []
-        ctx.scale, ctx.keep_scale = scale, 1.0 if keep is None else keep_scale(keep.probability)
+        ctx.like = [torch.empty_like(part, device="meta") for part in parts]  # how gradients lie; its data may go
+        ctx.chunks, ctx.saved = _chunks(q, kv), []
+        ctx.scale, ctx.keep_scale = scale, None if keep is None else keep_scale(keep.probability)
         for chunk in ctx.chunks:
             q_, (k, v) = _dense(q[chunk]) * scale, _dense(kv[:, chunk])
             weights = kept = _softmax(q_ @ k.mT)
             if keep is not None:
                 # One tensor is saved for both: a weight that is dropped has a negative sign.
                 kept = weights.copysign_(keep.margin(chunk)).relu()
-            out[chunk] = _product(kept, v).mul_(ctx.keep_scale)
+            found = _product(kept, v)
+            out[chunk] = found if keep is None else found.mul_(ctx.keep_scale)
             ctx.saved.append((q_, k, v, weights))
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        dq, dkv = (torch.empty_like(t) for t in ctx.like)
+        gradients = tuple(torch.empty_like(like, device=grad.device) for like in ctx.like)
+        dq, dkv = _split(gradients)
         for chunk, (q, k, v, weights) in zip(ctx.chunks, ctx.saved, strict=True):
-            g, kept = _dense(grad[chunk]) * ctx.keep_scale, weights.relu()
+            g, kept = _dense(grad[chunk]), weights
+            if ctx.keep_scale is not None:
+                g, kept, weights = g * ctx.keep_scale, weights.relu(), weights.abs()
             dkv[1, chunk] = _product(kept.mT, g)
-            slope = torch.ops.aten.threshold_backward(g @ v.mT, kept, 0)
-            slope = torch.ops.aten._softmax_backward_data(slope, weights.abs(), -1, weights.dtype)
+            slope = g @ v.mT
+            if ctx.keep_scale is not None:
+                slope = torch.ops.aten.threshold_backward(slope, kept, 0)
+            slope = torch.ops.aten._softmax_backward_data(slope, weights, -1, weights.dtype)
             dq[chunk] = _product(slope, k).mul_(ctx.scale)
             dkv[0, chunk] = _product(slope.mT, q)
-        return dq, dkv, None, None
+        return None, None, *gradients
+
+
+def _split(parts: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+    """q and kv, see `attend`."""
+    if len(parts) == 1:
+        return parts[0][0], parts[0][1:]
+    q, kv = parts
+    return q, kv
 
 
 def _softmax(scores: Tensor) -> Tensor:

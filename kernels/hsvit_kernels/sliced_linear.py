@@ -201,12 +201,10 @@ class _Accumulating(torch.autograd.Function):
         (weight, bias), state = ctx.full, ctx.state
         dz = _gelu_gradient(dy, z) if ctx.gelu else dy.contiguous()
         dx = input_gradient(dz, part) if ctx.needs_input_grad[0] else None
-        main = state.main(weight, ctx.shape)
         bias_main = None if bias is None else state.main(bias, ctx.shape[:1])
-        ctx.cut.add(main, bias_main, dz, x)
-        if not state.last:
-            main = bias_main = None
-        return dx, main, bias_main, dy if ctx.needs_input_grad[3] else None, *(None,) * 3
+        ctx.cut.add(state.main(weight, ctx.shape), bias_main, dz, x)
+        whole = [None if parameter is None else state.handed(parameter) for parameter in ctx.full]
+        return dx, *whole, dy if ctx.needs_input_grad[3] else None, *(None,) * 3
 
 
 def _gelu_gradient(dy: Tensor, z: Tensor) -> Tensor:

@@ -160,19 +160,34 @@ def test_weights_are_cast_once_a_forward_however_many_layers() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_attention_is_the_same_in_whatever_order_heads_lie(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_attention_is_the_same_in_whatever_order_heads_lie(dtype: torch.dtype, dropout: float) -> None:
     """Features of a token side by side, as of a ViT, or tokens of a feature, as of the groups; gradients too."""
     draw, shape = Draw.of(1, image=torch.arange(3)), (3, 3, 4, 2, 6, 8)
-    keep = reference.Keep(draw, 0.2, 0, 2, range(4), 6, 6)
+    keep = reference.Keep(draw, dropout, 0, 2, range(4), 6, 6) if dropout else None
     by_token = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
     by_feature = by_token.mT.contiguous().mT
     found = []
     for qkv in (by_token.requires_grad_(), by_feature.requires_grad_()):
-        y = reference.attend(qkv[0], qkv[1:], keep)
+        y = reference.attend(qkv[0], qkv[1:], keep=keep)
         found += [y, *torch.autograd.grad(y.square().sum(), qkv)]
     tolerance = 1e-5 if dtype == torch.float32 else 0.05
     torch.testing.assert_close(found[0], found[2], rtol=tolerance, atol=tolerance)
     torch.testing.assert_close(found[1], found[3], rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_attention_of_one_tensor_is_that_of_its_parts_and_the_gradient_lies_as_it_does(dropout: float) -> None:
+    draw = Draw.of(1, image=torch.arange(3))
+    keep = reference.Keep(draw, dropout, 0, 2, range(1), 6, 6) if dropout else None
+    qkv = torch.randn(3, 6, 3, 1, 2, 8, generator=torch.Generator().manual_seed(0)).permute(2, 0, 3, 4, 1, 5)
+    qkv.requires_grad_()
+    found = []
+    for parts in ((qkv,), (qkv[0], qkv[1:])):
+        y = reference.attend(*parts, keep=keep)
+        found.append((y, *torch.autograd.grad(y.square().sum(), qkv)))
+    torch.testing.assert_close(*found, rtol=0, atol=0)
+    assert found[0][1].stride() == qkv.stride()
 
 
 @pytest.mark.parametrize(

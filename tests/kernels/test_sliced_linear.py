@@ -128,9 +128,17 @@ class Slimmable(nn.Module):
 
 
 @pytest.mark.parametrize("choice", ["triton", "reference"])
-def test_the_last_pass_hands_over_the_gradients_of_all(choice: str) -> None:
+def test_the_last_pass_hands_over_the_gradients_of_all(choice: str, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     model, x = Slimmable().to(DEVICE), torch.randn(20, K, device=DEVICE)
+    gathered, main = set(), model.step_state.main
+
+    def noted(*args: Any) -> Tensor:
+        tensor = main(*args)
+        gathered.add(tensor.data_ptr())
+        return tensor
+
+    monkeypatch.setattr(model.step_state, "main", noted)
     found = []
     for gather in (False, True):
         dispatch.force("reference" if not gather else choice)
@@ -143,6 +151,7 @@ def test_the_last_pass_hands_over_the_gradients_of_all(choice: str) -> None:
         model.step_state.clear()
         found.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
     assert len(found[0]) == len(found[1]) == 4
+    assert gathered == {p.grad.data_ptr() for p in model.parameters() if p.grad is not None}  # no copies
     for ours, theirs in zip(*found, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
 

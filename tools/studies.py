@@ -11,6 +11,7 @@ import argparse
 import csv
 import io
 import json
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import mean
@@ -210,7 +211,7 @@ def picture(found: Mapping[str, Any]) -> str:
             for row in rows:
                 for label, scores in _lines(row).items():
                     points, bars = zip(*map(_bar, scores.values()), strict=True)
-                    axes.errorbar([*scores], points, bars, marker="o", capsize=2, label=label)
+                    axes.errorbar([*scores], points, bars, marker="o", capsize=2, label=textwrap.fill(label, 48))
             by_width = any(name.startswith(WIDTH) for row in rows for name in row["top1"])
             axes.set(xlabel="width" if by_width else "submodules that answer", ylabel=TOP1)
             if not by_width:

@@ -88,9 +88,10 @@ class Attention(nn.Module):
             q, k, v = qkv
             return F.scaled_dot_product_attention(q[:, :, :rows], k, v, scale=self.scale)
         # PyTorch's fused attention takes three times as long on CPUs, backward included (tools.benchmark scala).
-        groups = qkv[:, :, None]
-        parts = [groups] if rows == qkv.shape[3] else [groups[0, :, :, :, :rows], groups[1:]]
-        return attend(*parts, scale=self.scale)[:, 0]
+        one_group = qkv[:, :, None]
+        if rows == qkv.shape[3]:
+            return attend(one_group, scale=self.scale)[:, 0]
+        return attend(one_group[0, :, :, :, :rows], one_group[1:], scale=self.scale)[:, 0]
 
 
 def _without_keys(grad: Tensor | None) -> Tensor | None:

@@ -194,6 +194,7 @@ def attend(*parts: Tensor, keep: Keep | None = None, scale: float | None = None)
     Args:
         parts: q [B, G, h, rows, d] and kv [2, B, G, h, T, d], or q, k and v as one [3, B, G, h, T, d]. What comes
             together has its gradient together, in the order in which it lies: nothing need be joined.
+        keep: which weights survive dropout; None: all.
         scale: of the scores; d^-1/2 by default.
 
     Returns:
@@ -227,7 +228,7 @@ class _Attention(torch.autograd.Function):
     def forward(ctx: Any, keep: Keep | None, scale: float, *parts: Tensor) -> Tensor:
         q, kv = _split(parts)
         out = torch.empty_like(q)
-        ctx.like = [torch.empty_like(part, device="meta") for part in parts]  # how gradients lie; its data may go
+        ctx.like = [torch.empty_like(part, device="meta") for part in parts]  # how gradients lie; the data may go
         ctx.chunks, ctx.saved = _chunks(q, kv), []
         ctx.scale, ctx.keep_scale = scale, None if keep is None else keep_scale(keep.probability)
         for chunk in ctx.chunks:

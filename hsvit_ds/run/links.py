@@ -20,6 +20,8 @@ from . import recipe as recipes
 Floats = NDArray[np.float64]
 STEPS = {"all_reduce": 2, "reduce_scatter": 1, "all_gather": 1}
 """Times that each collective goes around a ring."""
+_NUMBER = 8
+"""Bytes, of the largest."""
 
 
 def _check(config: object, **remedies: str) -> None:
@@ -47,8 +49,8 @@ class Inside:
     latency: float = 0.0
     """Of a message of no length, s."""
     at_once: int = 0
-    """Messages that have this bandwidth at the same time; of more, each has less: on loopback, where cores carry them,
-    as many as there are cores. 0: any number, as a switch of their own carries them."""
+    """Messages that take as long at the same time; of more, each takes longer: on loopback, where cores carry them, as
+    many as there are cores. 0: any number, as a switch of their own carries them."""
 
     def __post_init__(self) -> None:
         _check(self, bandwidth=_DOCTOR)
@@ -77,6 +79,8 @@ class Host:
     """That it has."""
     images: float = math.inf
     """That it reads, decodes and augments in a second; by default nothing waits for them."""
+    call: float = 0.0
+    """Seconds that a collective takes beside its messages, whatever it sends."""
 
     def __post_init__(self) -> None:
         _check(self, ranks="a host has one at least", images="leave it out where nothing waits for them")
@@ -169,14 +173,15 @@ class Rings:
         leaving = np.bincount(host[leaves], minlength=hosts)[host]
         staying = np.bincount(host[~leaves], minlength=hosts)[host]
         at_once = links.inside.at_once or max(int(staying.max()), 1)
-        slower = np.maximum(staying / at_once, 1.0)
+        self._call, self._in_turn = links.host.call, np.where(leaves, 0.0, staying / at_once)
         self._latency: Floats = np.where(leaves, links.between.latency, links.inside.latency)
-        self._each_byte: Floats = np.where(leaves, leaving / links.between.bandwidth, slower / links.inside.bandwidth)
+        self._each_byte: Floats = np.where(leaves, leaving / links.between.bandwidth, 1 / links.inside.bandwidth)
 
     def seconds(self, kind: str, size: int) -> Floats:
         """[groups]: of a collective over `size` bytes in all, by a ring, in which the slowest hop sets the pace: of an
         all-reduce over N ranks 2 (N - 1) messages of size / N bytes one after another, of a reduce-scatter or an
-        all-gather half as many."""
-        hop = self._latency + self._each_byte * (size / self.size)
+        all-gather half as many. Where there are fewer numbers than ranks, so many ranks send at the same time."""
+        sending = min(max(size // _NUMBER, 1) / self.size, 1.0)
+        hop = (self._latency + self._each_byte * (size / self.size)) * np.maximum(self._in_turn * sending, 1.0)
         slowest: Floats = hop.max(axis=1)
-        return STEPS[kind] * (self.size - 1) * slowest
+        return self._call + STEPS[kind] * (self.size - 1) * slowest

@@ -37,6 +37,8 @@ PARTS = ("compute", "exchange", "reduction", "waiting", "images")
 ALIGNED = 2
 """Numbers of whose multiple a rank's part of a group is at stages 1 and 2 (DeepSpeed's nccl_start_alignment_factor)."""
 _FP32, _FP64 = 4, 8
+_INSTEAD = {("gloo", "reduce_scatter"): "all_reduce"}
+"""Of a backend, what it does for a collective: PyTorch's gloo reduces all of it and keeps a part."""
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,8 @@ class Shape:
     """Whether their statistics span the replicas."""
     trained: tuple[tuple[int, ...], ...]
     """Numbers of each trained parameter, by the optimizer's groups."""
+    backend: str = "auto"
+    """As `grid.backend`; not gloo unless it says so."""
 
     @property
     def ranks(self) -> int:
@@ -144,6 +148,7 @@ def shape(recipe: Recipe, plan: Plan) -> Shape:
         trained=tuple(
             tuple(p.numel() for p in group["params"]) for group in optimizer.parameter_groups(model, recipe.optimizer)
         ),
+        backend=recipe.grid.backend,
     )
 
 
@@ -275,7 +280,8 @@ def simulate(shape: Shape, links: Links, passes: Passes, steps: int = SIMULATED,
                 for name in ("compute", "head") if phase.what == "head" else ("compute",):
                     parts[name] += float((now - before).mean())
             else:
-                there, now = _meet(before, rings[phase.over], phase)
+                kind = _INSTEAD.get((shape.backend, phase.kind), phase.kind)
+                there, now = _meet(before, rings[phase.over], replace(phase, kind=kind))
                 parts["waiting"] += float((there - before).mean())
                 parts["exchange" if phase.over == "replica" else "reduction"] += float((now - there).mean())
         found.append(parts | {"seconds": float((now - began).mean())})

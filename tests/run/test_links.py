@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -62,8 +63,8 @@ def test_a_file_that_is_not_there_is_refused(tmp_path: Path) -> None:
         links.read(tmp_path / "none.toml")
 
 
-def seconds(kind: str, members: list[list[int]], joined: Links) -> list[float]:
-    return list(Rings(np.array(members), joined).seconds(kind, SIZE))
+def seconds(kind: str, members: list[list[int]], joined: Links, size: int = SIZE) -> list[float]:
+    return list(Rings(np.array(members), joined).seconds(kind, size))
 
 
 def joined(ranks: int, at_once: int = 0) -> Links:
@@ -98,4 +99,19 @@ def test_rings_that_leave_a_host_share_its_link() -> None:
 def test_ranks_share_what_carries_their_messages_inside_a_host() -> None:
     for at_once, slower in ((0, 1), (2, 4), (8, 1), (16, 1)):
         found = seconds("all_reduce", [list(range(8))], joined(ranks=8, at_once=at_once))
-        assert found == pytest.approx([2 * 7 * (1e-6 + slower * SIZE / 8 / 1e9)])
+        assert found == pytest.approx([2 * 7 * slower * (1e-6 + SIZE / 8 / 1e9)])
+
+
+def test_a_single_number_waits_for_no_other_message() -> None:
+    """Of eight ranks one sends at a time, however few messages are carried at once."""
+    for at_once in (1, 2, 8):
+        found = seconds("all_reduce", [list(range(8))], joined(ranks=8, at_once=at_once), size=8)
+        assert found == pytest.approx([2 * 7 * (1e-6 + 1 / 1e9)])
+
+
+def test_every_collective_takes_a_call() -> None:
+    without = joined(ranks=4)
+    with_call = replace(without, host=replace(without.host, call=0.5))
+    for kind in links.STEPS:
+        (took,), (longer,) = (seconds(kind, [[0, 1, 2, 3]], one) for one in (without, with_call))
+        assert longer == pytest.approx(took + 0.5)

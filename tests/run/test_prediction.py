@@ -110,6 +110,12 @@ def test_messages_take_what_their_rings_do() -> None:
     assert step.exchange == 0
 
 
+def test_gloo_scatters_a_sum_by_reducing_all_of_it() -> None:
+    links = replace(FREE, inside=Inside(bandwidth=1e9), host=Host(ranks=4))
+    ring, gloo = (over(4, 1, links, zero_stage=3, backend=backend).reduction for backend in ("auto", "gloo"))
+    assert gloo - ring == pytest.approx(3 * 4 * (500_000 + 1000 + 12) / 4 / 1e9)
+
+
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_every_stage_gathers_the_parameters_that_its_ranks_do_not_keep(stage: int) -> None:
     phases = prediction.schedule(replace(SHAPE, replicas=4, zero_stage=stage), PASSES)

@@ -62,6 +62,9 @@ def test_a_pipeline_waits_for_what_it_is_sent() -> None:
     links = replace(FREE, between=replace(FREE.between, bandwidth=1e6, latency=0.001))
     step = pipeline.simulated([(0.010, 0.020, 0.0)] * 3, 1, links, [1000, 3000])
     assert step.seconds == pytest.approx(3 * 0.030 + 2 * (0.002 + 0.004))
+    # The other stage asks for the second forward at 25 ms, this one for the second gradient at 85 ms.
+    asked = pipeline.simulated([(0.010, 0.020, 0.0)] * 2, 2, links, [4000])
+    assert asked.seconds == pytest.approx(0.085 + 0.005 + 0.020)
     uneven = pipeline.simulated([(0.010, 0.020, 0.001), (0.001, 0.002, 0.1)], 2, FREE, [0])
     # The second stage has both forwards at 21 ms and is done at 125 ms, long after the first one.
     assert uneven.seconds == pytest.approx(0.021 + 2 * 0.002 + 0.1)

@@ -21,7 +21,7 @@ from hsvit_ds.run.links import Between, Host, Inside, Links
 from tests.cluster import hosts
 
 from . import methods
-from .loopback import link, link_seconds
+from .loopback import Seconds, link_seconds, one_by_one, ring
 from .points import PIPELINE, STAGES, SUBMODULE, Case, Row
 from .watch import Watch, parts
 
@@ -94,16 +94,20 @@ def cases(variant: str, ranks: int, images: int) -> list[Case]:
     ]
 
 
+def links_of(found: Seconds, case: Case) -> Links:
+    """Of hosts of one rank."""
+    bandwidth, latency, call = (*one_by_one(found), 0.0) if case.method == PIPELINE else ring(found, case.ranks)
+    between = Between(bandwidth=bandwidth, latency=latency)
+    return Links(inside=Inside(bandwidth=bandwidth), between=between, host=Host(ranks=1, call=call))
+
+
 def rows(bench: Bench, variant: str, images: int) -> Iterator[Row]:
     """Of a variant, predicted by the links that the hosts measure."""
     for named, rate in RATES.items():
         for count in HOSTS:
             with tempfile.TemporaryDirectory() as name, cluster(Path(name), count, rate) as made:
-                small, large = on_hosts(made, Path(name), [link_seconds])[0][0]
-                bandwidth, latency = link(small, large, count)
-                between = Between(bandwidth=bandwidth, latency=latency)
-                links = Links(inside=Inside(bandwidth=between.bandwidth), between=between, host=Host(ranks=1))
-                asked = [bench.asked(case, "emulated", links) for case in cases(variant, count, images)]
+                found = on_hosts(made, Path(name), [link_seconds])[0][0]
+                asked = [bench.asked(case, "emulated", links_of(found, case)) for case in cases(variant, count, images)]
                 functions = [partial(methods.watched, one.make, steps=bench.steps) for one in asked]
                 for one, steps in zip(asked, on_hosts(made, Path(name), functions), strict=True):
                     yield one.row(f"{named}, 1 ms", parts(steps, methods.WARM))

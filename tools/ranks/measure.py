@@ -16,18 +16,20 @@ import torch
 from hsvit_ds.engine.engine import import_muon
 from hsvit_ds.errors import counted
 from hsvit_ds.run import prediction
-from hsvit_ds.run import recipe as recipes
 from hsvit_ds.run.links import Between, Host, Inside, Links, Passes
 from tools.benchmarks.steps import machine
 
 from . import cables, emulated, idle, methods, pipeline, points
-from .loopback import link, link_seconds
+from .loopback import Seconds, link_seconds, one_by_one, ring
 from .points import BATCHES, PIPELINE, STAGES, SUBMODULE, Case, Row
 from .start import forked
 from .watch import Parts, Watch, parts
 
 MICRO_BATCHES = (1, 2, 4, 8)
 LOOPBACK = "loopback"
+ROUNDS = 3
+"""Times that what really computes is timed and then measured; the middle one counts. A machine's speed changes, so what
+is compared lies close together."""
 
 
 def measured_cases(variant: str, cores: int) -> list[Case]:
@@ -98,33 +100,39 @@ class Bench:
 
     def __init__(self, steps: int) -> None:
         self.steps, self.watch, self.cores = steps, Watch(), len(os.sched_getaffinity(0))
-        self._links: dict[int, Links] = {}
-        self._timed: dict[Any, methods.Timed] = {}
-        self._layers: dict[Any, methods.Layers] = {}
+        self._links: dict[int, Seconds] = {}
+        self._timed: dict[Case, methods.Timed] = {}
+        self._layers: dict[tuple[str, int], methods.Layers] = {}
+        self._stages: dict[Case, dict[str, Any]] = {}
 
-    def loopback(self, ranks: int) -> Links:
-        """As so many ranks have it when all send; one rank has none."""
+    def loopback(self, case: Case) -> Links:
+        """As a case's ranks have it: all send at the same time and wait for cores, or, in a pipeline, one by one. One
+        rank has none."""
+        ranks = max(case.ranks, 2)
         if ranks not in self._links:
-            small, large = forked([max(ranks, 2)], partial(link_seconds, self.watch))[0]
-            bandwidth, latency = link(small, large, max(ranks, 2))
-            inside = Inside(bandwidth=bandwidth, latency=latency)
-            self._links[ranks] = Links(inside=inside, between=Between(bandwidth=1e9), host=Host(ranks=ranks))
-        return self._links[ranks]
+            self._links[ranks] = forked([ranks], partial(link_seconds, self.watch))[0]
+        found, turns = self._links[ranks], max(ranks / self.cores, 1.0)
+        if case.method == PIPELINE:
+            bandwidth, latency = one_by_one(found)
+            inside, host = Inside(bandwidth=bandwidth, latency=latency), Host(ranks=ranks)
+        else:
+            bandwidth, latency, call = ring(found, ranks)
+            inside = Inside(bandwidth=bandwidth * turns, latency=latency / turns, at_once=self.cores)
+            host = Host(ranks=ranks, call=call)
+        return Links(inside=inside, between=Between(bandwidth=1e9), host=host)
 
     def timed(self, case: Case) -> methods.Timed:
-        """The passes of one rank alone, each core at such work."""
-        recipe, plan = case.resolved()
-        share = prediction.alone(recipe, plan)
-        key = share.model, share.run.global_batch, share.engine.zero_stage
-        if key not in self._timed:
-            alone = recipes.resolve(share, 1)
-            found = forked([1] * self.cores, partial(methods.timed, *alone, self.steps))
+        """The passes of a rank that nobody answers, each core at such work."""
+        if case not in self._timed:
+            found = forked([1] * self.cores, partial(methods.timed, *case.resolved(), self.steps))
             passes = {k: fmean(asdict(one.passes)[k] for one in found) for k in asdict(found[0].passes)}
-            self._timed[key] = methods.Timed(Passes(**passes), fmean(one.spread for one in found))
-        return self._timed[key]
+            self._timed[case] = methods.Timed(Passes(**passes), fmean(one.spread for one in found))
+        return self._timed[case]
 
     def stages(self, case: Case) -> dict[str, Any]:
-        """Of a pipeline: its layers by stage, their seconds, and the shapes between them."""
+        """Of a pipeline: its layers by stage, the seconds of each, and the shapes between them."""
+        if case in self._stages:
+            return self._stages[case]
         key = case.variant, case.batch // case.micro_batches
         if key not in self._layers:
             found = forked([1] * self.cores, partial(methods.timed_layers, case, self.steps))
@@ -133,18 +141,16 @@ class Bench:
             self._layers[key] = found[0]._replace(seconds=mean)
         layers = self._layers[key]
         divided = pipeline.balanced([sum(pair) for pair in layers.seconds], case.ranks)
-        seconds = [
-            (
-                sum(layers.seconds[i][0] for i in stage),
-                sum(layers.seconds[i][1] for i in stage),
-                sum(layers.parameters[i] for i in stage) * layers.update,
-            )
-            for stage in divided
-        ]
         images = case.batch // case.micro_batches
         shapes = [(images, 3, points.SIZE, points.SIZE), *(layers.outputs[stage[-1]] for stage in divided)]
+        seconds = []
+        at_once = self.cores if case.micro_batches > 1 else 1  # of one micro batch no stage computes beside another
+        for rank in range(case.ranks):
+            one = partial(methods.timed_stage, case, divided, shapes, rank, self.steps)
+            seconds.append([fmean(column) for column in zip(*forked([1] * at_once, one), strict=True)])
         sizes = [4 * torch.Size(shape).numel() for shape in shapes[1:-1]]
-        return {"stages": seconds, "shapes": shapes, "sizes": sizes, "layers": divided}
+        self._stages[case] = {"stages": seconds, "shapes": shapes, "sizes": sizes, "layers": divided}
+        return self._stages[case]
 
     def asked(self, case: Case, how: str, links: Links) -> Asked:
         """What a rank of a case does, and what it is predicted by."""
@@ -167,8 +173,17 @@ class Bench:
             formulas = idle.summed(*each), idle.elapsed(*each)
         return Asked(case, how, links, make, points.text_of(p), *formulas)
 
+    def measured(self, case: Case) -> Row:
+        """The middle one of some rounds, by its images a second."""
+        found = []
+        for _ in range(ROUNDS):
+            self._timed.pop(case, None)
+            self._stages.pop(case, None)
+            found.append(self.here(self.asked(case, "measured", self.loopback(case))))
+        return sorted(found, key=lambda row: row.images_per_second)[ROUNDS // 2]
+
     def here(self, asked: Asked) -> Row:
-        """Measured on forked ranks of this machine."""
+        """On forked ranks of this machine."""
         found = forked([asked.case.ranks], partial(methods.watched, asked.make, self.watch, self.steps))
         return asked.row(LOOPBACK, parts(found, methods.WARM))
 
@@ -182,10 +197,9 @@ def rows(variants: Sequence[str], steps: int, most: int) -> Iterator[Row]:
     bench = Bench(steps)
     import_engine()
     for variant in variants:
-        cases = {"measured": measured_cases(variant, bench.cores), "emulated": emulated_cases(variant, bench.cores)}
-        for how in cases:
-            for case in (case for case in cases[how] if case.ranks <= most):
-                yield bench.here(bench.asked(case, how, bench.loopback(case.ranks)))
+        yield from (bench.measured(case) for case in measured_cases(variant, bench.cores) if case.ranks <= most)
+        for case in (case for case in emulated_cases(variant, bench.cores) if case.ranks <= most):
+            yield bench.here(bench.asked(case, "emulated", bench.loopback(case)))
     if why := cables.missing():
         print(f"no hosts with limited links: {why}", flush=True)
     elif most >= max(cables.HOSTS):

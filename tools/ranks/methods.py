@@ -20,6 +20,7 @@ from hsvit_kernels.random import Draw
 
 from . import pipeline
 from .points import CLASSES, SIZE, SUBMODULES, Case
+from .start import pretend
 from .watch import Step, Watch
 
 WARM = 3
@@ -58,8 +59,17 @@ def engine_step(recipe: Recipe, plan: Plan) -> tuple[Engine, Callable[[], Any]]:
     return engine, lambda: engine.step(passes, 1, 1e-3, 0)
 
 
-def stage_step(case: Case, layers_of: Sequence[range], shapes: Sequence[Sequence[int]]) -> Callable[[], Any]:
-    """This rank's stage of a pipeline and one step of it. shapes: of what comes into each stage."""
+def stage_step(
+    case: Case,
+    layers_of: Sequence[range],
+    shapes: Sequence[Sequence[int]],
+    mark: Callable[[], object] = lambda: None,
+) -> Callable[[], Any]:
+    """This rank's stage of a pipeline and one step of it.
+
+    Args:
+        shapes: of what comes into each stage. mark: called after the forwards, and after the backwards.
+    """
     grid = Grid(Config(), submodules=1)
     parts = pipeline.layers(pipeline.network(case.variant, SUBMODULES))
     mine = [parts[number] for number in layers_of[grid.rank]]
@@ -68,7 +78,8 @@ def stage_step(case: Case, layers_of: Sequence[range], shapes: Sequence[Sequence
     images, labels = (whole.chunk(case.micro_batches) for whole in batch(case.batch))
 
     def step() -> None:
-        stage.step(images, labels)
+        stage.step(images, labels, mark)
+        mark()
         if optimizer is not None:
             optimizer.step()
             optimizer.zero_grad()
@@ -93,7 +104,8 @@ class Timed(NamedTuple):
 
 
 def timed(recipe: Recipe, plan: Plan, steps: int) -> Timed:
-    """The passes of this rank, which is alone."""
+    """The passes of the first rank, whose messages take no time."""
+    pretend(0, plan.ranks)
     engine, step = engine_step(recipe, plan)
     marks: list[float] = []
 
@@ -120,30 +132,48 @@ def timed(recipe: Recipe, plan: Plan, steps: int) -> Timed:
     return Timed(Passes(forward=forward, head=head, backward=backward, update=update), stdev(whole) / fmean(whole))
 
 
+def timed_stage(
+    case: Case, layers_of: Sequence[range], shapes: Sequence[Sequence[int]], rank: int, steps: int
+) -> tuple[float, float, float]:
+    """Seconds of a stage's forward and backward of a micro batch, and of its update; its messages take no time."""
+    pretend(rank, case.ranks)
+    marks: list[float] = []
+
+    def mark() -> None:
+        marks.append(time.perf_counter())
+
+    step, rows = stage_step(case, layers_of, shapes, mark), []
+    for _ in range(WARM + steps):
+        marks.clear()
+        mark()
+        step()
+        mark()
+        began, forward, backward, ended = marks
+        rows.append(
+            ((forward - began) / case.micro_batches, (backward - forward) / case.micro_batches, ended - backward)
+        )
+    forward, backward, update = (median(column) for column in zip(*rows[WARM:], strict=True))
+    return forward, backward, update
+
+
 class Layers(NamedTuple):
-    """Of a network's layers. seconds: (forward, backward) of each for a micro batch. outputs: shapes of a micro batch.
-    update: seconds for one parameter. parameters: of each."""
+    """Of a network's layers. seconds: (forward, backward) of each for a micro batch. outputs: shapes of a micro
+    batch."""
 
     seconds: list[tuple[float, float]]
     outputs: list[tuple[int, ...]]
-    update: float
-    parameters: list[int]
 
 
 def timed_layers(case: Case, steps: int) -> Layers:
     """Of the network that a pipeline divides, on this rank alone."""
-    network = pipeline.network(case.variant, SUBMODULES)
-    parts, (images, _) = pipeline.layers(network), batch(case.batch // case.micro_batches)
+    parts, (images, _) = (
+        pipeline.layers(pipeline.network(case.variant, SUBMODULES)),
+        batch(case.batch // case.micro_batches),
+    )
     pipeline.layer_seconds(parts, images, WARM)
     seconds, outputs, x = pipeline.layer_seconds(parts, images, steps), [], images
     with torch.no_grad():
         for layer in parts:
             x = layer(x)
             outputs.append(tuple(x.shape))
-    optimizer, took = torch.optim.AdamW(network.parameters(), lr=1e-3), []
-    for _ in range(WARM + steps):
-        began = time.perf_counter()
-        optimizer.step()
-        took.append(time.perf_counter() - began)
-    numbers = [sum(p.numel() for p in layer.parameters()) for layer in parts]
-    return Layers(seconds, outputs, median(took) / sum(numbers), numbers)
+    return Layers(seconds, outputs)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from statistics import median
 from typing import NamedTuple
 
@@ -117,8 +117,14 @@ class Stage:
         self.net, self.rank, self.shape = nn.Sequential(*parts), rank, shape
         self.is_first, self.is_last = rank == 0, rank == stages - 1
 
-    def step(self, images: Sequence[Tensor], labels: Sequence[Tensor]) -> float:
-        """All forwards of the micro batches, then all backwards; the loss, of the last stage."""
+    def step(
+        self, images: Sequence[Tensor], labels: Sequence[Tensor], between: Callable[[], object] = lambda: None
+    ) -> float:
+        """All forwards of the micro batches, then all backwards; the loss, of the last stage.
+
+        Args:
+            between: called after the forwards.
+        """
         inputs, outputs, sent, loss = [], [], [], 0.0
         for x, y in zip(images, labels, strict=True):
             if not self.is_first:
@@ -133,6 +139,7 @@ class Stage:
                 sent.append(dist.isend(out.detach(), dst=self.rank + 1))
             inputs.append(x)
             outputs.append(out)
+        between()
         for x, out in reversed(list(zip(inputs, outputs, strict=True))):
             grad = None
             if not self.is_last:
@@ -163,7 +170,9 @@ class Simulated(NamedTuple):
 def simulated(
     stages: Sequence[tuple[float, float, float]], micro_batches: int, links: Links, sizes: Sequence[int]
 ) -> Simulated:
-    """A step of `Stage.step` on ranks by their own clocks, which send while they compute.
+    """A step of `Stage.step` on ranks by their own clocks.
+
+    A message travels once its receiver asks for it, as gloo's do: not while the receiver computes.
 
     Args:
         stages: (forward, backward) of each for one micro batch, and its update. sizes: bytes between each stage and the
@@ -174,15 +183,13 @@ def simulated(
         links.inside if stage % links.host.ranks else links.between for stage in range(1, len(stages))
     ]
     for direction, order in enumerate((range(len(stages)), reversed(range(len(stages))))):
-        arrived = [0.0] * micro_batches
+        sent = [0.0] * micro_batches
         for stage in order:
-            hop, free = stage - direction, 0.0
+            hop = stage - 1 + direction
             for number in range(micro_batches):
-                ends[stage] = max(ends[stage], arrived[number]) + stages[stage][direction]
-                arrived[number] = ends[stage]
-                if 0 <= hop < len(hops):  # messages over one link follow each other
-                    free = max(free, ends[stage]) + sizes[hop] / hops[hop].bandwidth
-                    arrived[number] = free + hops[hop].latency
+                if 0 <= hop < len(hops):
+                    ends[stage] = max(ends[stage], sent[number]) + sizes[hop] / hops[hop].bandwidth + hops[hop].latency
+                sent[number] = ends[stage] = ends[stage] + stages[stage][direction]
     computing = [micro_batches * (forward + backward) + update for forward, backward, update in stages]
     ended = max(end + stage[2] for end, stage in zip(ends, stages, strict=True))
     return Simulated(ended, sum(computing) / len(stages))

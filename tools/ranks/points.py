@@ -54,7 +54,7 @@ class Case:
         model = {"kind": "hsvit", "variant": self.variant, "submodules": submodules}
         table = {
             "model": model | {"kernels": kernels, "groups": groups},
-            "grid": {"submodule_ranks": parts},
+            "grid": {"submodule_ranks": parts, "backend": "gloo"},
             "engine": {"zero_stage": STAGES.get(self.method, 0), "precision": "fp32"},
             "run": {"global_batch": self.batch, "bn_batch": self.batch * parts // self.ranks},
             "optimizer": {"clip": 1.0},

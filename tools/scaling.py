@@ -21,6 +21,7 @@ def main() -> None:
     measure, predict = commands.choices["measure"], commands.choices["predict"]
     measure.add_argument("--variant", choices=VARIANTS, nargs="+", default=["C2A2"], help="networks")
     measure.add_argument("--steps", type=int, default=15, help="that are timed, after three others")
+    measure.add_argument("--rounds", type=int, default=3, help="of which the middle one counts, where ranks compute")
     measure.add_argument("--ranks", type=int, default=16, help="the most, emulated ones too")
     predict.add_argument("--variant", choices=VARIANTS, default="C2A2", help="network")
     predict.add_argument("--check", type=Path, help="measured.csv to compare with")
@@ -32,7 +33,7 @@ def main() -> None:
             parser.error(f"--steps {args.steps}: how much steps differ is known of two at least")
         from tools.ranks import measure as measuring
 
-        measuring.run(args.out, args.variant, args.steps, args.ranks)
+        measuring.run(args.out, args.variant, args.steps, args.rounds, args.ranks)
     else:
         from tools.ranks import predict as predicting
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+import time
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 import torch.nn.functional as F
@@ -18,6 +21,7 @@ from tests.workers.stages import IMAGES, SUBMODULES, VARIANT
 from tools.ranks import idle, pipeline, points, predict
 from tools.ranks.methods import batch
 from tools.ranks.points import Case, Row
+from tools.ranks.start import awake
 from tools.ranks.watch import Call, Step, parts
 
 PASSES = Passes(forward=0.010, head=0.002, backward=0.020, update=0.003)
@@ -193,6 +197,17 @@ def test_curves_have_every_way_to_divide_the_network_in_weak_and_strong_scaling(
     assert rates[4] == pytest.approx(4 * rates[1], rel=0.02)
 
 
+def test_cores_are_kept_awake_by_what_gives_way_and_is_gone_afterwards() -> None:
+    me = psutil.Process()
+    before = {*me.children()}
+    with awake():
+        loops = {*me.children()} - before
+        assert len(loops) == len(os.sched_getaffinity(0))
+        while not all(os.sched_getscheduler(loop.pid) == os.SCHED_IDLE for loop in loops):
+            time.sleep(0.01)
+    assert {*me.children()} == before
+
+
 def run(*arguments: str) -> str:
     done = subprocess.run(
         [sys.executable, "-m", "tools.scaling", *arguments],
@@ -209,7 +224,7 @@ def run(*arguments: str) -> str:
 @pytest.mark.heavy
 @pytest.mark.slow
 def test_measured_ranks_send_the_bytes_that_are_predicted(tmp_path: Path) -> None:
-    run("measure", "--out", str(tmp_path), "--steps", "2", "--ranks", "2")
+    run("measure", "--out", str(tmp_path), "--steps", "2", "--rounds", "1", "--ranks", "2")
     rows = points.read(tmp_path / "measured.csv")
     assert {r.case.name for r in rows} > {"submodules", "data parallel", "ZeRO-1", "ZeRO-3", "model parallel"}
     assert all(r.given == predict.of_row(r).given for r in rows)

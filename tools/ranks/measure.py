@@ -22,14 +22,11 @@ from tools.benchmarks.steps import machine
 from . import cables, emulated, idle, methods, pipeline, points
 from .loopback import Seconds, link_seconds, one_by_one, ring
 from .points import BATCHES, PIPELINE, STAGES, SUBMODULE, Case, Row
-from .start import forked
+from .start import awake, forked
 from .watch import Parts, Watch, parts
 
 MICRO_BATCHES = (1, 2, 4, 8)
 LOOPBACK = "loopback"
-ROUNDS = 3
-"""Times that what really computes is timed and then measured; the middle one counts. A machine's speed changes, so what
-is compared lies close together."""
 
 
 def measured_cases(variant: str, cores: int) -> list[Case]:
@@ -96,10 +93,12 @@ class Bench:
 
     Args:
         steps: that are counted.
+        rounds: times that what really computes is timed and then measured; the middle one counts. A machine's speed
+            changes, so what is compared lies close together.
     """
 
-    def __init__(self, steps: int) -> None:
-        self.steps, self.watch, self.cores = steps, Watch(), len(os.sched_getaffinity(0))
+    def __init__(self, steps: int, rounds: int) -> None:
+        self.steps, self.rounds, self.watch, self.cores = steps, rounds, Watch(), len(os.sched_getaffinity(0))
         self._links: dict[int, Seconds] = {}
         self._timed: dict[Case, methods.Timed] = {}
         self._layers: dict[tuple[str, int], methods.Layers] = {}
@@ -176,11 +175,11 @@ class Bench:
     def measured(self, case: Case) -> Row:
         """The middle one of some rounds, by its images a second."""
         found = []
-        for _ in range(ROUNDS):
+        for _ in range(self.rounds):
             self._timed.pop(case, None)
             self._stages.pop(case, None)
             found.append(self.here(self.asked(case, "measured", self.loopback(case))))
-        return sorted(found, key=lambda row: row.images_per_second)[ROUNDS // 2]
+        return sorted(found, key=lambda row: row.images_per_second)[self.rounds // 2]
 
     def here(self, asked: Asked) -> Row:
         """On forked ranks of this machine."""
@@ -192,9 +191,9 @@ def engine_step(*args: Any) -> Callable[[], Any]:
     return methods.engine_step(*args)[1]
 
 
-def rows(variants: Sequence[str], steps: int, most: int) -> Iterator[Row]:
+def rows(variants: Sequence[str], steps: int, rounds: int, most: int) -> Iterator[Row]:
     """Of every case on at most so many ranks."""
-    bench = Bench(steps)
+    bench = Bench(steps, rounds)
     import_engine()
     for variant in variants:
         yield from (bench.measured(case) for case in measured_cases(variant, bench.cores) if case.ranks <= most)
@@ -212,13 +211,14 @@ def import_engine() -> None:
     import_muon()
 
 
-def run(out: Path, variants: Sequence[str], steps: int, most: int) -> None:
+def run(out: Path, variants: Sequence[str], steps: int, rounds: int, most: int) -> None:
     """The table, written after every row, and the plot."""
     from .plot import draw
 
     out.mkdir(parents=True, exist_ok=True)
     found: list[Row] = []
-    for row in rows(variants, steps, most):
-        found.append(row)
-        points.write(found, out / "measured.csv")
+    with awake():
+        for row in rows(variants, steps, rounds, most):
+            found.append(row)
+            points.write(found, out / "measured.csv")
     draw(found, [], out / "measured.svg")

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import pickle
+import signal
 import tempfile
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
@@ -37,6 +39,28 @@ def forked(worlds: list[int], function: Callable[[], T]) -> list[T]:
         if any(codes):
             raise RuntimeError(f"ranks ended with {codes}")
         return [pickle.loads(path.read_bytes()) for _, path in ranks]
+
+
+@contextmanager
+def awake() -> Iterator[None]:
+    """Keep all cores busy with what gives way to anything else: a virtual machine's core that sleeps takes milliseconds
+    to wake, many times what a message does."""
+    here = os.getpid()
+    loops = [child for _ in os.sched_getaffinity(0) if (child := os.fork()) or _loop(here)]
+    try:
+        yield
+    finally:
+        for child in loops:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+
+
+def _loop(parent: int) -> bool:
+    os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+    while os.getppid() == parent:
+        for _ in range(1_000_000):
+            pass
+    os._exit(0)
 
 
 def pretend(rank: int, ranks: int) -> None:

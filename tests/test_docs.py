@@ -380,7 +380,9 @@ def test_the_python_of_a_page_runs(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", pages_with("slow"))
+@pytest.mark.parametrize(
+    "page", [pytest.param(p, marks=pytest.mark.marathon) if p == "README.md" else p for p in pages_with("slow")]
+)
 def test_slow_commands_print_what_a_page_shows(page: str, tmp_path: Path) -> None:
     run_blocks(page, "slow", tmp_path, tolerance=0.02)
 

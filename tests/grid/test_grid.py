@@ -92,6 +92,7 @@ def test_a_step_has_one_exchange_a_forward_and_one_gradient_reduction(case: str,
 
 
 @pytest.mark.slow
+@pytest.mark.marathon
 @pytest.mark.parametrize(
     ("submodule_ranks", "exchange"),
     [(2, "fp32"), (1, "fp32"), (2, "int8")],

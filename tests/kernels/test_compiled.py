@@ -50,12 +50,14 @@ def test_every_launch_compiles_for_every_class_dtype_and_flag() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.marathon
 def test_every_launch_becomes_machine_code_and_every_shape_compiles() -> None:
     found = compiled("-m", "tools.compiled", "--whole")
     assert found.returncode == 0, found.stdout[-3000:] + found.stderr[-3000:]
 
 
 @pytest.mark.slow
+@pytest.mark.marathon
 def test_training_compiles_for_sm_80_90_and_100_as_committed() -> None:
     found = compiled("-m", "tools.compiled", "--print")
     assert found.returncode == 0, found.stdout[-3000:] + found.stderr[-3000:]

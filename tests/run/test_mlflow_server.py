@@ -176,6 +176,7 @@ def log_of(run: subprocess.Popen[str]) -> str:
 
 
 @pytest.mark.slow
+@pytest.mark.marathon
 def test_a_server_killed_for_a_minute_has_every_step_of_a_run_once(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     with served(tmp_path) as server:

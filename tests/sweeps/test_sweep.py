@@ -93,6 +93,7 @@ def test_two_keys_and_two_seeds_are_four_runs_side_by_side(tmp_path: Path) -> No
 
 
 @pytest.mark.slow
+@pytest.mark.marathon
 def test_the_runs_of_two_recipes_have_one_mlflow(tmp_path: Path) -> None:
     written(tmp_path, recipes=[HSVIT, SCALA], seeds=[0], keys={"run.epochs": 1})
     said = finish(start(tmp_path))

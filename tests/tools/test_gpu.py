@@ -60,6 +60,7 @@ def test_it_starts_on_a_bare_machine(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.marathon
 def test_every_part_comes_to_its_end_from_a_bare_machine_and_then_with_what_was_brought(tmp_path: Path) -> None:
     """Steps that lack nothing are done without the project's libraries; the others name what is missing, and are done
     once it is there; nothing is done twice; the report says what it is."""

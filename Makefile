@@ -39,7 +39,7 @@ test-slow: env
 
 # Hosts on this machine, in namespaces: needs root, sshd, pdsh and iproute2.
 test-cluster: env
-	$(BIN)/python -m pytest -m cluster tests/cluster
+	$(BIN)/python -m pytest -m cluster tests/cluster $(if $(SELECT),-k '$(SELECT)')
 
 # Fifty runs killed at random moments, and what became of them.
 kills: env

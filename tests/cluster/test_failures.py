@@ -75,6 +75,7 @@ def test_a_stopped_launcher_saves_and_leaves_no_process(launcher: str, cluster: 
         assert "stopped as asked after step" in output(process)
 
 
+@pytest.mark.marathon
 def test_a_long_lossy_and_slow_link_changes_nothing_but_time(cluster: Cluster, tmp_path: Path) -> None:
     slots = {"node-1": 1, "node-2": 1}
     data = data_set(tmp_path / "data", train=16 * 12, val=16)

@@ -15,6 +15,7 @@ from .hosts import DIGITS, Cluster, finish, settle, until
 pytestmark = pytest.mark.cluster
 
 
+@pytest.mark.marathon
 def test_cells_take_the_hosts_in_turn_and_a_stopped_one_goes_on(cluster: Cluster, tmp_path: Path) -> None:
     keys = {"run.epochs": 2, "run.global_batch": 128, "run.log_every": 1, "tracking.mlflow": False}
     values = {"recipes": [str(ROOT / DIGITS)], "seeds": [0, 1], "keys": keys}

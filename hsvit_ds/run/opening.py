@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from hsvit_kernels.reference import MASK
-
 from ..data.bad import FILE
 from ..data.reader import Reader
 from ..engine.checkpoint import Position
@@ -27,10 +25,8 @@ def lines(
     folder: Path,
     start: Position,
     weights: Sequence[str] = (),
-    dropout_mask: int = MASK,
 ) -> Iterator[str]:
-    """start: where the run goes on. weights: what is said of those that it starts from. dropout_mask: number of the
-    masks that it has had so far."""
+    """start: where the run goes on. weights: what is said of those that it starts from."""
     yield (
         f"{folder.parent / title.of(folder)}: {plan.parameters:,} parameters, {plan.macs / 1e9:,.4g} GMACs an image; "
         f"{counted(plan.replicas, 'replica')} x {counted(grid.submodule_ranks, 'submodule rank')} on "
@@ -73,11 +69,6 @@ def lines(
         )
     if start.total:
         yield f"resumed at step {start.total}: epoch {start.epoch}, step {start.step} of it"
-    if dropout_mask != MASK and getattr(recipe.model, "dropout", None):
-        yield (
-            f"warning: so far attention's dropout was drawn by definition {dropout_mask}, from here on by {MASK}: the "
-            "run goes on with other masks than the version that began it would"
-        )
 
 
 def _launches(recipe: Recipe, grid: Grid, engine: Engine) -> Iterator[str]:

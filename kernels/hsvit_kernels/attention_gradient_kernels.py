@@ -50,10 +50,11 @@ def backward_attend(
         used = p * keep_scale
         used_cls = p_cls * keep_scale
         if DROPOUT:
-            dp = kept(dp, words, calls, first + head, token[:, None], token[None, :], threshold, N <= 16)
-            dp_cls = kept(dp_cls, words, calls, first + head, token, CLS, threshold, N <= 16)
-            used = kept(used, words, calls, first + head, token[:, None], token[None, :], threshold, N <= 16)
-            used_cls = kept(used_cls, words, calls, first + head, token, CLS, threshold, N <= 16)
+            call = calls + (first + head) // 2
+            dp = kept(dp, words, call, token[:, None], token[None, :], first + head, threshold)
+            dp_cls = kept(dp_cls, words, call, token, CLS, first + head, threshold)
+            used = kept(used, words, call, token[:, None], token[None, :], first + head, threshold)
+            used_cls = kept(used_cls, words, call, token, CLS, first + head, threshold)
         mean = tl.sum(p * dp, 1) + p_cls * dp_cls
         ds = (p * (dp - mean[:, None])).to(dtype)
         ds_cls = p_cls * (dp_cls - mean)
@@ -89,10 +90,11 @@ def backward_cls(
     used = p * keep_scale
     used_cls = p_cls * keep_scale
     if DROPOUT:
-        dp = kept(dp, words, calls, head[None, :], CLS, token[:, None], threshold, N <= 16)
-        dp_cls = kept(dp_cls, words, calls, head, CLS, CLS, threshold, N <= 16)
-        used = kept(used, words, calls, head[None, :], CLS, token[:, None], threshold, N <= 16)
-        used_cls = kept(used_cls, words, calls, head, CLS, CLS, threshold, N <= 16)
+        call = calls + head // 2
+        dp = kept(dp, words, call[None, :], CLS, token[:, None], head[None, :], threshold)
+        dp_cls = kept(dp_cls, words, call, CLS, CLS, head, threshold)
+        used = kept(used, words, call[None, :], CLS, token[:, None], head[None, :], threshold)
+        used_cls = kept(used_cls, words, call, CLS, CLS, head, threshold)
     mean = tl.sum(p * dp, 0) + p_cls * dp_cls
     ds = (p * (dp - mean[None, :])).to(dtype)
     ds_cls = p_cls * (dp_cls - mean)
@@ -164,7 +166,7 @@ def backward_layer(
     Writes dqkv [T, 3 D] and o [T, D], and reads dx and dqkv again rather than to hold them in registers.
     """
     HD: tl.constexpr = D // HEADS
-    CALLS: tl.constexpr = (HEADS + 3) // 4 if N <= 16 else HEADS
+    PAIRS: tl.constexpr = (HEADS + 1) // 2
     FULL: tl.constexpr = D == DP and HPS * HD == SW and HEADS % HPS == 0
     SCALE: tl.constexpr = LOG2E / HD**0.5
     dtype = qkv_weight.dtype.element_ty
@@ -208,7 +210,7 @@ def backward_layer(
         do_cls = tl.where(own, tl.dot(tl.trans(w_o), dx_cls_low, input_precision=PRECISION), 0.0)
 
         ds, ds_cls, used, used_cls = backward_cls(
-            q_cls, k, v, k_cls, v_cls, do_cls, words, group * 2048 + layer * CALLS, first + cls_head, threshold,
+            q_cls, k, v, k_cls, v_cls, do_cls, words, group * 2048 + layer * PAIRS, first + cls_head, threshold,
             keep_scale, N, NP, DROPOUT, PRECISION,
         )  # fmt: skip
         dq_cls = tl.where(own, tl.dot(k, ds, input_precision=PRECISION) + ds_cls[None, :] * k_cls, 0.0)
@@ -227,7 +229,7 @@ def backward_layer(
             dq, o, dk, dv, dk_cls, dv_cls = backward_attend(
                 (tl.dot(w_q, y, input_precision=PRECISION) + b_q[:, None]) * SCALE, k, v,
                 tl.dot(tl.trans(w_o), dx_low, input_precision=PRECISION),
-                k_cls, v_cls, dk_cls, dv_cls, words, group * 2048 + layer * CALLS, first, threshold, keep_scale,
+                k_cls, v_cls, dk_cls, dv_cls, words, group * 2048 + layer * PAIRS, first, threshold, keep_scale,
                 HD, N, NP, HPS, SW, DROPOUT, PRECISION,
             )  # fmt: skip
 
@@ -292,7 +294,7 @@ def backward(
     words = (zero, zero, zero)
     if DROPOUT:
         words = hash_key(key, images, image)
-        threshold = threshold.to(tl.uint32)
+        threshold = threshold.to(tl.uint32) << 24
     dtype = dtokens.dtype.element_ty
     at = token[:, None] * D + column[None, :]
     tl.store(dx_rows + rows, dx_cls.to(dtype), mask=is_first)

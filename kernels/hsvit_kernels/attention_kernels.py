@@ -22,7 +22,6 @@ CLS = tl.constexpr(255)  # place of CLS among the tokens in a dropout mask's cou
 LOG2E = tl.constexpr(1.4426950408889634)
 MULTIPLIER = tl.constexpr(1664525)
 INCREMENT = tl.constexpr(1013904223)
-ALL_BITS = tl.constexpr(0xFFFFFFFF)
 ATTENTION_SITE = tl.constexpr(1 << 24)
 
 
@@ -36,42 +35,14 @@ def hash_key(key, images, image):
 
 
 @triton.jit
-def word_bits(keep, word, threshold, BIT: tl.constexpr):
-    """`keep` after one more bit of numbers that are compared with `threshold`, from the lowest on."""
-    word ^= word >> 16
-    either = (((threshold >> BIT) & 1) ^ 1) * ALL_BITS  # where the threshold's bit is not set
-    return (word & keep) | ((word | keep) & either)
-
-
-@triton.jit
-def kept(p, words, calls, head, query, key, threshold, SMALL: tl.constexpr):
+def kept(p, words, call, query, place, head, threshold):
     """p where dropout keeps it, else 0; `reference.Keep` defines the mask. The arguments broadcast to p's shape.
 
-    Written element by element: the columns and rows that a tensor core's layout gives to one thread share two hashes,
-    and the compiler sees that they do.
+    Written element by element: the eight columns of a row that a tensor core's layout gives to one thread share one
+    hash, and the compiler sees that they do.
     """
     x, y, z = words
-    if SMALL:  # four heads to 32 by 32 weights
-        query += ((head & 3) // 2 - query // 128) * 16
-        key += ((head & 1) - key // 128) * 16
-        head = head >> 2
-    call = calls + head
-    place = (query // 32 * 8 + key // 32) * 32 + query % 8 * 4 + key % 8 // 2
-    counter = (call * 2048 + place).to(tl.uint32) * 2
-    keep = tl.zeros_like(counter) | ALL_BITS
-    for half in tl.static_range(2):
-        a, b, c, d = pcg4d(x, y, z, (counter + half) * MULTIPLIER + INCREMENT)
-        keep = word_bits(keep, a, threshold, half * 4)
-        keep = word_bits(keep, b, threshold, half * 4 + 1)
-        keep = word_bits(keep, c, threshold, half * 4 + 2)
-        keep = word_bits(keep, d, threshold, half * 4 + 3)
-    bit = key % 2 * 16 + query // 8 % 4 * 4 + key // 8 % 4
-    return tl.where((keep >> bit.to(tl.uint32)) & 1 != 0, p, 0.0)
-
-
-@triton.jit
-def pcg4d(x, y, z, w):
-    """Its two rounds, of words that have been multiplied and added to."""
+    w = ((call * 256 + query) * 32 + (place // 32) * 4 + (place % 8) // 2).to(tl.uint32) * MULTIPLIER + INCREMENT
     x = y * w + x
     y = z * x + y
     z = x * y + z
@@ -84,23 +55,25 @@ def pcg4d(x, y, z, w):
     y = z * x + y
     z = x * y + z
     w = y * z + w
-    return x, y, z, w
+    part = (place // 8) % 4
+    word = tl.where(part < 2, tl.where(part == 0, x, y), tl.where(part == 2, z, w))
+    byte = (place % 2) * 2 + head % 2
+    return tl.where((word << (24 - byte * 8).to(tl.uint32)) >= threshold, p, 0.0)
 
 
 @triton.jit(do_not_specialize=["group", "layer", "threshold", "T"])
 def dropout_mask(
-    key, images, out, group, layer, threshold, T,
-    HEADS: tl.constexpr, SMALL: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-):  # fmt: skip
+    key, images, out, group, layer, threshold, T, HEADS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):
     """Grid (images * HEADS, tiles of rows, tiles of columns). out: int8 [images, HEADS, T, T], 1 where `kept` keeps."""
     image, head = tl.program_id(0) // HEADS, tl.program_id(0) % HEADS
     row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)[:, None]
     column = tl.program_id(2) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     words = hash_key(key, images, image)
+    call = group * 2048 + layer * ((HEADS + 1) // 2) + head // 2
     ones = tl.full((ROWS, COLUMNS), 1.0, tl.float32)
-    calls = group * 2048 + layer * ((HEADS + 3) // 4 if SMALL else HEADS)
-    places = ((row + CLS) % 256, (column + CLS) % 256)
-    found = kept(ones, words, calls, head, places[0], places[1], threshold.to(tl.uint32), SMALL)
+    limit = threshold.to(tl.uint32) << 24
+    found = kept(ones, words, call, (row + 255) % 256, (column + 255) % 256, head, limit)
     tl.store(out + (tl.program_id(0) * T + row) * T + column, found.to(tl.int8), mask=(row < T) & (column < T))
 
 
@@ -144,7 +117,7 @@ def forward_layer(
 ):  # fmt: skip
     """x [NP, DP], x_cls [DP, CC] fp32 to the next layer's; without `inner` the features stay as they are."""
     HD: tl.constexpr = D // HEADS
-    CALLS: tl.constexpr = (HEADS + 3) // 4 if N <= 16 else HEADS
+    PAIRS: tl.constexpr = (HEADS + 1) // 2
     FULL: tl.constexpr = D == DP and HPS * HD == SW and HEADS % HPS == 0
     SCALE: tl.constexpr = LOG2E / HD**0.5
     dtype = qkv_weight.dtype.element_ty
@@ -183,9 +156,9 @@ def forward_layer(
         p, p_cls, scale = softmax(s, tl.sum(q_cls * k_cls, 0), token, 0, N, NP)
         scale *= keep_scale
         if DROPOUT:
-            calls, head = group * 2048 + layer * CALLS, first + cls_head
-            p = kept(p, words, calls, head[None, :], CLS, token[:, None], threshold, N <= 16)
-            p_cls = kept(p_cls, words, calls, head, CLS, CLS, threshold, N <= 16)
+            call = group * 2048 + layer * PAIRS + (first + cls_head) // 2
+            p = kept(p, words, call[None, :], CLS, token[:, None], (first + cls_head)[None, :], threshold)
+            p_cls = kept(p_cls, words, call, CLS, CLS, first + cls_head, threshold)
         o_cls = tl.dot(v, (p * scale[None, :]).to(dtype), input_precision=PRECISION) + (p_cls * scale)[None, :] * v_cls
         o_cls = tl.sum(tl.where(own, o_cls, 0.0), 1)
         o_cls = tl.broadcast_to(o_cls[:, None].to(dtype), (SW, CC))
@@ -194,7 +167,7 @@ def forward_layer(
         if inner:
             o = attend(
                 (tl.dot(w_q, y, input_precision=PRECISION) + b_q[:, None]) * SCALE, k, v, k_cls, v_cls,
-                words, group * 2048 + layer * CALLS, first, threshold, keep_scale,
+                words, group * 2048 + layer * PAIRS, first, threshold, keep_scale,
                 HD, N, NP, HPS, SW, DROPOUT, PRECISION,
             )  # fmt: skip
             w_o = load(out_weight + first * HD + offset_out, inside[:, None] & mine[None, :], FULL)
@@ -229,8 +202,9 @@ def attend(
         p, p_cls, scale = softmax(s, s_cls, token, 1, N, NP)
         scale *= keep_scale
         if DROPOUT:
-            p = kept(p, words, calls, first + head, token[:, None], token[None, :], threshold, N <= 16)
-            p_cls = kept(p_cls, words, calls, first + head, token, CLS, threshold, N <= 16)
+            call = calls + (first + head) // 2
+            p = kept(p, words, call, token[:, None], token[None, :], first + head, threshold)
+            p_cls = kept(p_cls, words, call, token, CLS, first + head, threshold)
         v_head = tl.trans(tl.where(mine[:, None], v, 0.0).to(dtype))
         o = tl.dot((p * scale[:, None]).to(dtype), v_head, o, input_precision=PRECISION)
         o += tl.where(mine[None, :], (p_cls * scale)[:, None] * v_row[None, :], 0.0)
@@ -275,7 +249,7 @@ def forward(
     words = (zero, zero, zero)
     if DROPOUT:
         words = hash_key(key, images, image)
-        threshold = threshold.to(tl.uint32)
+        threshold = threshold.to(tl.uint32) << 24
     # What does not change between layers is recomputed, not hoisted: it would fill the registers.
     for layer in tl.range(0, depth, disable_licm=True):
         if SAVE:

@@ -15,12 +15,9 @@ from torch import Tensor
 
 from .cases import is_listing, stand_in
 from .dispatch import low_dtype
-from .random import Draw, Site, keep_scale, split_bytes, threshold
+from .random import Draw, Site, keep_scale, split_halves, threshold
 
-SMALL = 17
-"""Tokens up to which four heads share the bits of a dropout mask."""
-MASK = 2
-"""Number of the definition of dropout's mask (`Keep`): a checkpoint names its own, as another draws other masks."""
+CLS_PLACE = 255
 
 
 @dataclass(frozen=True)
@@ -28,14 +25,10 @@ class Keep:
     """Which attention weights survive dropout: the one definition of the mask.
 
     A weight's fate depends on (key, image, global group, layer, head, query, key token) only. The place of a token is
-    its number among the feature tokens, 255 for CLS; of up to 16 feature tokens four heads lie side by side: CLS is at
-    239, queries of heads 2 and 3 and keys of heads 1 and 3 lie 16 places further on, and so on for the next four.
-    The weights of 32 queries by 32 keys are bits of 32 lanes' words, as a tensor core lays them out: lane
-    query % 8 * 4 + key % 8 // 2, bit key % 2 * 16 + query // 8 % 4 * 4 + key // 8 % 4. Eight words of a lane are the
-    bits of as many numbers, the lowest first, and a number below the threshold drops its weight. They are the words
-    w ^ w >> 16 (pcg4d's lower bits are poor) of calls 2 c and 2 c + 1, in wrapping 32-bit arithmetic, of
-    c = (((group * 2048 + layer * h + head) * 8 + query // 32) * 8 + key // 32) * 32 + lane, where the four heads that
-    lie side by side count as one.
+    its number among the feature tokens, 255 for CLS. Call layer * ceil(h / 2) + head // 2 of a query hashes the counter
+    ((group * 2048 + call) * 256 + query's place) * 32 + lane in wrapping 32-bit arithmetic. Lane
+    key's place // 32 * 4 + key's place % 8 // 2 gives sixteen bytes: word key's place // 8 % 4 of pcg4d, byte
+    key's place % 2 * 2 + head % 2. So the eight keys of a row that lie in one GPU thread share a hash.
     """
 
     draw: Draw
@@ -51,85 +44,26 @@ class Keep:
         return self.margin(images) >= 0
 
     def margin(self, images: slice) -> Tensor:
-        """Negative where a weight is dropped: integers [images, G, h, rows, T].
+        """Each weight's byte less the threshold, so that a negative one is dropped: integers [images, G, h, rows, T].
 
-        In 8 bits, because a CPU's operations on these are an order of magnitude faster than on bools.
+        In 16 bits, because a CPU's operations on these are an order of magnitude faster than on bools.
         """
-        features, small = self.tokens - 1, self.tokens <= SMALL
-        blocks, apart = -(-features // 32), 2 if small else 1
-        lanes = _lanes(blocks, self.draw.key.device)[: 2 if self.rows == 1 else 4]
-        parts = self._dropped(images, torch.cat(lanes)).split([len(part) for part in lanes], dim=-2)
-        # Each [images, G, heads or fours, how many lie below one another, and side by side, rows, columns].
-        corner = (
-            _shifted(parts[0][..., 2:], 5, 7).movedim(-3, -1).unsqueeze(-1) if small else parts[0][..., None, None, 3:]
-        )
-        row = torch.stack([_of_cls_query(parts[1], blocks, place) for place in range(2 - apart, 2)], dim=-3)
-        row = row.unflatten(-1, (apart, -1)).transpose(-3, -2)[..., :features]
-        found = torch.cat((corner, row), dim=-1)
-        if self.rows > 1:
-            column = torch.stack([_of_cls_key(parts[2], blocks, place) for place in range(2 - apart, 2)], dim=-3)
-            column = column.unflatten(-2, (apart, -1)).transpose(-4, -3)[..., :features, :]
-            rest = _of_features(parts[3], blocks).unflatten(-1, (apart, -1)).unflatten(-3, (apart, -1))
-            rest = rest.transpose(-3, -2)[..., :features, :features]
-            found = torch.cat((found, torch.cat((column, rest), dim=-1)), dim=-2)
-        return found.flatten(2, 4)[:, :, : self.heads]
-
-    def _dropped(self, images: slice, lanes: Tensor) -> Tensor:
-        """int8 [images, G, heads or fours, lanes, 4]: the bytes of words whose bits are 1 where a weight is dropped."""
         draw, device = self.draw.slice(images.start, images.stop), self.draw.key.device
-        heads = -(-self.heads // 4) if self.tokens <= SMALL else self.heads
-        head = torch.arange(self.layer * heads, (self.layer + 1) * heads, device=device)
+        pairs, features = -(-self.heads // 2), self.tokens - 1
+        call = torch.arange(self.layer * pairs, (self.layer + 1) * pairs, device=device)
         group = torch.arange(self.groups.start, self.groups.stop, device=device)
-        counter = (group.view(-1, 1, 1) * 2048 + head.view(-1, 1)) * 2048 + lanes
-        least, drop = threshold(self.probability), torch.zeros((), dtype=torch.int32, device=device)
-        for call in range(2):
-            words = draw.four_words(Site.ATTENTION, (counter * 2 + call).to(torch.int32))
-            for bit, word in enumerate(words, 4 * call):
-                word = word ^ ((word >> 16) & 0xFFFF)
-                drop = drop | ~word if least >> bit & 1 else drop & ~word
-        return split_bytes(drop).view(torch.int8)
-
-
-def _lanes(blocks: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(query // 32 * 8 + key // 32) * 32 + lane of what concerns CLS as both, as query, as key, and of the rest."""
-    block, of_cls = torch.arange(blocks, device=device).view(-1, 1), 7
-    lane, key, query = (torch.arange(*ends, device=device) for ends in ((0, 32), (28, 32), (3, 32, 4)))
-    both = torch.tensor([(of_cls * 8 + of_cls) * 32 + 31], device=device)
-    pairs = (block * 8 + block.view(1, -1)).view(-1, 1)
-    places = ((of_cls * 8 + block) * 32 + key, (block * 8 + of_cls) * 32 + query, pairs * 32 + lane)
-    return both, places[0].flatten(), places[1].flatten(), places[2].flatten()
-
-
-def _shifted(bytes_: Tensor, *bits: int) -> Tensor:
-    """int8 [...] to [..., bits], negative where that bit is 1."""
-    return bytes_.unsqueeze(-1) << torch.tensor([7 - bit for bit in bits], dtype=torch.int8, device=bytes_.device)
-
-
-def _of_cls_query(dropped: Tensor, blocks: int, place: int) -> Tensor:
-    """[..., blocks * 4, 4] to [..., 1, keys]. place: 0, CLS is at 239, or 1, at 255."""
-    bits = _shifted(dropped[..., place::2], 4, 5, 6, 7).unflatten(-3, (blocks, 4))  # block, pair, odd, eight
-    row: Tensor = bits.movedim(-1, -3).flatten(-4)
-    return row.unsqueeze(-2)
-
-
-def _of_cls_key(dropped: Tensor, blocks: int, place: int) -> Tensor:
-    """[..., blocks * 8, 4] to [..., queries, 1]."""
-    bits = _shifted(dropped[..., 2:], 1 + 2 * place, 5 + 2 * place).unflatten(
-        -3, (blocks, 8)
-    )  # block, row, sixteen, eight
-    column: Tensor = bits.movedim(-3, -1).flatten(-4)
-    return column.unsqueeze(-1)
-
-
-def _of_features(dropped: Tensor, blocks: int) -> Tensor:
-    """[..., blocks * blocks * 32, 4] to [..., queries, keys]."""
-    bits = _shifted(dropped, *range(8)).unflatten(-1, (2, 4)).unflatten(-3, (2, 2))
-    bits = bits.unflatten(-5, (blocks, blocks, 8, 4))
-    # query's block, key's block, row, pair, odd, sixteen, eight, key's eight
-    lead = range(bits.dim() - 8)
-    order = [len(lead) + axis for axis in (0, 5, 6, 2, 1, 7, 3, 4)]
-    found: Tensor = bits.permute(*lead, *order).flatten(-4).flatten(-5, -2)
-    return found
+        query = (torch.arange(self.rows, device=device) + CLS_PLACE) % (CLS_PLACE + 1)
+        counter = ((group.view(-1, 1, 1) * 2048 + call.view(-1, 1)) * 256 + query) * 32
+        lane = torch.arange(-(-features // 32) * 4 + 1, device=device)
+        lane[-1] = 31  # CLS, whose halves are the upper ones of the last word
+        words = draw.four_words(Site.ATTENTION, (counter.unsqueeze(-1) + lane).to(torch.int32))
+        # A half of a word has the bytes of a key's two heads. Image, group, call, row, block of 32 keys, word, lane.
+        blocks = torch.stack([word[..., :-1].unflatten(-1, (-1, 4)) for word in words], dim=-2)
+        of_cls, of_features = split_halves(words[3][..., -1:])[..., 1], split_halves(blocks).flatten(4)
+        halves = torch.cat((of_cls, of_features[..., :features]), dim=-1)
+        shift = torch.arange(0, 16, 8, dtype=halves.dtype, device=device).view(2, 1, 1)
+        bytes_ = (halves.unsqueeze(3) >> shift).bitwise_and_(255).flatten(2, 3)
+        return bytes_[:, :, : self.heads].sub_(threshold(self.probability))
 
 
 def grouped_attention(

@@ -257,7 +257,7 @@ def test_the_choice_is_made_while_tracing(choice: str, low: torch.dtype, monkeyp
     a = inputs(Case(2, 2, 4, 1, width=16, heads=2))
     case = CompileCase("grouped_attention", low, torch.float32, (5, 16, 2, 1, 0, 1, 0))
     monkeypatch.setitem(dispatch.models, a["tokens"].device, "a device")
-    monkeypatch.setitem(dispatch.verdicts, ("a device", case), "triton")
+    monkeypatch.setitem(dispatch.verdicts, ("a device", case), True)
     dispatch.force(choice)
     graphs: list[str] = []
 
@@ -280,13 +280,13 @@ def test_the_operations_are_registered_as_pytorch_expects() -> None:
     draw = Draw.of(1, 2, image=torch.arange(2), device=DEVICE)
     operations = torch.ops.hsvit_kernels
     mode = (2, threshold(0.2), 0, 1e-5)
-    torch.library.opcheck(operations.grouped_attention.default, (*a, draw.key, draw.image, *mode, False, True, False))
+    torch.library.opcheck(operations.grouped_attention.default, (*a, draw.key, draw.image, *mode, False, True))
     a = [t.detach() for t in a]
-    torch.library.opcheck(operations.grouped_attention.default, (*a, None, None, 2, 0, 0, 1e-5, False, False, False))
-    _, *saved = operations.grouped_attention(*a, draw.key, draw.image, *mode, False, True, False)
+    torch.library.opcheck(operations.grouped_attention.default, (*a, None, None, 2, 0, 0, 1e-5, False, False))
+    _, saved = operations.grouped_attention(*a, draw.key, draw.image, *mode, False, True)
     dout = torch.randn(2, 2, 16, device=DEVICE)
     gradient = operations.grouped_attention_backward.default
-    torch.library.opcheck(gradient, (dout, *a, draw.key, draw.image, *saved, *mode))
+    torch.library.opcheck(gradient, (dout, *a, draw.key, draw.image, saved, *mode))
 
 
 def test_autocast_computes_in_its_dtype_and_keeps_the_weights_gradients_in_theirs() -> None:

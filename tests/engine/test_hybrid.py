@@ -48,7 +48,7 @@ ACCUMULATION = [case for case in CASES if "all, accumulated" in case]
 PLACES = [
     pytest.param((2, 1), id="two replicas"),
     pytest.param((2, 2), id="two submodule ranks"),
-    pytest.param((4, 2), id="2 x 2", marks=pytest.mark.slow),
+    pytest.param((4, 2), id="2 x 2", marks=[pytest.mark.slow, pytest.mark.marathon]),
 ]
 
 

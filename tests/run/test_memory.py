@@ -20,6 +20,7 @@ def plan(*overrides: str, ranks: int = 4) -> Memory:
 
 
 @pytest.mark.slow
+@pytest.mark.marathon
 @pytest.mark.parametrize(("stage", "base"), [(1, RECIPE), (3, RECIPE), (1, ROOT / "recipes/digits/scala.toml")])
 def test_the_plan_is_what_two_replicas_need(stage: int, base: object) -> None:
     overrides = ["grid.submodule_ranks=1", f"engine.zero_stage={stage}", "run.global_batch=128"]

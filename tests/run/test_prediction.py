@@ -56,7 +56,9 @@ OFTEN = ("int8 of two submodules", "images gathered", "replicas, ZeRO-1", "repli
 
 
 @pytest.mark.heavy
-@pytest.mark.parametrize("case", [pytest.param(c, marks=() if c in OFTEN else pytest.mark.slow) for c in RUNS])
+@pytest.mark.parametrize(
+    "case", [pytest.param(c, marks=() if c in OFTEN else [pytest.mark.slow, pytest.mark.marathon]) for c in RUNS]
+)
 def test_the_bytes_of_a_step_are_those_that_two_ranks_count(case: str, tmp_path: Path) -> None:
     base, overrides = RUNS[case]
     path, small = f"recipes/digits/{base}.toml", {"hsvit": SMALL, "scala": SMALL_SCALA}[base]

@@ -31,6 +31,8 @@ def main() -> None:
     if args.what == "measure":
         if args.steps < 2:
             parser.error(f"--steps {args.steps}: how much steps differ is known of two at least")
+        if args.rounds < 1:
+            parser.error(f"--rounds {args.rounds}: must be at least 1")
         from tools.ranks import measure as measuring
 
         measuring.run(args.out, args.variant, args.steps, args.rounds, args.ranks)

@@ -10,7 +10,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -45,9 +45,12 @@ def forked(worlds: list[int], function: Callable[[], T]) -> list[T]:
 def awake() -> Iterator[None]:
     """Keep all cores busy with what gives way to anything else: a virtual machine's core that sleeps takes milliseconds
     to wake, many times what a message does."""
-    here = os.getpid()
-    loops = [child for _ in os.sched_getaffinity(0) if (child := os.fork()) or _loop(here)]
+    here, loops = os.getpid(), []
     try:
+        for _ in os.sched_getaffinity(0):
+            if not (child := os.fork()):
+                _loop(here)
+            loops.append(child)
         yield
     finally:
         for child in loops:
@@ -55,12 +58,14 @@ def awake() -> Iterator[None]:
             os.waitpid(child, 0)
 
 
-def _loop(parent: int) -> bool:
-    os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
-    while os.getppid() == parent:
-        for _ in range(1_000_000):
-            pass
-    os._exit(0)
+def _loop(parent: int) -> NoReturn:
+    try:
+        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+        while os.getppid() == parent:  # one that is killed ends no loop
+            for _ in range(1_000_000):
+                pass
+    finally:
+        os._exit(0)
 
 
 def pretend(rank: int, ranks: int) -> None:

@@ -81,9 +81,16 @@ class Host:
     """That it reads, decodes and augments in a second; by default nothing waits for them."""
     call: float = 0.0
     """Seconds that a collective takes beside its messages, whatever it sends."""
+    together: float = 1.0
+    """Part of its messages' time that a collective takes which is begun before others are through."""
 
     def __post_init__(self) -> None:
-        _check(self, ranks="a host has one at least", images="leave it out where nothing waits for them")
+        _check(
+            self,
+            ranks="a host has one at least",
+            images="leave it out where nothing waits for them",
+            together="leave it out where none helps another",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,15 +180,19 @@ class Rings:
         leaving = np.bincount(host[leaves], minlength=hosts)[host]
         staying = np.bincount(host[~leaves], minlength=hosts)[host]
         at_once = links.inside.at_once or max(int(staying.max()), 1)
-        self._call, self._in_turn = links.host.call, np.where(leaves, 0.0, staying / at_once)
+        self._host, self._in_turn = links.host, np.where(leaves, 0.0, staying / at_once)
         self._latency: Floats = np.where(leaves, links.between.latency, links.inside.latency)
         self._each_byte: Floats = np.where(leaves, leaving / links.between.bandwidth, 1 / links.inside.bandwidth)
 
-    def seconds(self, kind: str, size: int) -> Floats:
+    def seconds(self, kind: str, size: int, together: bool = False) -> Floats:
         """[groups]: of a collective over `size` bytes in all, by a ring, in which the slowest hop sets the pace: of an
         all-reduce over N ranks 2 (N - 1) messages of size / N bytes one after another, of a reduce-scatter or an
-        all-gather half as many. Where there are fewer numbers than ranks, so many ranks send at the same time."""
+        all-gather half as many. Where there are fewer numbers than ranks, so many ranks send at the same time.
+
+        Args:
+            together: whether it is one of several that are begun before the first is waited for.
+        """
         sending = min(max(size // _NUMBER, 1) / self.size, 1.0)
         hop = (self._latency + self._each_byte * (size / self.size)) * np.maximum(self._in_turn * sending, 1.0)
         slowest: Floats = hop.max(axis=1)
-        return self._call + STEPS[kind] * (self.size - 1) * slowest
+        return self._host.call + (self._host.together if together else 1.0) * STEPS[kind] * (self.size - 1) * slowest

@@ -56,7 +56,8 @@ class Message:
     what: "exchange" of CLS sums, "data" (images), "norm" (batch statistics), "gradient", "scalar", "parameter"; as
         `Engine.traffic` calls them, which counts the first four. kind: "all_reduce", "reduce_scatter", "all_gather".
     over: "replica", the ranks that hold one model, or "replicas", those that hold the same share of it.
-    size: bytes of what is summed, scattered or, in all, gathered. count: of equal messages of so many bytes together.
+    size: bytes of what is summed, scattered or, in all, gathered. count: of equal messages of so many bytes in all.
+    together: whether all of them are begun before the first is waited for.
     """
 
     what: str
@@ -64,6 +65,7 @@ class Message:
     over: str
     size: int
     count: int = 1
+    together: bool = False
 
     def given(self, ranks: int) -> float:
         """Bytes that one of so many ranks puts in."""
@@ -209,7 +211,7 @@ def _reduction(shape: Shape, passes: Passes) -> list[Phase]:
     if stage == 3:
         whole = [numbers for numbers in trained if numbers <= PERSISTENT]
         size = _FP32 * _padded(whole, shape.replicas)
-        return [*phases, Message("parameter", "all_gather", "replicas", size, max(len(whole), 1))]
+        return [*phases, Message("parameter", "all_gather", "replicas", size, max(len(whole), 1), together=True)]
     flat = [_FP32 * _padded([sum(group)], ALIGNED * shape.replicas) for group in shape.trained]
     return [*phases, *(Message("parameter", "all_gather", "replicas", size) for size in flat)]
 
@@ -291,7 +293,7 @@ def simulate(shape: Shape, links: Links, passes: Passes, steps: int = SIMULATED,
 def _meet(before: Floats, rings: Rings, message: Message) -> tuple[Floats, Floats]:
     """When the last of each rank's group has come, and when it has the result."""
     last = before[rings.members].max(axis=1)
-    seconds = message.count * rings.seconds(message.kind, message.size // message.count)
+    seconds = message.count * rings.seconds(message.kind, message.size // message.count, message.together)
     there, done = np.empty_like(before), np.empty_like(before)
     there[rings.members], done[rings.members] = last[:, None], (last + seconds)[:, None]
     return there, done

@@ -109,6 +109,14 @@ def test_a_single_number_waits_for_no_other_message() -> None:
         assert found == pytest.approx([2 * 7 * (1e-6 + 1 / 1e9)])
 
 
+def test_collectives_that_are_begun_together_help_one_another() -> None:
+    alone = joined(ranks=4)
+    links = replace(alone, host=replace(alone.host, call=0.5, together=0.7))
+    rings = Rings(np.array([[0, 1, 2, 3]]), links)
+    one, of_many = rings.seconds("all_gather", SIZE), rings.seconds("all_gather", SIZE, together=True)
+    assert of_many - 0.5 == pytest.approx(0.7 * (one - 0.5))
+
+
 def test_every_collective_takes_a_call() -> None:
     without = joined(ranks=4)
     with_call = replace(without, host=replace(without.host, call=0.5))

@@ -21,7 +21,7 @@ from hsvit_ds.run.links import Between, Host, Inside, Links
 from tests.cluster import hosts
 
 from . import methods
-from .loopback import Seconds, link_seconds, one_by_one, ring
+from .loopback import Ring, Seconds, link_seconds, one_by_one, ring
 from .points import PIPELINE, STAGES, SUBMODULE, Case, Row
 from .watch import Watch, parts
 
@@ -96,9 +96,9 @@ def cases(variant: str, ranks: int, images: int) -> list[Case]:
 
 def links_of(found: Seconds, case: Case) -> Links:
     """Of hosts of one rank."""
-    bandwidth, latency, call = (*one_by_one(found), 0.0) if case.method == PIPELINE else ring(found, case.ranks)
-    between = Between(bandwidth=bandwidth, latency=latency)
-    return Links(inside=Inside(bandwidth=bandwidth), between=between, host=Host(ranks=1, call=call))
+    of = Ring(*one_by_one(found), 0.0, 1.0) if case.method == PIPELINE else ring(found, case.ranks)
+    between = Between(bandwidth=of.bandwidth, latency=of.latency)
+    return Links(inside=Inside(bandwidth=of.bandwidth), between=between, host=Host(call=of.call, together=of.together))
 
 
 def rows(bench: Bench, variant: str, images: int) -> Iterator[Row]:

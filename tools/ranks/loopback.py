@@ -73,10 +73,20 @@ def one_by_one(found: Seconds) -> tuple[float, float]:
     return bandwidth, max(found.sent_small - SMALL / bandwidth, 0.0)
 
 
-def ring(found: Seconds, ranks: int) -> tuple[float, float, float]:
-    """(bandwidth, latency, call) of a ring of ranks, of whose bytes an all-reduce sends an N-th 2 (N - 1) times, an
-    all-gather half as often. What an all-gather takes beyond half a small all-reduce is the call itself."""
+class Ring(NamedTuple):
+    """Of links, as `Links` has them."""
+
+    bandwidth: float
+    latency: float
+    call: float
+    together: float
+
+
+def ring(found: Seconds, ranks: int) -> Ring:
+    """Of so many ranks, of whose bytes an all-reduce sends an N-th 2 (N - 1) times, an all-gather half as often. What
+    one of many all-gathers takes beyond half a small all-reduce is the call itself; or they help one another."""
     messages = 2 * (ranks - 1)
     bandwidth = messages * (LARGE - SMALL) / ranks / (found.large - found.small)
     call = min(max(found.begun - found.small / 2, 0.0), found.small)
-    return bandwidth, max((found.small - call) / messages - SMALL / ranks / bandwidth, 0.0), call
+    latency = max((found.small - call) / messages - SMALL / ranks / bandwidth, 0.0)
+    return Ring(bandwidth, latency, call, min(found.begun / (found.small / 2), 1.0))

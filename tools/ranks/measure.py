@@ -115,9 +115,9 @@ class Bench:
             bandwidth, latency = one_by_one(found)
             inside, host = Inside(bandwidth=bandwidth, latency=latency), Host(ranks=ranks)
         else:
-            bandwidth, latency, call = ring(found, ranks)
-            inside = Inside(bandwidth=bandwidth * turns, latency=latency / turns, at_once=self.cores)
-            host = Host(ranks=ranks, call=call)
+            of = ring(found, ranks)
+            inside = Inside(bandwidth=of.bandwidth * turns, latency=of.latency / turns, at_once=self.cores)
+            host = Host(ranks=ranks, call=of.call, together=of.together)
         return Links(inside=inside, between=Between(bandwidth=1e9), host=host)
 
     def timed(self, case: Case) -> methods.Timed:

@@ -24,6 +24,8 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
+from hsvit_kernels.reference import MASK
+
 from .. import __version__
 from ..errors import RefusedError
 from .checkpoint_files import (
@@ -104,6 +106,8 @@ class Checkpoints:
         self.classes, self.published = tuple(classes), published
         self._thread: threading.Thread | None = None
         self._failure: str | None = None
+        self.dropout_mask = MASK
+        """Number of the newest definition of masks that the version knew which saved what was loaded."""
         self.grid.agree(self._clean)
 
     def _clean(self) -> None:
@@ -132,6 +136,7 @@ class Checkpoints:
             "top1": top1,
             "recipe": self.recipe,
             "classes": self.classes,
+            "dropout_mask": MASK,
             "mlflow_run": self.mlflow_run(),
             "versions": {
                 "python": platform.python_version(),
@@ -297,6 +302,7 @@ class Checkpoints:
             shards.scatter(self.ema.flats, averages)
             for name, buffer in self.ema.buffers.items():
                 buffer.copy_(averages[name])
+        self.dropout_mask = manifest.get("dropout_mask", 1)
         return Position(**manifest["position"])
 
     def _read_all(self, folder: Path) -> tuple[dict[str, Any], Named, Named, Named]:

@@ -207,6 +207,11 @@ class Architecture:
         """Whether the ranks of a replica each compute a share of its images: those of a backbone."""
         return self.backbone.name != ""
 
+    @property
+    def tokens(self) -> int:
+        """Of a group, with CLS (T), of a resolved architecture."""
+        return self.kernels[-1] // self.groups + 1
+
     def features(self, image_size: int) -> int:
         """Pixels of the last map (f)."""
         if self.backbone.name:
@@ -255,7 +260,7 @@ class Architecture:
                 c_in, side = c_out, outs[block]
         if c.convolution:
             total += c.kernels[-1] * c.features(image_size) * c.embedding
-        n, d = c.kernels[-1] // c.groups + 1, c.embedding
+        n, d = c.tokens, c.embedding
         total += c.groups * c.depth * (4 * n * d**2 + 2 * n**2 * d)
         return total + d * classes
 

@@ -112,9 +112,9 @@ class Submodules(nn.Module):
             self.projection_weight = nn.Parameter(torch.empty(share, d, c.features(image_size)))
             self.projection_bias = nn.Parameter(torch.empty(share, d))
         if c.depth:
-            groups, length = c.groups // c.submodules * share, c.kernels[-1] // c.groups + 1
+            groups = c.groups // c.submodules * share
             self.cls = nn.Parameter(torch.empty(groups, d))
-            self.positions = nn.Parameter(torch.empty(groups, length, d))
+            self.positions = nn.Parameter(torch.empty(groups, c.tokens, d))
             self.norm_weight = nn.Parameter(torch.empty(groups, c.depth, d))
             self.norm_bias = nn.Parameter(torch.empty(groups, c.depth, d))
             self.qkv_weight = nn.Parameter(torch.empty(groups, c.depth, 3 * d, d))

@@ -13,7 +13,8 @@ from torch import nn
 
 from hsvit_kernels import Findings, Verdict, first_use, listing
 from hsvit_kernels.cases import Cases
-from hsvit_kernels.dispatch import forced
+from hsvit_kernels.dispatch import KERNELS, forced
+from hsvit_kernels.findings import fastest, tried
 from hsvit_kernels.first_use import Machine
 
 from ..data import splits
@@ -63,17 +64,17 @@ def cases(recipe: Recipe, plan: Plan, widths: Sequence[Width], teacher: nn.Modul
 
 @dataclass(frozen=True)
 class Decision:
-    """used: by case, whether its kernel computes it. machines: the findings on each device model. notes: what a person
-    should know, a line each."""
+    """used: by case, the kernel that computes it, or "reference". machines: the findings on each device model. notes:
+    what a person should know, a line each."""
 
-    used: dict[str, bool]
+    used: dict[str, str]
     machines: list[Findings]
     notes: list[str]
 
     def verdict(self, case: str) -> Verdict:
-        """The one that counts: of the device model where the kernel does worst."""
-        found = [machine.verdicts[case] for machine in self.machines]
-        return min(found, key=lambda verdict: verdict.wins)
+        """The one that counts: on the kernel in use, or Triton's; of the device model where it does worst."""
+        name = tried(case, self.used[case])
+        return min((machine.verdicts[name] for machine in self.machines), key=lambda verdict: verdict.wins)
 
 
 def decide(grid: Grid, wanted: Cases, file: Path, machine: Machine | None = None) -> Decision:
@@ -100,7 +101,7 @@ def decide(grid: Grid, wanted: Cases, file: Path, machine: Machine | None = None
             raise RefusedError(f"engine.kernels = auto: {error}") from error
     machines = [f for f in grid.gather(found) if f is not None]
     names = [str(case) for case in wanted]
-    used = {name: all(f.verdicts[name].wins for f in machines) for name in names}
+    used = {name: fastest(name, machines) for name in names}
     mine = next(f for f in machines if f.about == machine.about)
     first_use.install(mine, wanted, machine, used)
     notes = [f"{f.about['device']}: {note}" for f in machines for note in f.notes]
@@ -113,13 +114,12 @@ def decide(grid: Grid, wanted: Cases, file: Path, machine: Machine | None = None
     return decision
 
 
-def _changes(before: Decision | None, used: Mapping[str, bool], machines: Sequence[Findings]) -> list[str]:
+def _changes(before: Decision | None, used: Mapping[str, str], machines: Sequence[Findings]) -> list[str]:
     """What an earlier start of the run computed otherwise."""
     if before is None:
         return []
-    words = {True: "its kernel", False: "the reference"}
     lines = [
-        f"warning: {name}: by {words[now]} now, by {words[before.used[name]]} before; results differ by rounding"
+        f"warning: {name}: by {WORDS[now]} now, by {WORDS[before.used[name]]} before; results differ by rounding"
         for name, now in used.items()
         if before.used.get(name, now) != now
     ]
@@ -139,7 +139,9 @@ def _read(file: Path) -> tuple[Decision | None, list[str]]:
         return None, []
     try:
         table: Any = json.loads(file.read_text("utf-8"))
-        used = {str(name): bool(value) for name, value in table["used"].items()}
+        used = {str(name): str(value) for name, value in table["used"].items()}
+        if unknown := {*used.values()} - {*WORDS}:
+            raise ValueError(f"no such kernel: {', '.join(sorted(unknown))}")
         return Decision(used, [Findings.of(machine) for machine in table["machines"]], []), []
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return None, [f"warning: {file} cannot be read ({error}): kernels are chosen anew"]
@@ -164,16 +166,27 @@ def rows(decision: Decision) -> list[tuple[str, ...]]:
         for name in names:
             if name not in together:
                 verdict = verdicts[name]
-                by = "kernel" if decision.used[name] else f"reference: {_why(verdict)}"
+                kernel = decision.used[name]
+                by = f"reference: {_why(verdict)}" if kernel == "reference" else WORDS[kernel]
                 found.append((name, by, *_times(verdict)))
+            found += _fallbacks(decision, name)
         if together:
-            fused = sum(decision.used[name] for name in together)
+            fused = sum(decision.used[name] != "reference" for name in together)
             by = f"kernel in {fused} of them" if fused else "reference: slower"
             sums = (sum(getattr(verdicts[name], of) for name in together) for of in ("ms", "reference_ms"))
             found.append((f"{operation}, {len(together)} cases", by, *(f"{ms:.3f}" for ms in sums)))
     return found
 
 
+def _fallbacks(decision: Decision, case: str) -> list[tuple[str, ...]]:
+    """A row where there is a kernel in CUDA C++ and it is not right."""
+    name = tried(case, "cuda")
+    verdicts = [machine.verdicts[name] for machine in decision.machines if name in machine.verdicts]
+    wrong = [verdict for verdict in verdicts if verdict.state != "right"]
+    return [(name, f"not used: {_why(wrong[0])}", "-", "-")] if wrong else []
+
+
+WORDS = dict(zip((*KERNELS, "reference"), ("Triton", "CUDA C++", "the reference"), strict=True))
 COLUMNS = ("operation", "computed by", "kernel, ms", "PyTorch, ms")
 SHOWN = 4
 """Cases of an operation that have rows of their own."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from hsvit_kernels.reference import MASK, definition
+
 from ..data.bad import FILE
 from ..data.reader import Reader
 from ..engine.checkpoint import Position
@@ -12,6 +14,7 @@ from ..engine.engine import Engine
 from ..engine.optimizer import describe
 from ..errors import counted
 from ..grid.grid import Grid
+from ..models import hsvit
 from . import title, widths
 from .recipe import Plan, Recipe
 
@@ -25,8 +28,10 @@ def lines(
     folder: Path,
     start: Position,
     weights: Sequence[str] = (),
+    dropout_mask: int = MASK,
 ) -> Iterator[str]:
-    """start: where the run goes on. weights: what is said of those that it starts from."""
+    """start: where the run goes on. weights: what is said of those that it starts from. dropout_mask: the newest
+    definition of masks that it has known so far."""
     yield (
         f"{folder.parent / title.of(folder)}: {plan.parameters:,} parameters, {plan.macs / 1e9:,.4g} GMACs an image; "
         f"{counted(plan.replicas, 'replica')} x {counted(grid.submodule_ranks, 'submodule rank')} on "
@@ -69,6 +74,12 @@ def lines(
         )
     if start.total:
         yield f"resumed at step {start.total}: epoch {start.epoch}, step {start.step} of it"
+    model = recipe.model
+    if isinstance(model, hsvit.Config) and model.depth and model.dropout and dropout_mask < definition(model.tokens):
+        yield (
+            f"warning: so far attention's dropout was drawn by definition {dropout_mask}, from here on by "
+            f"{definition(model.tokens)}: the run goes on with other masks than the version that began it would"
+        )
 
 
 def _launches(recipe: Recipe, grid: Grid, engine: Engine) -> Iterator[str]:

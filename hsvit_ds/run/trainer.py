@@ -110,7 +110,7 @@ class Trainer:
     def fit(self) -> Exit:
         """Train to the end, or until the run is asked to stop."""
         began = time.perf_counter()
-        where = self.folder, self.start, self.weights_said
+        where = self.folder, self.start, self.weights_said, self.checkpoints.dropout_mask
         for line in opening.lines(self.recipe, self.plan, self.grid, self.engine, self.reader, *where):
             self.report.say(line)
         with self.stops.heard(), self.watch.kept(), self._recorded() as self.tracker:

@@ -50,11 +50,10 @@ def backward_attend(
         used = p * keep_scale
         used_cls = p_cls * keep_scale
         if DROPOUT:
-            call = calls + (first + head) // 2
-            dp = kept(dp, words, call, token[:, None], token[None, :], first + head, threshold)
-            dp_cls = kept(dp_cls, words, call, token, CLS, first + head, threshold)
-            used = kept(used, words, call, token[:, None], token[None, :], first + head, threshold)
-            used_cls = kept(used_cls, words, call, token, CLS, first + head, threshold)
+            dp = kept(dp, words, calls, first + head, token[:, None], token[None, :], threshold, NP == 32)
+            dp_cls = kept(dp_cls, words, calls, first + head, token, CLS, threshold, NP == 32)
+            used = kept(used, words, calls, first + head, token[:, None], token[None, :], threshold, NP == 32)
+            used_cls = kept(used_cls, words, calls, first + head, token, CLS, threshold, NP == 32)
         mean = tl.sum(p * dp, 1) + p_cls * dp_cls
         ds = (p * (dp - mean[:, None])).to(dtype)
         ds_cls = p_cls * (dp_cls - mean)
@@ -90,11 +89,10 @@ def backward_cls(
     used = p * keep_scale
     used_cls = p_cls * keep_scale
     if DROPOUT:
-        call = calls + head // 2
-        dp = kept(dp, words, call[None, :], CLS, token[:, None], head[None, :], threshold)
-        dp_cls = kept(dp_cls, words, call, CLS, CLS, head, threshold)
-        used = kept(used, words, call[None, :], CLS, token[:, None], head[None, :], threshold)
-        used_cls = kept(used_cls, words, call, CLS, CLS, head, threshold)
+        dp = kept(dp, words, calls, head[None, :], CLS, token[:, None], threshold, NP == 32)
+        dp_cls = kept(dp_cls, words, calls, head, CLS, CLS, threshold, NP == 32)
+        used = kept(used, words, calls, head[None, :], CLS, token[:, None], threshold, NP == 32)
+        used_cls = kept(used_cls, words, calls, head, CLS, CLS, threshold, NP == 32)
     mean = tl.sum(p * dp, 0) + p_cls * dp_cls
     ds = (p * (dp - mean[None, :])).to(dtype)
     ds_cls = p_cls * (dp_cls - mean)
@@ -154,6 +152,48 @@ def layer_input_gradient(
 
 
 @triton.jit
+def store_rows(to_cls, to, x_cls, x, is_first, valid):
+    """x_cls [DP, CC], whose columns are the same, and x [NP, DP]."""
+    tl.store(to_cls, x_cls.to(to_cls.dtype.element_ty), mask=is_first)
+    tl.store(to, x.to(to.dtype.element_ty), mask=valid)
+
+
+@triton.jit
+def store_slab(
+    dqkv, o_rows, mine, dq, dk, dv, o, dk_cls, dv_cls,
+    HD: tl.constexpr, N: tl.constexpr, NP: tl.constexpr, D: tl.constexpr, SW: tl.constexpr,
+):  # fmt: skip
+    """What the weights need of a slab's heads: dq, dk, dv and o [SW, NP] of the features, dk and dv [SW] of CLS."""
+    dtype = dqkv.dtype.element_ty
+    lane = tl.arange(0, SW)
+    token = tl.arange(0, NP)
+    tl.store(dqkv + D + lane, (dk_cls / LOG2E).to(dtype), mask=mine)
+    tl.store(dqkv + 2 * D + lane, dv_cls.to(dtype), mask=mine)
+    exists = mine[:, None] & (token < N)[None, :]
+    to = dqkv + 3 * D + (lane[:, None] + token[None, :] * (3 * D))
+    tl.store(to, (dq * (1 / HD**0.5)).to(dtype), mask=exists)
+    tl.store(to + D, (dk / LOG2E).to(dtype), mask=exists)
+    tl.store(to + 2 * D, dv.to(dtype), mask=exists)
+    tl.store(o_rows + D + (lane[:, None] + token[None, :] * D), o.to(dtype), mask=exists)
+
+
+@triton.jit
+def layer_input(
+    saved, gamma, beta, eps, N: tl.constexpr, NP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, CC: tl.constexpr
+):
+    """LayerNorm of what a layer read [T, D]: of the features [DP, NP] and of CLS [DP, CC], fp32."""
+    column = tl.arange(0, DP)
+    token = tl.arange(0, NP)
+    inside = column < D
+    valid = (token < N)[:, None] & inside[None, :]
+    at_rows = D + (token[:, None] * D + column[None, :])
+    rows_cls = saved + (column[None, :] + tl.zeros((CC,), tl.int32)[:, None])
+    y, _ = normalise(load(saved + at_rows, valid, N == NP and D == DP).to(tl.float32), column, eps, D, DP)
+    y_cls, _ = normalise(load(rows_cls, inside[None, :], D == DP).to(tl.float32), column, eps, D, DP)
+    return tl.trans(y * gamma[None, :] + beta[None, :]), tl.trans(y_cls * gamma[None, :] + beta[None, :])
+
+
+@triton.jit
 def backward_layer(
     dx_cls, words, group, layer, inner, threshold, keep_scale, eps, saved, dqkv, o_rows, dx_rows,
     norm_weight, norm_bias, qkv_weight, qkv_bias, out_weight,
@@ -166,7 +206,7 @@ def backward_layer(
     Writes dqkv [T, 3 D] and o [T, D], and reads dx and dqkv again rather than to hold them in registers.
     """
     HD: tl.constexpr = D // HEADS
-    PAIRS: tl.constexpr = (HEADS + 1) // 2
+    CALLS: tl.constexpr = HEADS if NP == 32 else (HEADS + 1) // 2
     FULL: tl.constexpr = D == DP and HPS * HD == SW and HEADS % HPS == 0
     SCALE: tl.constexpr = LOG2E / HD**0.5
     dtype = qkv_weight.dtype.element_ty
@@ -183,11 +223,9 @@ def backward_layer(
     gamma = load(norm_weight + column, inside, D == DP).to(tl.float32)
     beta = load(norm_bias + column, inside, D == DP).to(tl.float32)
     at_rows = D + (token[:, None] * D + column[None, :])
-    rows_cls = saved + (column[None, :] + tl.zeros((CC,), tl.int32)[:, None])
-    y, _ = normalise(load(saved + at_rows, valid, N == NP and D == DP).to(tl.float32), column, eps, D, DP)
-    y = tl.trans(y * gamma[None, :] + beta[None, :]).to(dtype)
-    y_cls, _ = normalise(load(rows_cls, inside[None, :], D == DP).to(tl.float32), column, eps, D, DP)
-    y_cls = tl.trans(y_cls * gamma[None, :] + beta[None, :]).to(dtype)
+    y, y_cls = layer_input(saved, gamma, beta, eps, N, NP, D, DP, CC)
+    y = y.to(dtype)
+    y_cls = y_cls.to(dtype)
     dx_low = tl.trans(load(dx_rows + at_rows, valid, N == NP and D == DP))
     dx_cls_low = dx_cls.to(dtype)
     for slab in tl.range(0, (HEADS + HPS - 1) // HPS, disable_licm=not HOIST):
@@ -210,7 +248,7 @@ def backward_layer(
         do_cls = tl.where(own, tl.dot(tl.trans(w_o), dx_cls_low, input_precision=PRECISION), 0.0)
 
         ds, ds_cls, used, used_cls = backward_cls(
-            q_cls, k, v, k_cls, v_cls, do_cls, words, group * 2048 + layer * PAIRS, first + cls_head, threshold,
+            q_cls, k, v, k_cls, v_cls, do_cls, words, group * 2048 + layer * CALLS, first + cls_head, threshold,
             keep_scale, N, NP, DROPOUT, PRECISION,
         )  # fmt: skip
         dq_cls = tl.where(own, tl.dot(k, ds, input_precision=PRECISION) + ds_cls[None, :] * k_cls, 0.0)
@@ -229,22 +267,14 @@ def backward_layer(
             dq, o, dk, dv, dk_cls, dv_cls = backward_attend(
                 (tl.dot(w_q, y, input_precision=PRECISION) + b_q[:, None]) * SCALE, k, v,
                 tl.dot(tl.trans(w_o), dx_low, input_precision=PRECISION),
-                k_cls, v_cls, dk_cls, dv_cls, words, group * 2048 + layer * PAIRS, first, threshold, keep_scale,
+                k_cls, v_cls, dk_cls, dv_cls, words, group * 2048 + layer * CALLS, first, threshold, keep_scale,
                 HD, N, NP, HPS, SW, DROPOUT, PRECISION,
             )  # fmt: skip
 
         dk = tl.dot(widen(q_cls.to(dtype)), tl.trans(widen(ds)), dk, input_precision=PRECISION)
         dv = tl.dot(widen(do_cls.to(dtype)), tl.trans(widen(used)), dv, input_precision=PRECISION)
 
-        to = dqkv + first * HD + lane
-        tl.store(to + D, (dk_cls / LOG2E).to(dtype), mask=mine)
-        tl.store(to + 2 * D, dv_cls.to(dtype), mask=mine)
-        exists = mine[:, None] & (token < N)[None, :]
-        to = dqkv + first * HD + 3 * D + (lane[:, None] + token[None, :] * (3 * D))
-        tl.store(to, (dq * (SCALE / LOG2E)).to(dtype), mask=exists)
-        tl.store(to + D, (dk / LOG2E).to(dtype), mask=exists)
-        tl.store(to + 2 * D, dv.to(dtype), mask=exists)
-        tl.store(o_rows + first * HD + D + (lane[:, None] + token[None, :] * D), o.to(dtype), mask=exists)
+        store_slab(dqkv + first * HD, o_rows + first * HD, mine, dq, dk, dv, o, dk_cls, dv_cls, HD, N, NP, D, SW)
 
     tl.debug_barrier()  # what other threads have written is read below
     return layer_input_gradient(
@@ -290,15 +320,10 @@ def backward(
     dqkv += at * 3
     o_rows += at
     dx_rows += at
-    zero = tl.full((), 0, tl.uint32)
-    words = (zero, zero, zero)
-    if DROPOUT:
-        words = hash_key(key, images, image)
-        threshold = threshold.to(tl.uint32) << 24
-    dtype = dtokens.dtype.element_ty
+    words = hash_key(key, images, image, DROPOUT)
+    threshold = threshold.to(tl.uint32)
     at = token[:, None] * D + column[None, :]
-    tl.store(dx_rows + rows, dx_cls.to(dtype), mask=is_first)
-    tl.store(dx_rows + D + at, tl.zeros((NP, DP), dtype), mask=valid)
+    store_rows(dx_rows + rows, dx_rows + D + at, dx_cls, tl.zeros((NP, DP), tl.float32), is_first, valid)
     for back in tl.range(0, depth, disable_licm=True):
         tl.debug_barrier()
         dx, dx_cls = backward_layer(
@@ -316,8 +341,6 @@ def backward(
         o_rows -= step
         dx_rows -= step
         if back < depth - 1:
-            tl.store(dx_rows + rows, dx_cls.to(dtype), mask=is_first)
-            tl.store(dx_rows + D + at, dx.to(dtype), mask=valid)
+            store_rows(dx_rows + rows, dx_rows + D + at, dx_cls, dx, is_first, valid)
         else:
-            tl.store(dcls + place * D + rows, dx_cls, mask=is_first)
-            tl.store(dtokens + place * N * D + at, dx.to(dtype), mask=valid)
+            store_rows(dcls + place * D + rows, dtokens + place * N * D + at, dx_cls, dx, is_first, valid)

@@ -22,12 +22,16 @@ CLS = tl.constexpr(255)  # place of CLS among the tokens in a dropout mask's cou
 LOG2E = tl.constexpr(1.4426950408889634)
 MULTIPLIER = tl.constexpr(1664525)
 INCREMENT = tl.constexpr(1013904223)
+ALL_BITS = tl.constexpr(0xFFFFFFFF)
 ATTENTION_SITE = tl.constexpr(1 << 24)
 
 
 @triton.jit
-def hash_key(key, images, image):
-    """The words of pcg4d that do not depend on the counter, as they enter its first round."""
+def hash_key(key, images, image, DROPOUT: tl.constexpr):
+    """The words of pcg4d that do not depend on the counter, as they enter its first round; zeros without DROPOUT."""
+    if not DROPOUT:
+        zero = tl.full((), 0, tl.uint32)
+        return zero, zero, zero
     x = tl.load(key).to(tl.uint32, bitcast=True) * MULTIPLIER + INCREMENT
     y = (tl.load(key + 1).to(tl.uint32, bitcast=True) + ATTENTION_SITE) * MULTIPLIER + INCREMENT
     z = tl.load(images + image).to(tl.uint32, bitcast=True) * MULTIPLIER + INCREMENT
@@ -35,14 +39,50 @@ def hash_key(key, images, image):
 
 
 @triton.jit
-def kept(p, words, call, query, place, head, threshold):
+def kept(p, words, calls, head, query, key, threshold, BITS: tl.constexpr):
     """p where dropout keeps it, else 0; `reference.Keep` defines the mask. The arguments broadcast to p's shape.
 
-    Written element by element: the eight columns of a row that a tensor core's layout gives to one thread share one
-    hash, and the compiler sees that they do.
+    Written element by element: what a tensor core's layout gives to one thread shares one hash or two, and the compiler
+    sees that it does.
     """
+    if BITS:
+        return kept_by_bit(p, words, calls, head, query, key, threshold)
     x, y, z = words
-    w = ((call * 256 + query) * 32 + (place // 32) * 4 + (place % 8) // 2).to(tl.uint32) * MULTIPLIER + INCREMENT
+    counter = ((calls + head // 2) * 256 + query) * 32 + (key // 32) * 4 + (key % 8) // 2
+    x, y, z, w = pcg4d(x, y, z, counter.to(tl.uint32) * MULTIPLIER + INCREMENT)
+    part = (key // 8) % 4
+    word = tl.where(part < 2, tl.where(part == 0, x, y), tl.where(part == 2, z, w))
+    byte = (key % 2) * 2 + head % 2
+    return tl.where((word << (24 - byte * 8).to(tl.uint32)) >= (threshold << 24), p, 0.0)
+
+
+@triton.jit
+def kept_by_bit(p, words, calls, head, query, key, threshold):
+    x, y, z = words
+    place = (query // 32 * 8 + key // 32) * 32 + query % 8 * 4 + key % 8 // 2
+    counter = ((calls + head) * 2048 + place).to(tl.uint32) * 2
+    keep = tl.zeros_like(counter) | ALL_BITS
+    for half in tl.static_range(2):
+        a, b, c, d = pcg4d(x, y, z, (counter + half) * MULTIPLIER + INCREMENT)
+        keep = one_more_bit(keep, a, threshold, half * 4)
+        keep = one_more_bit(keep, b, threshold, half * 4 + 1)
+        keep = one_more_bit(keep, c, threshold, half * 4 + 2)
+        keep = one_more_bit(keep, d, threshold, half * 4 + 3)
+    bit = key % 2 * 16 + query // 8 % 4 * 4 + key // 8 % 4
+    return tl.where((keep >> bit.to(tl.uint32)) & 1 != 0, p, 0.0)
+
+
+@triton.jit
+def one_more_bit(keep, word, threshold, BIT: tl.constexpr):
+    """Of numbers that are compared with `threshold`, from the lowest bit on."""
+    word ^= word >> 16
+    either = (((threshold >> BIT) & 1) ^ 1) * ALL_BITS  # where the threshold's bit is not set
+    return (word & keep) | ((word | keep) & either)
+
+
+@triton.jit
+def pcg4d(x, y, z, w):
+    """Its two rounds, of words that have been multiplied and added to."""
     x = y * w + x
     y = z * x + y
     z = x * y + z
@@ -55,25 +95,23 @@ def kept(p, words, call, query, place, head, threshold):
     y = z * x + y
     z = x * y + z
     w = y * z + w
-    part = (place // 8) % 4
-    word = tl.where(part < 2, tl.where(part == 0, x, y), tl.where(part == 2, z, w))
-    byte = (place % 2) * 2 + head % 2
-    return tl.where((word << (24 - byte * 8).to(tl.uint32)) >= threshold, p, 0.0)
+    return x, y, z, w
 
 
 @triton.jit(do_not_specialize=["group", "layer", "threshold", "T"])
 def dropout_mask(
-    key, images, out, group, layer, threshold, T, HEADS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
-):
+    key, images, out, group, layer, threshold, T,
+    HEADS: tl.constexpr, BITS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
     """Grid (images * HEADS, tiles of rows, tiles of columns). out: int8 [images, HEADS, T, T], 1 where `kept` keeps."""
     image, head = tl.program_id(0) // HEADS, tl.program_id(0) % HEADS
     row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)[:, None]
     column = tl.program_id(2) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
-    words = hash_key(key, images, image)
-    call = group * 2048 + layer * ((HEADS + 1) // 2) + head // 2
+    words = hash_key(key, images, image, True)
     ones = tl.full((ROWS, COLUMNS), 1.0, tl.float32)
-    limit = threshold.to(tl.uint32) << 24
-    found = kept(ones, words, call, (row + 255) % 256, (column + 255) % 256, head, limit)
+    calls = group * 2048 + layer * (HEADS if BITS else (HEADS + 1) // 2)
+    places = ((row + CLS) % 256, (column + CLS) % 256)
+    found = kept(ones, words, calls, head, places[0], places[1], threshold.to(tl.uint32), BITS)
     tl.store(out + (tl.program_id(0) * T + row) * T + column, found.to(tl.int8), mask=(row < T) & (column < T))
 
 
@@ -117,13 +155,12 @@ def forward_layer(
 ):  # fmt: skip
     """x [NP, DP], x_cls [DP, CC] fp32 to the next layer's; without `inner` the features stay as they are."""
     HD: tl.constexpr = D // HEADS
-    PAIRS: tl.constexpr = (HEADS + 1) // 2
+    CALLS: tl.constexpr = HEADS if NP == 32 else (HEADS + 1) // 2
     FULL: tl.constexpr = D == DP and HPS * HD == SW and HEADS % HPS == 0
     SCALE: tl.constexpr = LOG2E / HD**0.5
     dtype = qkv_weight.dtype.element_ty
     column = tl.arange(0, DP)
     inside = column < D
-    token = tl.arange(0, NP)
     lane = tl.arange(0, SW)
     lane_head = lane // HD
     cls_head = tl.arange(0, CC)
@@ -151,15 +188,10 @@ def forward_layer(
         q_cls = tl.where(own, q_cls, 0.0)
         k_cls = tl.dot(w_k, y_cls, input_precision=PRECISION)
         v_cls = tl.dot(w_v, y_cls, input_precision=PRECISION) + b_v[:, None]
-
-        s = tl.dot(tl.trans(k), q_cls.to(dtype), input_precision=PRECISION)
-        p, p_cls, scale = softmax(s, tl.sum(q_cls * k_cls, 0), token, 0, N, NP)
-        scale *= keep_scale
-        if DROPOUT:
-            call = group * 2048 + layer * PAIRS + (first + cls_head) // 2
-            p = kept(p, words, call[None, :], CLS, token[:, None], (first + cls_head)[None, :], threshold)
-            p_cls = kept(p_cls, words, call, CLS, CLS, first + cls_head, threshold)
-        o_cls = tl.dot(v, (p * scale[None, :]).to(dtype), input_precision=PRECISION) + (p_cls * scale)[None, :] * v_cls
+        o_cls = attend_cls(
+            q_cls, k, v, k_cls, v_cls, words, group * 2048 + layer * CALLS, first + cls_head, threshold, keep_scale,
+            N, NP, DROPOUT, PRECISION,
+        )  # fmt: skip
         o_cls = tl.sum(tl.where(own, o_cls, 0.0), 1)
         o_cls = tl.broadcast_to(o_cls[:, None].to(dtype), (SW, CC))
 
@@ -167,7 +199,7 @@ def forward_layer(
         if inner:
             o = attend(
                 (tl.dot(w_q, y, input_precision=PRECISION) + b_q[:, None]) * SCALE, k, v, k_cls, v_cls,
-                words, group * 2048 + layer * PAIRS, first, threshold, keep_scale,
+                words, group * 2048 + layer * CALLS, first, threshold, keep_scale,
                 HD, N, NP, HPS, SW, DROPOUT, PRECISION,
             )  # fmt: skip
             w_o = load(out_weight + first * HD + offset_out, inside[:, None] & mine[None, :], FULL)
@@ -178,6 +210,23 @@ def forward_layer(
     x += out[None, :]
     x_cls += out[:, None]
     return x, x_cls
+
+
+@triton.jit
+def attend_cls(
+    q_cls, k, v, k_cls, v_cls, words, calls, head, threshold, keep_scale,
+    N: tl.constexpr, NP: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The CLS queries of a slab's heads, columns of q_cls [SW, CC], over all keys: k, v [SW, NP] to o [SW, CC]."""
+    token = tl.arange(0, NP)
+    s = tl.dot(tl.trans(k), q_cls.to(k.dtype), input_precision=PRECISION)
+    p, p_cls, scale = softmax(s, tl.sum(q_cls * k_cls, 0), token, 0, N, NP)
+    scale *= keep_scale
+    if DROPOUT:
+        p = kept(p, words, calls, head[None, :], CLS, token[:, None], threshold, NP == 32)
+        p_cls = kept(p_cls, words, calls, head, CLS, CLS, threshold, NP == 32)
+    o = tl.dot(v, (p * scale[None, :]).to(v.dtype), input_precision=PRECISION)
+    return o + (p_cls * scale)[None, :] * v_cls
 
 
 @triton.jit
@@ -202,9 +251,8 @@ def attend(
         p, p_cls, scale = softmax(s, s_cls, token, 1, N, NP)
         scale *= keep_scale
         if DROPOUT:
-            call = calls + (first + head) // 2
-            p = kept(p, words, call, token[:, None], token[None, :], first + head, threshold)
-            p_cls = kept(p_cls, words, call, token, CLS, first + head, threshold)
+            p = kept(p, words, calls, first + head, token[:, None], token[None, :], threshold, NP == 32)
+            p_cls = kept(p_cls, words, calls, first + head, token, CLS, threshold, NP == 32)
         v_head = tl.trans(tl.where(mine[:, None], v, 0.0).to(dtype))
         o = tl.dot((p * scale[:, None]).to(dtype), v_head, o, input_precision=PRECISION)
         o += tl.where(mine[None, :], (p_cls * scale)[:, None] * v_row[None, :], 0.0)
@@ -245,11 +293,8 @@ def forward(
     out_weight += group * depth * D * D
     out_bias += group * depth * D
     saved += ((group * depth).to(tl.int64) * batch + image) * T * D
-    zero = tl.full((), 0, tl.uint32)
-    words = (zero, zero, zero)
-    if DROPOUT:
-        words = hash_key(key, images, image)
-        threshold = threshold.to(tl.uint32) << 24
+    words = hash_key(key, images, image, DROPOUT)
+    threshold = threshold.to(tl.uint32)
     # What does not change between layers is recomputed, not hoisted: it would fill the registers.
     for layer in tl.range(0, depth, disable_licm=True):
         if SAVE:

@@ -1,4 +1,4 @@
-"""Which implementation computes an operation: Triton's kernel or the PyTorch reference."""
+"""Which implementation computes an operation: a kernel in Triton or CUDA C++, or the PyTorch reference."""
 
 from __future__ import annotations
 
@@ -19,6 +19,8 @@ from .configurations import Options, Place
 
 INTERPRETED = knobs.runtime.interpret  # read when the kernels are defined, so it cannot change later
 CHOICES = ("auto", "triton", "reference")
+KERNELS = ("triton", "cuda")
+"""What the first use tries; the second one for the few cases that have a kernel in CUDA C++."""
 _log = logging.getLogger("hsvit_kernels")
 _forced = "auto"
 _within: str | None = None
@@ -26,8 +28,8 @@ _told: set[tuple[str, str]] = set()
 
 models: dict[torch.device, str] = {}
 """The model of each device on which kernels have been tried (`first_use.prepare`)."""
-verdicts: dict[tuple[str, Case], bool] = {}
-"""By device model: whether `auto` uses the kernel for a case."""
+verdicts: dict[tuple[str, Case], str] = {}
+"""By device model: what `auto` computes a case with, "cuda", "triton" or "reference"."""
 
 
 def force(choice: str, device: torch.device | None = None) -> None:
@@ -49,7 +51,7 @@ def force(choice: str, device: torch.device | None = None) -> None:
 
 @contextmanager
 def forcing(choice: str) -> Iterator[None]:
-    """`force`, and before the environment, while kernels are tried."""
+    """`force`, of what the first use tries too, and before the environment."""
     global _within
     before, _within = _within, choice
     try:
@@ -59,43 +61,46 @@ def forcing(choice: str) -> Iterator[None]:
 
 
 def _check(choice: str, device: torch.device) -> None:
-    if choice == "triton" and device.type != "cuda" and not INTERPRETED:
-        raise ValueError(f"kernels = triton, but the tensors are on {device}; Triton needs CUDA or TRITON_INTERPRET=1")
+    if choice in KERNELS and device.type != "cuda" and not INTERPRETED:
+        raise ValueError(
+            f"kernels = {choice}, but the tensors are on {device}; Triton needs CUDA or TRITON_INTERPRET=1"
+        )
 
 
 def forced() -> str:
     """The choice in force."""
-    choice = _within or os.environ.get("HSVIT_KERNELS", _forced)
+    if _within is not None:
+        return _within
+    choice = os.environ.get("HSVIT_KERNELS", _forced)
     if choice not in CHOICES:
         raise ValueError(f'HSVIT_KERNELS = "{choice}": must be one of {", ".join(CHOICES)}')
     return choice
 
 
-def use_triton(case: Case, device: torch.device, why_not: str) -> bool:
-    """Decide for one call, and log each new reason once.
+def choose(case: Case, device: torch.device, why_not: str) -> str:
+    """Decide for one call, for "cuda", "triton" or "reference", and log each new reason once.
 
     Args:
-        why_not: why the kernel cannot compute this, empty where it can.
+        why_not: why no kernel can compute this, empty where one can.
 
     Raises:
-        ValueError: Triton is forced where it cannot run.
+        ValueError: a kernel is forced where it cannot run.
     """
     choice = "reference" if exporting() else forced()
     _check(choice, device)
     if why_not:
-        decision = False
+        decision = "reference"
     elif choice == "auto":
         verdict = verdicts.get((models.get(device, ""), case))
-        decision = verdict is True
+        decision = verdict or "reference"
         if verdict is None:
             why_not = "not tried here: hsvit_kernels.prepare" if device.type == "cuda" else f"cpu, {case.dtype}"
-        elif not verdict:
+        elif verdict == "reference":
             why_not = "as the first use decided"
     else:
-        decision = choice == "triton"
-        why_not = "" if decision else "forced"
+        decision, why_not = choice, "forced"
     if not torch.compiler.is_compiling() and _within is None:
-        _tell(case.operation, "triton" if decision else f"reference ({why_not})")
+        _tell(case.operation, f"reference ({why_not})" if decision == "reference" else decision)
     return decision
 
 

@@ -12,13 +12,14 @@ import json
 import os
 import re
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
 from .cases import Case
 from .configurations import Options, Place
+from .dispatch import KERNELS
 
 STATES = ("right", "wrong", "raised", "died")
 _TRYING = "trying"
@@ -53,8 +54,8 @@ class Verdict:
 class Findings:
     """On one device model.
 
-    about: the device, its driver and the versions. launches: the options chosen, by place. verdicts: by case.
-    notes: what a person should know, a line each; not remembered.
+    about: the device, its driver and the versions. launches: the options chosen, by place. verdicts: by what was tried
+    (`tried`). notes: what a person should know, a line each; not remembered.
     """
 
     about: dict[str, str]
@@ -64,7 +65,8 @@ class Findings:
 
     def on(self, cases: Iterable[Case]) -> Findings:
         """A copy with the verdicts on some cases."""
-        names = [name for name in map(str, cases) if name in self.verdicts]
+        tries = (tried(str(case), kernel) for case in cases for kernel in KERNELS)
+        names = [name for name in tries if name in self.verdicts]
         return Findings(
             self.about, dict(self.launches), {name: self.verdicts[name] for name in names}, list(self.notes)
         )
@@ -88,6 +90,21 @@ class Findings:
             return cls({str(k): str(v) for k, v in table["about"].items()}, launches, verdicts)
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"not findings of kernels: {error!r}") from error
+
+
+def tried(case: str, kernel: str) -> str:
+    """A case by one of `dispatch.KERNELS`, as `Findings.verdicts` has it."""
+    return f"{case} in CUDA C++" if kernel == "cuda" else case
+
+
+def fastest(case: str, on: Sequence[Findings]) -> str:
+    """The kernel that wins on every device model, the faster one if there are two; "reference" if there is none."""
+    slowest = {}
+    for kernel in KERNELS:
+        verdicts = [found.verdicts.get(tried(case, kernel)) for found in on]
+        if all(verdict is not None and verdict.wins for verdict in verdicts):
+            slowest[kernel] = max(verdict.ms for verdict in verdicts if verdict is not None)
+    return min(slowest, key=slowest.__getitem__, default="reference")
 
 
 def place_name(place: Place) -> str:
@@ -180,7 +197,7 @@ class Memory:
             why = str(error).partition("\n")[0]
             self.notes.append(f"{self.path} cannot be read ({why}): kernels are tried anew, and it is replaced")
         else:
-            self.notes += [f"{name}: a process died while it tried this; the reference computes it" for name in lost]
+            self.notes += [f"{name}: a process died while it tried this; it is left out" for name in lost]
             self._found = found
         return self._found
 

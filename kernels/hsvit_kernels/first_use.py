@@ -20,10 +20,10 @@ import torch
 import triton
 from triton.runtime import _async_compile
 
-from . import configurations, dispatch
+from . import attention_cuda, configurations, dispatch
 from .cases import Case, Cases
 from .configurations import Options, Place
-from .findings import Findings, Memory, Verdict, place_name
+from .findings import Findings, Memory, Verdict, fastest, place_name, tried
 from .trials import Trial, excess, trial
 
 
@@ -75,7 +75,7 @@ def _driver() -> str:
 @functools.cache
 def _package() -> str:
     """The kernels' sources, by a digest: a version's name does not change with every change of a kernel."""
-    files = [*sorted(Path(__file__).parent.glob("*.py")), configurations.FILE]
+    files = [*sorted(Path(__file__).parent.glob("*.py")), *attention_cuda.headers(), configurations.FILE]
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12]
 
 
@@ -115,7 +115,8 @@ def attempt(cases: Cases, machine: Machine, known: Findings | None = None) -> Fi
     found = Findings(about)
     if known is not None and known.about == about:
         found = known.on(cases)
-    if len(found.verdicts) == len(cases):
+    tries = _tries(cases, machine)
+    if all(name in found.verdicts for name in tries):
         return found
     try:
         with Memory(about) as memory:
@@ -123,7 +124,17 @@ def attempt(cases: Cases, machine: Machine, known: Findings | None = None) -> Fi
             found.notes += memory.notes
     except TimeoutError as error:
         found.notes.append(str(error))
-        found.verdicts |= {str(c): Verdict("raised", "waited for") for c in cases if str(c) not in found.verdicts}
+        found.verdicts |= {name: Verdict("raised", "waited for") for name in tries if name not in found.verdicts}
+    return found
+
+
+def _tries(cases: Cases, machine: Machine) -> dict[str, tuple[Case, str]]:
+    """Every case by every kernel that there is for it."""
+    found = {}
+    for case in cases:
+        cuda = case.operation == "grouped_attention" and attention_cuda.fits(case, machine.device)
+        for kernel in dispatch.KERNELS if cuda else ("triton",):
+            found[tried(str(case), kernel)] = (case, kernel)
     return found
 
 
@@ -131,23 +142,23 @@ def _attempt(cases: Cases, machine: Machine, memory: Memory, found: Findings) ->
     remembered = memory.read()
     found.launches = remembered.launches | found.launches
     found.verdicts = remembered.on(cases).verdicts | found.verdicts
-    todo = [case for case in cases if str(case) not in found.verdicts]
+    todo = {name: of for name, of in _tries(cases, machine).items() if name not in found.verdicts}
     device, model = machine.device, found.about["device"]
     before = dispatch.models.get(device)
     dispatch.models[device] = model
     _choose(found, model)
     try:
-        for case in todo:
-            memory.trying(str(case))
-            verdict = _verdict(case, cases[case], machine, memory, found)
-            found.verdicts[str(case)] = verdict
-            memory.add(str(case), verdict, found.launches)
+        for name, (case, kernel) in todo.items():
+            memory.trying(name)
+            verdict = _verdict(case, kernel, cases[case], machine, memory, found)
+            found.verdicts[name] = verdict
+            memory.add(name, verdict, found.launches)
     finally:
         if before is None:
             del dispatch.models[device]
 
 
-def install(found: Findings, cases: Cases, machine: Machine, used: Mapping[str, bool] | None = None) -> None:
+def install(found: Findings, cases: Cases, machine: Machine, used: Mapping[str, str] | None = None) -> None:
     """Let `auto` go by findings in this process. used: by case, where it was decided with other devices."""
     model = found.about["device"]
     dispatch.models[machine.device] = model
@@ -158,7 +169,7 @@ def install(found: Findings, cases: Cases, machine: Machine, used: Mapping[str, 
     _choose(found, model)
     for case in cases:
         name = str(case)
-        dispatch.verdicts[model, case] = found.verdicts[name].wins if used is None else used[name]
+        dispatch.verdicts[model, case] = fastest(name, [found]) if used is None else used[name]
 
 
 def _choose(found: Findings, model: str) -> None:
@@ -167,22 +178,27 @@ def _choose(found: Findings, model: str) -> None:
             configurations.chosen[model, place] = options
 
 
-def _verdict(case: Case, extent: Sequence[int], machine: Machine, memory: Memory, found: Findings) -> Verdict:
-    """Try one case. What it raises is a verdict too, unless nothing more can be computed or the process shall end."""
+def _verdict(
+    case: Case, kernel: str, extent: Sequence[int], machine: Machine, memory: Memory, found: Findings
+) -> Verdict:
+    """Try one case by one kernel. What it raises is a verdict too, unless nothing more can be computed or the process
+    shall end."""
     try:
         # In this thread, where compilations are collected, and exceptions belong to whoever waits for them.
         with torch.autograd.set_multithreading_enabled(False), torch.autocast(machine.device.type, enabled=False):
-            return _tried(case, trial(case, extent, machine.device), machine, found)
+            return _compared(case, kernel, trial(case, extent, machine.device), machine, found)
     except Exception as error:
         try:
             machine.wait()
         except Exception as lost:
             remedy = (
-                "start again: it is then left to the reference"
+                "start again: it is then left out"
                 if memory.path is not None
                 else 'engine.kernels = "reference", or HSVIT_KERNELS_CACHE to a folder that can be written'
             )
-            raise LostDeviceError(f"{case} killed the CUDA context ({_said(error)}); {remedy}") from lost
+            raise LostDeviceError(
+                f"{tried(str(case), kernel)} killed the CUDA context ({_said(error)}); {remedy}"
+            ) from lost
         return Verdict("raised", _said(error))
     except BaseException:
         memory.trying(None)
@@ -197,10 +213,10 @@ def _said(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[0] if lines else ''}"[:300]
 
 
-def _tried(case: Case, problem: Trial, machine: Machine, found: Findings) -> Verdict:
-    with dispatch.forcing("triton"):
+def _compared(case: Case, kernel: str, problem: Trial, machine: Machine, found: Findings) -> Verdict:
+    with dispatch.forcing(kernel):
         step = problem.step()
-        _tune(problem.places, case.dtype, step, machine, found)
+        _tune(problem.places if kernel == "triton" else [], case.dtype, step, machine, found)
         ours = problem.results(case.dtype)
         again = problem.results(case.dtype)
     with dispatch.forcing("reference"):
@@ -216,7 +232,7 @@ def _tried(case: Case, problem: Trial, machine: Machine, found: Findings) -> Ver
     if moved:
         return Verdict("wrong", f"{moved[0]}: other bits when computed again", worst[name])
     del plain, exact, ours, again
-    with dispatch.forcing("triton"):
+    with dispatch.forcing(kernel):
         ms = machine.milliseconds(step)
     with dispatch.forcing("reference"):
         reference_ms = machine.milliseconds(step)

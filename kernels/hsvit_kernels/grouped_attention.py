@@ -8,13 +8,13 @@ import torch
 import triton
 from torch import Tensor
 
+from . import attention_cuda, reference
 from . import attention_gradient_kernels as gradient_kernels
 from . import attention_kernels as kernels
 from . import attention_weight_kernels as weight_kernels
-from . import reference
 from .cases import Case, is_listing, note, stand_in
 from .configurations import Place
-from .dispatch import forced, launch, low_dtype, options, use_triton
+from .dispatch import choose, forced, launch, low_dtype, options
 from .random import Draw, threshold
 
 PROGRAMS = 528  # of the weights' products, four on each multiprocessor of an H200; fewer, and their rows are split
@@ -97,7 +97,10 @@ def _attention(
         if not why_not:
             note(case, len(tokens), len(cls))
         return stand_in(tokens, _out_shape(tokens, positions, all_tokens), low, save)
-    if not use_triton(case, tokens.device, why_not):
+    kernel = choose(case, tokens.device, why_not)
+    if kernel == "cuda" and forced() == "cuda" and not attention_cuda.fits(case, tokens.device):
+        kernel = "triton"
+    if kernel == "reference":
         return reference.grouped_attention(
             **tensors,
             heads=heads,
@@ -109,8 +112,8 @@ def _attention(
         )
     key, image = (None, None) if draw is None else (draw.key, draw.image)
     rest = [tensor for name, tensor in tensors.items() if name != "tokens"]
-    drop = threshold(dropout)
-    out: Tensor = _forward(tokens.to(low), *rest, key, image, heads, drop, first_group, eps, all_tokens, save)[0]
+    numbers = (heads, threshold(dropout), first_group, eps)
+    out: Tensor = _forward(tokens.to(low), *rest, key, image, *numbers, all_tokens, save, kernel == "cuda")[0]
     return out
 
 
@@ -129,7 +132,7 @@ def dropout_mask(
     grid = (len(draw.image) * heads, triton.cdiv(tokens, tile[0]), triton.cdiv(tokens, tile[1]))
     launch(
         kernels.dropout_mask, grid, out, draw.key, draw.image, out, group, layer, threshold(probability), tokens,
-        HEADS=heads, ROWS=tile[0], COLUMNS=tile[1],
+        HEADS=heads, BITS=reference.definition(tokens) == 2, ROWS=tile[0], COLUMNS=tile[1],
     )  # fmt: skip
     return out.bool()
 
@@ -246,10 +249,17 @@ def _forward(
     eps: float,
     all_tokens: bool,
     save: bool,
-) -> tuple[Tensor, Tensor]:
-    """The result and the layers' inputs [G, A, B, T, D], the latter empty without `save`. drop: in 1/256."""
-    out, saved = _results(tokens, positions, qkv_weight, all_tokens, save)
+    cuda: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The result, and for the backward the layers' inputs [G, A, B, T, D] and the weights as kernels in CUDA C++ want
+    them; empty without `save` or without `cuda`. drop: in 1/256."""
+    out, saved, folded = _results(tokens, positions, qkv_weight, all_tokens, save, cuda)
     groups, depth = qkv_weight.shape[:2]
+    if cuda:
+        weights = [cls, positions, norm_weight, norm_bias, qkv_weight, qkv_bias, out_weight, out_bias]
+        attention_cuda.fold(folded, weights, drop)
+        attention_cuda.forward(tokens, folded, key, image, out, saved, depth, drop, first_group, eps)
+        return out, saved, folded
     shape = _shape(tokens.shape[1] // groups, tokens.shape[2], heads)
     launch(
         kernels.forward, (len(tokens), groups), tokens,
@@ -260,20 +270,22 @@ def _forward(
         **shape, DROPOUT=drop > 0, SAVE=save, ALL=all_tokens, PRECISION=_precision(tokens),
         **options(_place("attention_forward", shape), tokens),
     )  # fmt: skip
-    return out, saved
+    return out, saved, folded
 
 
 @_forward.register_fake
-def _forward_fake(tokens: Tensor, cls: Tensor, positions: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    return _results(tokens, positions, rest[2], *rest[-2:])
+def _forward_fake(tokens: Tensor, cls: Tensor, positions: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return _results(tokens, positions, rest[2], *rest[-3:])
 
 
 def _results(
-    tokens: Tensor, positions: Tensor, qkv_weight: Tensor, all_tokens: bool, save: bool
-) -> tuple[Tensor, Tensor]:
+    tokens: Tensor, positions: Tensor, qkv_weight: Tensor, all_tokens: bool, save: bool, cuda: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     (groups, length, width), depth = positions.shape, qkv_weight.shape[1]
     out = tokens.new_empty(_out_shape(tokens, positions, all_tokens))
-    return out, tokens.new_empty((groups, depth, len(tokens), length, width) if save else (0,))
+    saved = tokens.new_empty((groups, depth, len(tokens), length, width) if save else (0,))
+    size = attention_cuda.folded_size(groups, depth) if cuda else 0
+    return out, saved, tokens.new_empty((size,), dtype=torch.int16)
 
 
 def _out_shape(tokens: Tensor, positions: Tensor, all_tokens: bool) -> tuple[int, ...]:
@@ -281,18 +293,18 @@ def _out_shape(tokens: Tensor, positions: Tensor, all_tokens: bool) -> tuple[int
     return (len(tokens), groups, length, width) if all_tokens else (len(tokens), groups, width)
 
 
-def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     tokens, cls, positions, *weights = inputs[:9]
     key, image, ctx.heads, ctx.drop, ctx.first_group, ctx.eps, *_ = inputs[9:]
-    ctx.save_for_backward(tokens, cls, positions, *weights, key, image, output[1])
+    ctx.save_for_backward(tokens, cls, positions, *weights, key, image, *output[1:])
     ctx.set_materialize_grads(False)
 
 
-def _gradients(ctx: Any, dout: Tensor | None, _dsaved: Tensor | None) -> tuple[Tensor | None, ...]:
+def _gradients(ctx: Any, dout: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     if dout is None:
-        return (None,) * 17
+        return (None,) * 18
     gradients = _backward(dout, *ctx.saved_tensors, ctx.heads, ctx.drop, ctx.first_group, ctx.eps)
-    return *gradients, *(None,) * 8
+    return *gradients, *(None,) * 9
 
 
 _forward.register_autograd(_gradients, setup_context=_remember)
@@ -313,6 +325,7 @@ def _backward(
     key: Tensor | None,
     image: Tensor | None,
     saved: Tensor,
+    folded: Tensor,
     heads: int,
     drop: int,
     first_group: int,
@@ -320,31 +333,16 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of the first nine inputs of the forward, in their dtypes."""
     groups, depth, batch, length, width = saved.shape
-    shape = _shape(tokens.shape[1] // groups, tokens.shape[2], heads)
-    weight, out = (w.to(tokens.dtype).contiguous() for w in (qkv_weight, out_weight))
-    dtokens = torch.empty_like(tokens, memory_format=torch.contiguous_format)
-    dcls_rows = tokens.new_empty((batch, groups, width), dtype=torch.float32)
-    dqkv = tokens.new_empty((groups, depth, batch, length, 3 * width))
-    o_rows, dx_rows = torch.empty_like(saved), torch.empty_like(saved)
-    precision = _precision(tokens)
-    launch(
-        gradient_kernels.backward, (batch, groups), tokens,
-        dout.contiguous(), saved, norm_weight.contiguous(), norm_bias.contiguous(), weight, qkv_bias.contiguous(), out,
-        key, image, dtokens, dcls_rows, dqkv, o_rows, dx_rows,
-        first_group, drop, 256 / (256 - drop), eps, batch, depth,
-        **shape, DROPOUT=drop > 0, PRECISION=precision, **options(_place("attention_backward", shape), tokens),
-    )  # fmt: skip
-    layers, rows = groups * depth, batch * length
-    launched = options(_place("attention_products", shape), tokens)
-    splits = max(1, min(PROGRAMS // (4 * layers), rows // (4 * launched["BLOCK"])))
-    share = -(-rows // splits)
-    products = tokens.new_empty((splits, layers, 4, width, width), dtype=torch.float32)
-    sums = tokens.new_empty((splits, layers, 4, width), dtype=torch.float32)
-    launch(
-        weight_kernels.weight_products, (4, splits, layers), tokens,
-        saved, dqkv, o_rows, dx_rows, products, sums, rows, share, eps,
-        D=width, DP=shape["DP"], PRECISION=precision, **launched,
-    )  # fmt: skip
+    shape, layers = _shape(tokens.shape[1] // groups, tokens.shape[2], heads), groups * depth
+    weight = qkv_weight.contiguous()
+    if folded.numel():
+        found = attention_cuda.backward(dout, saved, folded, key, image, drop, first_group, eps)
+    else:
+        weight = weight.to(tokens.dtype)
+        out = out_weight.to(tokens.dtype).contiguous()
+        norms = (norm_weight.contiguous(), norm_bias.contiguous())
+        found = _rows_and_products(dout, saved, norms, weight, qkv_bias, out, key, image, shape, drop, first_group, eps)
+    dtokens, dcls_rows, products, sums = found
     gradients = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in (
         cls, positions, norm_weight, norm_bias, qkv_weight, qkv_bias, out_weight, out_bias
     )]  # fmt: skip
@@ -354,10 +352,47 @@ def _backward(
     launch(
         weight_kernels.weight_gradients, (programs,), tokens,
         products, sums, dtokens, dcls_rows, norm_weight.contiguous(), norm_bias.contiguous(), weight,
-        *dweights, dcls, dpositions, splits, layers, groups, batch,
+        *dweights, dcls, dpositions, len(products), layers, groups, batch,
         N=shape["N"], D=width, DP=shape["DP"], COLUMNS=columns, BLOCK=block,
     )  # fmt: skip
     return dtokens, dcls, dpositions, *dweights  # type: ignore[return-value]
+
+
+def _rows_and_products(
+    dout: Tensor, saved: Tensor, norms: tuple[Tensor, Tensor], weight: Tensor, qkv_bias: Tensor, out: Tensor,
+    key: Tensor | None, image: Tensor | None, shape: dict[str, int], drop: int, first_group: int, eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """As `attention_cuda.backward`, by two launches of Triton's kernels."""
+    groups, depth, batch, length, width = saved.shape
+    dtokens = saved.new_empty((batch, groups * (length - 1), width))
+    dcls_rows = saved.new_empty((batch, groups, width), dtype=torch.float32)
+    dqkv = saved.new_empty((groups, depth, batch, length, 3 * width))
+    o_rows, dx_rows = torch.empty_like(saved), torch.empty_like(saved)
+    precision = _precision(saved)
+    launch(
+        gradient_kernels.backward, (batch, groups), saved,
+        dout.contiguous(), saved, *norms, weight, qkv_bias.contiguous(), out,
+        key, image, dtokens, dcls_rows, dqkv, o_rows, dx_rows,
+        first_group, drop, 256 / (256 - drop), eps, batch, depth,
+        **shape, DROPOUT=drop > 0, PRECISION=precision, **options(_place("attention_backward", shape), saved),
+    )  # fmt: skip
+    layers, rows = groups * depth, batch * length
+    launched = options(_place("attention_products", shape), saved)
+    splits, share = weight_splits(layers, rows, launched["BLOCK"])
+    products = saved.new_empty((splits, layers, 4, width, width), dtype=torch.float32)
+    sums = saved.new_empty((splits, layers, 4, width), dtype=torch.float32)
+    launch(
+        weight_kernels.weight_products, (4, splits, layers), saved,
+        saved, dqkv, o_rows, dx_rows, products, sums, rows, share, eps,
+        D=width, DP=shape["DP"], PRECISION=precision, **launched,
+    )  # fmt: skip
+    return dtokens, dcls_rows, products, sums
+
+
+def weight_splits(layers: int, rows: int, block: int) -> tuple[int, int]:
+    """Into how many parts the rows of the weights' products are split, and how many there are in one."""
+    parts = max(1, min(PROGRAMS // (4 * layers), rows // (4 * block)))
+    return parts, -(-rows // parts)
 
 
 @_backward.register_fake

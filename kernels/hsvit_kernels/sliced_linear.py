@@ -14,7 +14,7 @@ from . import linear_kernels as kernels
 from . import reference
 from .cases import Case, is_listing, note, stand_in
 from .configurations import Options, Place
-from .dispatch import exporting, forced, launch, low_dtype, models, options, use_triton
+from .dispatch import choose, exporting, forced, launch, low_dtype, models, options
 from .step_state import StepState
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -267,7 +267,7 @@ def _options(
     case = Case(kernel, x.dtype, x.dtype, (n, k, *map(int, flags)))
     # This is called for every layer: what only kernels ask for is looked at only where there may be one.
     why_not = _why_not(x, weight, *others, made=made) if x.device in models or forced() == "triton" else ""
-    return options(place(kernel, n, k), x) if use_triton(case, x.device, why_not) else None
+    return options(place(kernel, n, k), x) if choose(case, x.device, why_not) == "triton" else None
 
 
 def _precision(x: Tensor) -> str:

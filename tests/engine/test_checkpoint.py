@@ -19,8 +19,10 @@ import hsvit_ds.engine.checkpoint
 from hsvit_ds.engine.checkpoint import Position
 from hsvit_ds.engine.checkpoint_files import pointed, read_file, read_manifest
 from hsvit_ds.errors import RefusedError
+from hsvit_ds.run import opening
 from hsvit_ds.run.trainer import Trainer
 from hsvit_ds.train import main
+from hsvit_kernels.reference import MASK
 
 from ..ranks import finish, fork, start, work
 from ..workers.common import SMALL, state, steps, trainer
@@ -196,6 +198,7 @@ def test_a_manifest_tells_where_a_checkpoint_comes_from(tmp_path: Path) -> None:
     manifest = json.loads((tmp_path / "checkpoints/step-00000001/manifest.json").read_text())
     assert manifest["position"] == {"epoch": 0, "step": 1, "total": 1, "lr_factor": 1.0, "logged": 77}
     assert manifest["top1"] == 12.5
+    assert manifest["dropout_mask"] == MASK
     assert manifest["recipe"]["model"]["groups"] == 4
     assert {"python", "hsvit-ds", "torch", "deepspeed"} == manifest["versions"].keys()
     assert {"head.safetensors", "submodule-000.safetensors", "submodule-001.safetensors"} == manifest["files"].keys()
@@ -299,3 +302,15 @@ def test_a_checkpoint_of_an_earlier_version_resumes(tmp_path: Path) -> None:
         assert torch.equal(found[key], tensor), key
     # What the version that wrote it computed from there on.
     assert steps(run, 6) == pytest.approx([0.7898379564, 0.7205404639, 0.6038817763], rel=1e-4)
+    assert run.checkpoints.dropout_mask == 1
+
+
+@pytest.mark.parametrize(("tokens", "told"), [(17, False), (18, True), (33, True), (34, False)])
+def test_a_run_whose_dropout_has_been_drawn_otherwise_says_so(tokens: int, told: bool, tmp_path: Path) -> None:
+    kernels = f"model.kernels=[2,{2 * (tokens - 1)}]"
+    run = trainer(tmp_path, [*TINY, kernels, "model.depth=1", "model.dropout=0.1", "grid.submodule_ranks=1"])
+    for dropout_mask in (1, MASK):
+        where = tmp_path, run.start, (), dropout_mask
+        said = "\n".join(opening.lines(run.recipe, run.plan, run.grid, run.engine, run.reader, *where))
+        found = "warning: so far attention's dropout was drawn by definition 1, from here on by 2" in said
+        assert found == (told and dropout_mask == 1)

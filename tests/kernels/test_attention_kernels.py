@@ -22,6 +22,7 @@ from hsvit_kernels import attention_kernels as kernels
 from hsvit_kernels import attention_weight_kernels as weight_kernels
 from hsvit_kernels.grouped_attention import dropout_mask
 from hsvit_kernels.random import Draw, keep_scale, threshold
+from hsvit_kernels.reference import Keep
 from hsvit_kernels.trials import excess
 from tests.kernels.test_grouped_attention import NAMES, arguments
 from tests.ranks import ROOT
@@ -140,8 +141,9 @@ def test_the_memory_checker_finds_nothing_in_any_table_entry() -> None:
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(16, 16), (32, 8), (64, 128)])
-def test_the_dropout_mask_is_the_references_for_every_tiling(rows: int, columns: int) -> None:
-    heads, tokens, layer, group = 5, 70, 3, 9
+@pytest.mark.parametrize("tokens", [2, 17, 18, 33, 34, 70])
+def test_the_dropout_mask_is_the_references_for_every_tiling(tokens: int, rows: int, columns: int) -> None:
+    heads, layer, group = 5, 3, 9
     draw = Draw.of(4, 5, image=torch.tensor([2, 300]), device=DEVICE)
     where: dict[str, Any] = {"layer": layer, "heads": heads, "group": group, "tokens": tokens}
     with dispatch.forcing("reference"):
@@ -152,6 +154,15 @@ def test_the_dropout_mask_is_the_references_for_every_tiling(rows: int, columns:
     rate = 1 - threshold(0.2) / 256
     assert abs(found.double().mean().item() - rate) < 3 * (rate * (1 - rate) / found.numel()) ** 0.5
     assert keep_scale(0.2) == 1 / rate
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("rows", [1, 28])
+def test_a_compiled_reference_draws_the_same_mask(rows: int) -> None:
+    torch._dynamo.reset()
+    keep = Keep(Draw.of(4, 5, image=torch.tensor([2, 300]), device=DEVICE), 0.2, 3, 5, range(9, 11), rows, 28)
+    compiled = torch.compile(lambda: keep.mask(slice(0, 2)), fullgraph=True)
+    assert torch.equal(compiled(), keep.mask(slice(0, 2)))
 
 
 def test_strided_tokens_and_an_empty_batch() -> None:
@@ -257,7 +268,7 @@ def test_the_choice_is_made_while_tracing(choice: str, low: torch.dtype, monkeyp
     a = inputs(Case(2, 2, 4, 1, width=16, heads=2))
     case = CompileCase("grouped_attention", low, torch.float32, (5, 16, 2, 1, 0, 1, 0))
     monkeypatch.setitem(dispatch.models, a["tokens"].device, "a device")
-    monkeypatch.setitem(dispatch.verdicts, ("a device", case), True)
+    monkeypatch.setitem(dispatch.verdicts, ("a device", case), "triton")
     dispatch.force(choice)
     graphs: list[str] = []
 
@@ -280,13 +291,13 @@ def test_the_operations_are_registered_as_pytorch_expects() -> None:
     draw = Draw.of(1, 2, image=torch.arange(2), device=DEVICE)
     operations = torch.ops.hsvit_kernels
     mode = (2, threshold(0.2), 0, 1e-5)
-    torch.library.opcheck(operations.grouped_attention.default, (*a, draw.key, draw.image, *mode, False, True))
+    torch.library.opcheck(operations.grouped_attention.default, (*a, draw.key, draw.image, *mode, False, True, False))
     a = [t.detach() for t in a]
-    torch.library.opcheck(operations.grouped_attention.default, (*a, None, None, 2, 0, 0, 1e-5, False, False))
-    _, saved = operations.grouped_attention(*a, draw.key, draw.image, *mode, False, True)
+    torch.library.opcheck(operations.grouped_attention.default, (*a, None, None, 2, 0, 0, 1e-5, False, False, False))
+    _, *saved = operations.grouped_attention(*a, draw.key, draw.image, *mode, False, True, False)
     dout = torch.randn(2, 2, 16, device=DEVICE)
     gradient = operations.grouped_attention_backward.default
-    torch.library.opcheck(gradient, (dout, *a, draw.key, draw.image, saved, *mode))
+    torch.library.opcheck(gradient, (dout, *a, draw.key, draw.image, *saved, *mode))
 
 
 def test_autocast_computes_in_its_dtype_and_keeps_the_weights_gradients_in_theirs() -> None:

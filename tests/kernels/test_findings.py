@@ -48,7 +48,7 @@ def test_a_lost_device_ends_the_run_and_the_next_one_leaves_the_case_out(monkeyp
             prepare(ALL, machine=Lost())
     found = prepare(ALL, machine=StandIn())
     assert found.verdicts[str(LAYER)].state == "died"
-    assert found.notes == [f"{LAYER}: a process died while it tried this; the reference computes it"]
+    assert found.notes == [f"{LAYER}: a process died while it tried this; it is left out"]
     assert found.verdicts[str(INPUT)].wins
     assert layer() == "reference"
     assert prepare(ALL, machine=StandIn()).verdicts == found.verdicts

@@ -46,7 +46,7 @@ class StandIn(first_use.Machine):
         return {"device": self.name, "driver": self.driver}
 
     def milliseconds(self, step: Callable[[], Any]) -> float:
-        return self.ms if dispatch.forced() == "triton" else 1.0
+        return 1.0 if dispatch.forced() == "reference" else self.ms
 
     def wait(self) -> None:
         pass
@@ -245,7 +245,7 @@ def test_listing_gives_every_case_once_with_its_largest_extent() -> None:
 def test_without_the_first_use_the_log_says_what_to_call(caplog: pytest.LogCaptureFixture) -> None:
     dispatch._told.clear()
     with caplog.at_level("INFO", logger="hsvit_kernels"):
-        assert not dispatch.use_triton(LAYER, torch.device("cuda", 0), "")
+        assert dispatch.choose(LAYER, torch.device("cuda", 0), "") == "reference"
         prepare(ONE, machine=StandIn(ms=2))
         layer()
     assert [record.message for record in caplog.records] == [

@@ -202,7 +202,7 @@ def test_the_choice_is_made_while_tracing(low: torch.dtype, monkeypatch: pytest.
     x, weight, bias, residual = tensors(20, 48, 32, torch.float32)
     case = Case("linear_forward", low, low, (48, 32, 1, 1, 1, 1))
     monkeypatch.setitem(dispatch.models, x.device, "a device")
-    monkeypatch.setitem(dispatch.verdicts, ("a device", case), True)
+    monkeypatch.setitem(dispatch.verdicts, ("a device", case), "triton")
 
     def layer(*inputs: Tensor) -> Tensor:
         with torch.autocast(DEVICE, low, enabled=low != torch.float32):

@@ -52,11 +52,11 @@ def found(machine: StandIn) -> tuple[StandIn, Findings]:
 def test_a_kernel_is_used_where_it_wins_on_every_device_model(tmp_path: Path) -> None:
     file, name = tmp_path / "kernels.json", str(LAYER)
     fast, other, slow = StandIn(), StandIn("another"), StandIn("slow one", ms=2)
-    assert decide(file, fast).used == {name: True}
-    assert decide(file, fast, (StandIn(), None)).used == {name: True}  # a rank with the same model tries nothing
-    assert decide(file, fast, found(other)).used == {name: True}
+    assert decide(file, fast).used == {name: "triton"}
+    assert decide(file, fast, (StandIn(), None)).used == {name: "triton"}  # a rank with the same model tries nothing
+    assert decide(file, fast, found(other)).used == {name: "triton"}
     decision = decide(file, fast, found(other), found(slow))
-    assert decision.used == {name: False}
+    assert decision.used == {name: "reference"}
     assert first.layer() == "reference"
     assert [f.about["device"] for f in decision.machines] == ["stand-in", "another", "slow one"]
     assert kernels.rows(decision) == [(name, "reference: slower", "2.000", "1.000")]
@@ -72,7 +72,7 @@ def test_only_the_first_rank_of_a_model_tries(tmp_path: Path, monkeypatch: pytes
     theirs = found(StandIn())
     first.no_trials(monkeypatch)
     decision = kernels.decide(Second(theirs), ONE, tmp_path / "kernels.json", StandIn())  # type: ignore[arg-type]
-    assert decision.used == {str(LAYER): True}
+    assert decision.used == {str(LAYER): "triton"}
     assert first.layer() == "kernel"
     assert not (tmp_path / "kernels.json").exists()
 
@@ -84,21 +84,21 @@ def test_a_resumed_run_uses_what_it_used(tmp_path: Path, monkeypatch: pytest.Mon
     with monkeypatch.context() as patched:
         first.no_trials(patched)
         again = decide(file, StandIn(ms=0.1))
-    assert again.used == before.used == {str(LAYER): False}
+    assert again.used == before.used == {str(LAYER): "reference"}
     assert again.notes == []
     more = decide(file, StandIn(ms=0.1), cases=ALL)  # a model's new cases are tried
-    assert more.used[str(LAYER)] is False
-    assert more.used[str(INPUT)] is True
+    assert more.used[str(LAYER)] == "reference"
+    assert more.used[str(INPUT)] == "triton"
 
 
 def test_another_decision_after_a_resume_is_said(tmp_path: Path) -> None:
     file = tmp_path / "kernels.json"
     decide(file, StandIn())
     assert decide(file, StandIn("another", ms=2)).notes == [
-        f"warning: {LAYER}: by the reference now, by its kernel before; results differ by rounding"
+        f"warning: {LAYER}: by the reference now, by Triton before; results differ by rounding"
     ]
     assert decide(file, StandIn()).notes == [
-        f"warning: {LAYER}: by its kernel now, by the reference before; results differ by rounding"
+        f"warning: {LAYER}: by Triton now, by the reference before; results differ by rounding"
     ]
 
 
@@ -120,7 +120,7 @@ def test_a_decision_that_cannot_be_read_is_made_anew(text: str, tmp_path: Path) 
     file.write_text(text)
     (note,) = decide(file, StandIn()).notes
     assert note.startswith(f"warning: {file} cannot be read (")
-    assert json.loads(file.read_text())["used"] == {str(LAYER): True}
+    assert json.loads(file.read_text())["used"] == {str(LAYER): "triton"}
 
 
 def test_a_decision_that_cannot_be_written_is_used_all_the_same(tmp_path: Path) -> None:
@@ -170,7 +170,7 @@ def test_a_run_chooses_its_kernels_before_its_first_step_and_prints_them(
     monkeypatch.setattr(kernels, "Machine", lambda device: StandIn(ms=2))
     run._choose_kernels()
     table = json.loads((tmp_path / "kernels.json").read_text())
-    assert set(table["used"].values()) == {False}
+    assert set(table["used"].values()) == {"reference"}
     assert table["machines"][0]["about"] == {"device": "stand-in", "driver": "1"}
     shown = capsys.readouterr().out
     assert shown.count("reference: slower") == 3

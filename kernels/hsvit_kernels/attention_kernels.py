@@ -29,12 +29,14 @@ ATTENTION_SITE = tl.constexpr(1 << 24)
 @triton.jit
 def hash_key(key, images, image, DROPOUT: tl.constexpr):
     """The words of pcg4d that do not depend on the counter, as they enter its first round; zeros without DROPOUT."""
-    if not DROPOUT:
-        zero = tl.full((), 0, tl.uint32)
-        return zero, zero, zero
-    x = tl.load(key).to(tl.uint32, bitcast=True) * MULTIPLIER + INCREMENT
-    y = (tl.load(key + 1).to(tl.uint32, bitcast=True) + ATTENTION_SITE) * MULTIPLIER + INCREMENT
-    z = tl.load(images + image).to(tl.uint32, bitcast=True) * MULTIPLIER + INCREMENT
+    if DROPOUT:  # and not the other way round: after a return, too, Triton compiles the rest, and there is no key
+        x = tl.load(key).to(tl.uint32, bitcast=True) * MULTIPLIER + INCREMENT
+        y = (tl.load(key + 1).to(tl.uint32, bitcast=True) + ATTENTION_SITE) * MULTIPLIER + INCREMENT
+        z = tl.load(images + image).to(tl.uint32, bitcast=True) * MULTIPLIER + INCREMENT
+    else:
+        x = tl.full((), 0, tl.uint32)
+        y = x
+        z = x
     return x, y, z
 
 

@@ -26,7 +26,7 @@ CASES = {
         "sgd, all": [*SGD, ALL],
         "sgd, all, accumulated": [*SGD, ALL, *ACCUMULATED],
         "adamw, all": [*ADAMW, ALL],
-        "adamw, all, accumulated": [*ADAMW, ALL, *ACCUMULATED],
+        "adamw, all, accumulated": ["optimizer.name=adamw", "optimizer.lr=0.0009", ALL, *ACCUMULATED],
         "sgd, last stages": [*SGD, LAST],
         "adamw, frozen, accumulated": [*ADAMW, FROZEN, *ACCUMULATED],
     }.items()

@@ -84,6 +84,7 @@ def test_training_compiles_for_sm_80_90_and_100_as_committed() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.marathon
 def test_what_bounds_the_time_of_attention_is_as_committed() -> None:
     found = compiled("-m", "tools.bounds", "--print")
     assert found.returncode == 0, found.stdout[-3000:] + found.stderr[-3000:]
@@ -99,6 +100,7 @@ def test_what_bounds_the_time_of_attention_is_as_committed() -> None:
     assert found.stdout == BOUNDS.read_text(), "python -m tools.bounds writes the new figures; look at them first"
 
 
+@pytest.mark.slow
 def test_kernels_in_cuda_leave_nothing_to_the_stack() -> None:
     for capability in ("80", "90", "100"):
         for entry in (

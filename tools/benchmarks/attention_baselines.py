@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hsvit_kernels import force, grouped_attention
+from hsvit_kernels import Case, attention_cuda, dispatch, grouped_attention
 from hsvit_kernels.random import Draw
 
 Run = Callable[[], Any]
@@ -148,13 +148,16 @@ def attention_runs(
 
     def ours(choice: str) -> Run:
         def run() -> Tensor:
-            force(choice)
-            return attention(a, case, dropout, draw)
+            with dispatch.forcing(choice):
+                return attention(a, case, dropout, draw)
 
         return run
 
     leaves = list(a.values())
     yield "hsvit_kernels", ours("triton"), leaves
+    sizes = (case.tokens, case.width, case.heads, case.depth, int(dropout > 0), 1, 0)
+    if device == "cuda" and attention_cuda.fits(Case("grouped_attention", dtype, dtype, sizes), torch.device(device)):
+        yield "hsvit_kernels, CUDA C++", ours("cuda"), leaves
     yield "batched reference", ours("reference"), leaves
     yield "batched, SDPA", lambda: batched(a, case, dropout), leaves
     if device == "cuda" and not dropout:

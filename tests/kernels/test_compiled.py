@@ -145,9 +145,10 @@ def test_branches_that_give_one_name_two_shapes_are_found(tmp_path: Path) -> Non
     found = compiled("-c", FIRST, package=package)
     assert found.returncode == 0, found.stderr
     failed = [line for line in found.stdout.splitlines() if not line.startswith("{")]
-    assert len(failed) == 1
-    assert failed[0].startswith("attention_weight_kernels.weight_gradients")
-    assert "Mismatched type for total" in failed[0]
+    assert len(failed) == 2  # behind Triton's backward, and behind that in CUDA C++
+    for line in failed:
+        assert line.startswith("attention_weight_kernels.weight_gradients")
+        assert "Mismatched type for total" in line
 
 
 def test_a_kernel_that_nothing_launches_is_an_error(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from hsvit_kernels.reference import MASK
+from hsvit_kernels.mask import MASK
 
 from .. import __version__
 from ..errors import RefusedError

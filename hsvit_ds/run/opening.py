@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from hsvit_kernels.reference import MASK, definition
+from hsvit_kernels.mask import MASK, definition
 
 from ..data.bad import FILE
 from ..data.reader import Reader

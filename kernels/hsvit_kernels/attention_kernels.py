@@ -42,7 +42,7 @@ def hash_key(key, images, image, DROPOUT: tl.constexpr):
 
 @triton.jit
 def kept(p, words, calls, head, query, key, threshold, BITS: tl.constexpr):
-    """p where dropout keeps it, else 0; `reference.Keep` defines the mask. The arguments broadcast to p's shape.
+    """p where dropout keeps it, else 0; `mask.Keep` defines the mask. The arguments broadcast to p's shape.
 
     Written element by element: what a tensor core's layout gives to one thread shares one hash or two, and the compiler
     sees that it does.

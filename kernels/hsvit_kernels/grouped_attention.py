@@ -8,7 +8,7 @@ import torch
 import triton
 from torch import Tensor
 
-from . import attention_cuda, reference
+from . import attention_cuda, mask, reference
 from . import attention_gradient_kernels as gradient_kernels
 from . import attention_kernels as kernels
 from . import attention_weight_kernels as weight_kernels
@@ -126,13 +126,13 @@ def dropout_mask(
     """
     device = draw.key.device
     if forced() == "reference":
-        keep = reference.Keep(draw, probability, layer, heads, range(group, group + 1), tokens, tokens)
+        keep = mask.Keep(draw, probability, layer, heads, range(group, group + 1), tokens, tokens)
         return keep.mask(slice(0, len(draw.image)))[:, 0]
     out = torch.zeros(len(draw.image), heads, tokens, tokens, dtype=torch.int8, device=device)
     grid = (len(draw.image) * heads, triton.cdiv(tokens, tile[0]), triton.cdiv(tokens, tile[1]))
     launch(
         kernels.dropout_mask, grid, out, draw.key, draw.image, out, group, layer, threshold(probability), tokens,
-        HEADS=heads, BITS=reference.definition(tokens) == 2, ROWS=tile[0], COLUMNS=tile[1],
+        HEADS=heads, BITS=mask.definition(tokens) == mask.MASK, ROWS=tile[0], COLUMNS=tile[1],
     )  # fmt: skip
     return out.bool()
 

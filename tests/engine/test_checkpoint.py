@@ -22,7 +22,7 @@ from hsvit_ds.errors import RefusedError
 from hsvit_ds.run import opening
 from hsvit_ds.run.trainer import Trainer
 from hsvit_ds.train import main
-from hsvit_kernels.reference import MASK
+from hsvit_kernels.mask import MASK
 
 from ..ranks import finish, fork, start, work
 from ..workers.common import SMALL, state, steps, trainer

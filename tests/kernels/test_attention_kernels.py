@@ -21,8 +21,8 @@ from hsvit_kernels import attention_gradient_kernels as gradient_kernels
 from hsvit_kernels import attention_kernels as kernels
 from hsvit_kernels import attention_weight_kernels as weight_kernels
 from hsvit_kernels.grouped_attention import dropout_mask
+from hsvit_kernels.mask import Keep
 from hsvit_kernels.random import Draw, keep_scale, threshold
-from hsvit_kernels.reference import Keep
 from hsvit_kernels.trials import excess
 from tests.kernels.test_grouped_attention import NAMES, arguments
 from tests.ranks import ROOT

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hsvit_kernels import grouped_attention, reference
+from hsvit_kernels.mask import Keep
 from hsvit_kernels.random import Draw, keep_scale, threshold
 
 NAMES = ("cls", "positions", "norm_weight", "norm_bias", "qkv_weight", "qkv_bias", "out_weight", "out_bias")
@@ -71,7 +72,7 @@ def test_equals_the_loop_over_groups(groups: int, depth: int, width: int, heads:
 
 def test_equals_the_loop_with_dropout() -> None:
     a, draw = arguments(), Draw.of(1, 2, 3, image=torch.arange(3))
-    keep = [reference.Keep(draw, 0.2, layer, 2, range(4), 6, 6).mask(slice(0, 3)) for layer in range(2)]
+    keep = [Keep(draw, 0.2, layer, 2, range(4), 6, 6).mask(slice(0, 3)) for layer in range(2)]
     compare(
         grouped_attention(**a, heads=2, dropout=0.2, draw=draw),
         loop(a, 2, keep, keep_scale(0.2)),
@@ -114,7 +115,7 @@ def test_dropout_is_the_same_wherever_a_group_and_an_image_are_computed() -> Non
 
 def test_the_keep_rate_is_the_promised_one_for_every_head_row_and_column() -> None:
     draw = Draw.of(9, image=torch.arange(64))
-    keeps = [reference.Keep(draw, 0.2, layer, 6, range(8), 9, 9) for layer in range(4)]
+    keeps = [Keep(draw, 0.2, layer, 6, range(8), 9, 9) for layer in range(4)]
     keep = torch.stack([keep.mask(slice(0, 64)) for keep in keeps])
     rate = 1 - threshold(0.2) / 256
     for dims in [(0, 1, 2, 4, 5), (0, 1, 2, 3, 5), (0, 1, 2, 3, 4), (1, 2, 3, 4, 5), (0, 1, 3, 4, 5)]:  # all but one
@@ -164,7 +165,7 @@ def test_weights_are_cast_once_a_forward_however_many_layers() -> None:
 def test_attention_is_the_same_in_whatever_order_heads_lie(dtype: torch.dtype, dropout: float) -> None:
     """Features of a token side by side, as of a ViT, or tokens of a feature, as of the groups; gradients too."""
     draw, shape = Draw.of(1, image=torch.arange(3)), (3, 3, 4, 2, 6, 8)
-    keep = reference.Keep(draw, dropout, 0, 2, range(4), 6, 6) if dropout else None
+    keep = Keep(draw, dropout, 0, 2, range(4), 6, 6) if dropout else None
     by_token = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
     by_feature = by_token.mT.contiguous().mT
     found = []
@@ -179,7 +180,7 @@ def test_attention_is_the_same_in_whatever_order_heads_lie(dtype: torch.dtype, d
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
 def test_attention_of_one_tensor_is_that_of_its_parts_and_the_gradient_lies_as_it_does(dropout: float) -> None:
     draw = Draw.of(1, image=torch.arange(3))
-    keep = reference.Keep(draw, dropout, 0, 2, range(1), 6, 6) if dropout else None
+    keep = Keep(draw, dropout, 0, 2, range(1), 6, 6) if dropout else None
     qkv = torch.randn(3, 6, 3, 1, 2, 8, generator=torch.Generator().manual_seed(0)).permute(2, 0, 3, 4, 1, 5)
     qkv.requires_grad_()
     found = []

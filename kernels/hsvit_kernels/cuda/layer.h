@@ -20,7 +20,7 @@ constexpr unsigned ONES = 0x3f803f80, EIGHTHS = 0x3e003e00;
 
 struct Key { unsigned x, y, z; };
 
-// The bits of 32 weights that dropout keeps; `reference.Keep` has the definition.
+// The bits of 32 weights that dropout keeps; `mask.Keep` has the definition.
 template <int THRESHOLD>
 DEVICE Word kept(const Key& key, Word counter) {
     Word keep = ~0u;

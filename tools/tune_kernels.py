@@ -20,6 +20,7 @@ import torch
 from hsvit_kernels import configurations, dispatch
 from hsvit_kernels.cases import Case
 from hsvit_kernels.configurations import Options, Place
+from hsvit_kernels.findings import place_name
 from hsvit_kernels.first_use import Machine
 from hsvit_kernels.trials import trial
 
@@ -101,8 +102,10 @@ def compiled(places: Sequence[Place]) -> Failures:
     return {name: why for name, why in zip(names, said, strict=True) if why}
 
 
-def tuned(place: Place, failed: Failures, machine: Machine, say: Callable[[str], None] = print) -> Options | None:
-    """The fastest candidate of a place, None where every one fails; put into the table."""
+def tuned(
+    place: Place, failed: Failures, machine: Machine, say: Callable[[str], None] = print
+) -> list[tuple[float, Options]]:
+    """The candidates of a place that run, by their milliseconds; the first of them is put into the table."""
     model = machine.about["device"]
     dispatch.models[machine.device] = model
     times: list[tuple[float, int]] = []
@@ -121,19 +124,19 @@ def tuned(place: Place, failed: Failures, machine: Machine, say: Callable[[str],
                 say(f"{place}: {options} left out: {why}")
     if not times:
         configurations.chosen.pop((model, place), None)
-        return None
-    fastest, number = min(times)
-    best = candidates(place)[number]
+        return []
+    found = [(ms, candidates(place)[number]) for ms, number in sorted(times)]
+    fastest, best = found[0]
     with dispatch.forcing("reference"):
         plain = machine.milliseconds(step)
-    say(f"{place}: {fastest:.3f} ms, PyTorch {plain:.3f} ms: {best}")
+    say(f"{place_name(place)}: {fastest:.3f} ms, PyTorch {plain:.3f} ms, {best}")
     configurations.chosen[model, place] = best
     entry = configurations.TABLE[place]
     if best == entry["any"]:
         entry.pop(dispatch.capability(machine.device), None)
     else:
         entry[dispatch.capability(machine.device)] = best
-    return best
+    return found
 
 
 def write() -> None:

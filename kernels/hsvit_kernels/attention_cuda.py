@@ -42,9 +42,14 @@ class Entry(NamedTuple):
         return f'#include "{at}.h"\nstatic_assert({sizes});\n'
 
     @property
+    def name(self) -> str:
+        """As a profiler shows it."""
+        return f"grouped_attention_{self.namespace}"
+
+    @property
     def source(self) -> str:
-        """A program with the kernel "entry"."""
-        of = f"__launch_bounds__({WARPS * 32}, 1) entry(const __grid_constant__ {self.namespace}::Arguments a)"
+        """A program with the kernel."""
+        of = f"__launch_bounds__({WARPS * 32}, 1) {self.name}(const __grid_constant__ {self.namespace}::Arguments a)"
         return f'{self.checks}extern "C" __global__ void {of} {{ {self.namespace}::{self.function}(a); }}\n'
 
 
@@ -191,7 +196,7 @@ def _loaded(entry: Entry, index: int, capability: str) -> Any:
     with torch.cuda.device(index):
         torch.cuda.current_stream().synchronize()  # makes the device's context
         (module,) = _checked(driver.cuModuleLoadData(machine_code(entry, capability)))
-        (kernel,) = _checked(driver.cuModuleGetFunction(module, b"entry"))
+        (kernel,) = _checked(driver.cuModuleGetFunction(module, entry.name.encode()))
         wanted = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
         _checked(driver.cuFuncSetAttribute(kernel, wanted, ENTRIES[entry.namespace][1]))
     return kernel

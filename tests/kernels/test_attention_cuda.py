@@ -18,6 +18,7 @@ from hsvit_kernels.random import Draw
 from hsvit_kernels.trials import AttentionTrial, excess
 from tests.kernels import emulator
 from tests.kernels import test_first_use as first
+from tests.kernels.test_attention_kernels import checked_by
 from tests.kernels.test_first_use import StandIn
 
 pytestmark = pytest.mark.heavy
@@ -26,7 +27,9 @@ grouped = sys.modules["hsvit_kernels.grouped_attention"]
 
 
 @pytest.fixture(autouse=True)
-def emulated(monkeypatch: pytest.MonkeyPatch) -> None:
+def emulated(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.node.get_closest_marker("gpu") is not None:
+        return
     monkeypatch.setattr(attention_cuda, "launch", emulator.launch)
     monkeypatch.setattr(dispatch, "capability", lambda device: "90")
 
@@ -35,18 +38,17 @@ def case(depth: int, dropout: bool = True, training: bool = True, weights: torch
     return Case("grouped_attention", torch.bfloat16, weights, (33, 64, 8, depth, int(dropout), int(training), 0))
 
 
-@pytest.mark.parametrize(
-    ("asked", "images", "groups"),
-    [
-        (case(1, dropout=False), 1, 1),
-        (case(3), 11, 2),  # a block of eight images, and one of three
-        (case(2, weights=torch.bfloat16), 8, 1),
-        (case(2, training=False), 9, 2),
-    ],
-    ids=str,
-)
-def test_results_and_gradients_are_within_what_first_use_allows(asked: Case, images: int, groups: int) -> None:
-    problem = AttentionTrial(asked, images, groups, torch.device("cpu"))
+CASES = [
+    (case(1, dropout=False), 1, 1),
+    (case(3), 11, 2),  # a block of eight images, and one of three
+    (case(2, weights=torch.bfloat16), 8, 1),
+    (case(2, training=False), 9, 2),
+]
+GPU_CASES = [*CASES, (case(8), 64, 16), (case(8, dropout=False, weights=torch.bfloat16), 61, 64)]
+
+
+def check(asked: Case, images: int, groups: int, device: str = "cpu") -> None:
+    problem = AttentionTrial(asked, images, groups, torch.device(device))
     with dispatch.forcing("cuda"):
         ours = problem.results(asked.dtype)
         again = problem.results(asked.dtype)
@@ -57,6 +59,27 @@ def test_results_and_gradients_are_within_what_first_use_allows(asked: Case, ima
         gradient = name not in ("result", "mask")
         assert excess(value, plain[name], exact[name], gradient=gradient, terms=problem.terms) <= 1, name
         assert torch.equal(value, again[name]), name
+
+
+@pytest.mark.parametrize(("asked", "images", "groups"), CASES, ids=str)
+def test_results_and_gradients_are_within_what_first_use_allows(asked: Case, images: int, groups: int) -> None:
+    check(asked, images, groups)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("asked", "images", "groups"), GPU_CASES, ids=str)
+def test_so_they_are_on_a_gpu(asked: Case, images: int, groups: int) -> None:
+    if not attention_cuda.fits(asked, torch.device("cuda", 0)):
+        pytest.skip("this GPU has no kernel for it")
+    check(asked, images, groups, "cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck", "synccheck"])
+def test_the_memory_checker_finds_nothing(tool: str) -> None:
+    if not all(attention_cuda.fits(asked, torch.device("cuda", 0)) for asked, *_ in CASES):
+        pytest.skip("this GPU has no kernel for training")
+    checked_by(tool, "from tests.kernels import test_attention_cuda as t; [t.check(*case, 'cuda') for case in t.CASES]")
 
 
 @pytest.fixture

@@ -128,16 +128,23 @@ def test_every_table_entry_repeats_bit_for_bit_on_a_gpu(case: Case) -> None:
             assert torch.equal(x, y)
 
 
-@pytest.mark.gpu
-def test_the_memory_checker_finds_nothing_in_any_table_entry() -> None:
+def checked_by(tool: str, code: str) -> None:
+    """A tool of compute-sanitizer finds nothing in a program."""
     checker = shutil.which("compute-sanitizer")
     if checker is None:
         pytest.skip("compute-sanitizer is not installed")
-    code = "from tests.kernels import test_attention_kernels as t; [t.check(case) for case in t.TABLE_CASES]"
-    command = [checker, "--tool", "memcheck", "--error-exitcode", "1", sys.executable, "-c", code]
+    command = [checker, "--tool", tool, "--error-exitcode", "1", sys.executable, "-c", code]
+    if tool == "memcheck":  # NVIDIA's bindings ask for functions that a driver may not have
+        command[1:1] = ["--report-api-errors", "no"]
     environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # or it would not see where tensors end
     found = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert found.returncode == 0, found.stdout[-2000:] + found.stderr[-2000:]
+
+
+@pytest.mark.gpu
+def test_the_memory_checker_finds_nothing_in_any_table_entry() -> None:
+    code = "from tests.kernels import test_attention_kernels as t; [t.check(case) for case in t.TABLE_CASES]"
+    checked_by("memcheck", code)
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(16, 16), (32, 8), (64, 128)])

@@ -215,4 +215,4 @@ def test_the_wheels_to_bring_are_the_locked_ones() -> None:
 def test_every_recipe_of_cifar10_that_is_measured_has_its_row() -> None:
     curves = [(name, {"last": 90.0, "steps": 1, "seconds": 2.0}) for name in steps.PARTS["training"]]
     text = report.with_results((ROOT / "recipes/cifar10/README.md").read_text(), curves, "NVIDIA H100")
-    assert text.count("| 90.0 after 1 steps | 2.0 s, NVIDIA H100 |") == len(curves) == 4
+    assert text.count("| 90.00 after 1 step | 2.0 s, NVIDIA H100 |") == len(curves) == 4

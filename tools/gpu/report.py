@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from hsvit_ds.errors import counted
 from tools.benchmarks import kernels as benchmarks
 from tools.pages import filled
 
@@ -89,6 +90,8 @@ def page(machine: dict[str, Any], parts: dict[str, Steps]) -> Iterator[str]:
         yield from _table(["step", "state", "seconds", ""], states)
         for name, record in records.items():
             yield from SECTIONS[part](name, record["figures"])
+        if part == "training" and any(record["figures"].get("top1") for record in records.values()):
+            yield from ("", f'![Top-1 over the steps](training.png "CIFAR-10 on {machine["device"]}")')
 
 
 def _table(head: list[str], rows: Iterable[list[str]]) -> Iterator[str]:
@@ -115,7 +118,8 @@ def _correctness(name: str, figures: dict[str, Any]) -> Iterator[str]:
 def _tuning(_name: str, figures: dict[str, Any]) -> Iterator[str]:
     if tuned := figures.get("tuned"):
         yield ""
-        yield from _table(["place", "fastest"], ([place, found["said"]] for place, found in tuned.items()))
+        rows = ([place, found["said"].removeprefix(f"{place}: ")] for place, found in tuned.items())
+        yield from _table(["place", "fastest"], rows)
 
 
 def _benchmarks(_name: str, figures: dict[str, Any]) -> Iterator[str]:
@@ -137,7 +141,7 @@ def _training(name: str, figures: dict[str, Any]) -> Iterator[str]:
     reached = figures[f"seconds to {GOAL}"]
     yield ""
     yield (
-        f"`{name}.toml`: {figures['last']} % after {figures['steps']} steps in {figures['seconds']} s; "
+        f"`{name}.toml`: {figures['last']:.2f} % after {counted(figures['steps'], 'step')} in {figures['seconds']} s; "
         f"{GOAL} %: {'not reached' if reached is None else f'after {reached} s'}."
     )
 
@@ -160,7 +164,7 @@ def _end_to_end(name: str, figures: dict[str, Any]) -> Iterator[str]:
         yield from ("", f"{name}: {', '.join(said)}.")
 
 
-SECTIONS = dict(zip(PARTS, (_correctness, _tuning, _benchmarks, _training, _scala, _end_to_end), strict=True))
+SECTIONS = dict(zip(PARTS, (_correctness, _tuning, _end_to_end, _benchmarks, _scala, _training), strict=True))
 
 
 # The recipes
@@ -169,7 +173,7 @@ SECTIONS = dict(zip(PARTS, (_correctness, _tuning, _benchmarks, _training, _scal
 def with_results(text: str, curves: list[tuple[str, dict[str, Any]]], device: str) -> str:
     """The recipes' table with what was reached in its last two columns."""
     for name, figures in curves:
-        cells = f" {figures['last']} after {figures['steps']} steps | {figures['seconds']} s, {device} |"
+        cells = f" {figures['last']:.2f} after {counted(figures['steps'], 'step')} | {figures['seconds']} s, {device} |"
         pattern = rf"^(\| `{name}\.toml`[^|]*\| [\d,]+ \|[^|]*\|).*\|$"
         text, count = re.subn(pattern, rf"\g<1>{cells}", text, flags=re.M)
         if count != 1:

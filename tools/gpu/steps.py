@@ -58,10 +58,10 @@ PARTS: dict[str, dict[str, Step]] = {
         "engine": Step(kernels.engine_tests, needs=ENGINE),
     },
     "tuning": {"every place": Step(kernels.tuning)},
-    "benchmarks": {name: Step(run) for name, run in kernels.BENCHMARKS.items()},
-    "training": {name: Step(run, needs=ENGINE, data=True) for name, run in training.RECIPES.items()},
-    "scala": {name: Step(partial(_four_widths, name)) for name in ("DeiT-S", "DeiT-B")},
     "end to end": {name: Step(run, needs=ENGINE, data=True) for name, run in training.SPEEDS.items()},
+    "benchmarks": {name: Step(run) for name, run in kernels.BENCHMARKS.items()},
+    "scala": {name: Step(partial(_four_widths, name)) for name in ("DeiT-S", "DeiT-B")},
+    "training": {name: Step(run, needs=ENGINE, data=True) for name, run in training.RECIPES.items()},
 }
 
 

@@ -159,10 +159,10 @@ def profile(here: Here) -> dict[str, Any]:
 
 RECIPES = {name: partial(accuracy, name) for name in ("fast", "c2a2", "c3a4", "c4a8")}
 SPEEDS: dict[str, Callable[[Here], dict[str, Any]]] = {
+    "profile": profile,
     "fast": partial(speed, "fast", ()),
     "fast, images from workers": partial(speed, "fast", ("data.on_device=never",)),
     "fast, not captured": partial(speed, "fast", ("engine.capture=false", "data.on_device=auto")),
     "c4a8": partial(speed, "c4a8", ()),
     "published loop": published_loop,
-    "profile": profile,
 }

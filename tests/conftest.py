@@ -1,6 +1,7 @@
 """Without a GPU Triton's kernels run in its interpreter, which has to be chosen before they are defined."""
 
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,6 +11,9 @@ import torch.distributed as dist
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a shell's background job; children would ignore it too
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 from . import ranks
 

@@ -5,7 +5,10 @@ What first use compares on a GPU is compared here, by its rule. test_compiled.py
 
 from __future__ import annotations
 
+import re
+import shutil
 import sys
+from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
@@ -66,6 +69,12 @@ def test_results_and_gradients_are_within_what_first_use_allows(asked: Case, ima
     check(asked, images, groups)
 
 
+def test_a_block_of_the_backward_goes_through_its_images_eight_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention_cuda, "BLOCKS", 1)
+    assert attention_cuda.splits(19, 1) == (1, 24)
+    check(case(2), 19, 1)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize(("asked", "images", "groups"), GPU_CASES, ids=str)
 def test_so_they_are_on_a_gpu(asked: Case, images: int, groups: int) -> None:
@@ -80,6 +89,52 @@ def test_the_memory_checker_finds_nothing(tool: str) -> None:
     if not all(attention_cuda.fits(asked, torch.device("cuda", 0)) for asked, *_ in CASES):
         pytest.skip("this GPU has no kernel for training")
     checked_by(tool, "from tests.kernels import test_attention_cuda as t; [t.check(*case, 'cuda') for case in t.CASES]")
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> dict[str, tuple[Any, ...]]:
+    """What a step of seventeen images launches, by namespace: in the backward one block has all of them."""
+    found: dict[str, tuple[Any, ...]] = {}
+
+    def launch(entry: attention_cuda.Entry, *rest: Any) -> None:
+        found[entry.namespace] = entry, *rest
+        emulator.launch(entry, *rest)
+
+    monkeypatch.setattr(attention_cuda, "launch", launch)
+    monkeypatch.setattr(attention_cuda, "BLOCKS", 1)
+    with dispatch.forcing("cuda"):
+        AttentionTrial(case(2), 17, 1, torch.device("cpu")).results(torch.bfloat16)
+    return found
+
+
+def test_a_barrier_is_between_two_warps_that_touch_one_place(launches: dict[str, tuple[Any, ...]]) -> None:
+    assert launches.keys() == attention_cuda.ENTRIES.keys()
+    for entry, *rest in launches.values():
+        assert emulator.races(entry, *rest) == "", entry
+
+
+BARRIER = re.compile(r"\bbarrier\(\);")
+BARRIERS = [
+    (header, at)
+    for header in attention_cuda.headers()
+    if header.stem in attention_cuda.ENTRIES
+    for at in range(len(BARRIER.findall(header.read_text())))
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("header", "at"), BARRIERS, ids=lambda value: getattr(value, "stem", str(value)))
+def test_without_a_barrier_there_is_none(
+    header: Path, at: int, tmp_path: Path, launches: dict[str, tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for other in attention_cuda.headers():
+        shutil.copy(other, tmp_path)
+    text = header.read_text()
+    found = list(BARRIER.finditer(text))[at]
+    (tmp_path / header.name).write_text(text[: found.start()] + text[found.end() :])
+    monkeypatch.setattr(attention_cuda, "headers", lambda: sorted(tmp_path.glob("*.h")))
+    entry, *rest = launches[header.stem]
+    assert "data race" in emulator.races(entry, *rest)
 
 
 @pytest.fixture

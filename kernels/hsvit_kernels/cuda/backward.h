@@ -438,7 +438,7 @@ DEVICE void images_of(const Arguments& a, int group, int layer, int first, int e
     Real dy[2][8][4], dx_cls[2];
     fetch_gradient(a, group, image, warp, !mine || !inner);
     begin(a, number, image, warp);
-    gradient_of_cls(dx_cls, a, group, image, inner);
+    gradient_of_cls(dx_cls, a, group, image, inner && mine);  // a warp without an image must not read what is written
     if (!mine) dx_cls[0] = dx_cls[1] = 0.0f;
     store_word(lane() * 4 + (CLS_DX + warp * ROW), pack(dx_cls[0], dx_cls[1]));
     UNROLL for (int m = 0; m < 2; ++m) UNROLL for (int n = 0; n < 8; ++n) clear(dy[m][n]);
@@ -456,7 +456,7 @@ DEVICE void images_of(const Arguments& a, int group, int layer, int first, int e
     spread_back_cls(tiles, warp);
     end(dy, a, group, image, warp, mine);
     barrier();
-    end_cls(a, group, image, warp, inner, mine);
+    end_cls(a, group, image, warp, inner && mine, mine);
 }
 
 // The weights' sums to this block's place, and zeros for the next layer.
@@ -486,20 +486,14 @@ DEVICE void run(const Arguments& a) {
     const int warp = warp_of_block(), split = block(0), group = block(1), first = split * a.share;
     const int end_of = first + a.share < a.batch ? first + a.share : a.batch;
     Word row = lane() % 8 * ROW + lane() / 8 * 4 + 8 * ROW;  // rows of CLS tiles that no image has
-    UNROLL for (int i = 0; i < 8; ++i) {
+    if (warp == 0) UNROLL for (int i = 0; i < 8; ++i)
         store_word(row + (CLS_Y + i * 16), 0u), store_word(row + (CLS_DX + i * 16), 0u), store_word(row + (CLS_SLAB + i * 16), 0u);
-    }
     flush(a, split, 0, warp, false);
     for (int layer = a.depth - 1; layer >= 0; --layer) {
         const long long number = static_cast<long long>(group) * a.depth + layer;
-        barrier();
         fetch_layer(a.folded, number, WEIGHTS, BIASES);
         fetched();
-        for (int image = first; image < end_of; image += WARPS) {
-            barrier();
-            images_of<THRESHOLD>(a, group, layer, image, end_of, warp);
-        }
-        barrier();
+        for (int image = first; image < end_of; image += WARPS) images_of<THRESHOLD>(a, group, layer, image, end_of, warp);
         flush(a, split, number, warp, true);
     }
 }

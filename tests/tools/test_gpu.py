@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from tools.gpu import here, ledger, report, steps
+from tools.gpu import counters, here, ledger, report, steps
 
 ROOT = Path(__file__).parents[2]
 HIDDEN = (*(name for name in steps.ENGINE if name != "safetensors"), "einops", "mlflow", "scipy", "typer")
@@ -210,6 +210,36 @@ def test_the_wheels_to_bring_are_the_locked_ones() -> None:
     assert "deepspeed==0.19.8" in said
     for name in ("pydantic", "pydantic-core", "webdataset", "braceexpand", "simplejpeg", "tomli-w", "hjson"):
         assert f" {name}==" in said
+
+
+NCU = """
+  grouped_attention_forward (64, 16, 1)x(256, 1, 1), Context 1, Stream 7, Device 0, CC 9.0
+    Section: GPU Speed Of Light Throughput
+    ----------------------- ----------- ------------
+    Metric Name             Metric Unit Metric Value
+    ----------------------- ----------- ------------
+    Duration                         us       694.08
+    SM Active Cycles              cycle 1,199,022.92
+    ----------------------- ----------- ------------
+    INF   ALU is the highest-utilized pipeline (31.6%) based on elapsed cycles
+    Local Memory Spilling Requests                                0
+    Executed Instructions                           inst  246,038,528
+    smsp__pcsamp_warps_issue_stalled_wait                                 1,500
+    smsp__pcsamp_warps_issue_stalled_wait_not_issued                      1,400
+    smsp__pcsamp_warps_issue_stalled_barrier                                500
+  weight_gradients (784, 1, 1)x(128, 1, 1), Context 1, Stream 7, Device 0, CC 9.0
+    Duration                         us        81.10
+"""
+
+
+def test_what_nsight_compute_prints_is_read() -> None:
+    forward, other = counters.parsed(NCU)
+    waits = {"wait": 75.0, "barrier": 25.0}
+    assert forward == {
+        "kernel": "grouped_attention_forward", "waits": waits, "Duration": "694.08 us",
+        "Local Memory Spilling Requests": "0", "Executed Instructions": "246,038,528 inst",
+    }  # fmt: skip
+    assert other == {"kernel": "weight_gradients", "waits": {}, "Duration": "81.10 us"}
 
 
 def test_every_recipe_of_cifar10_that_is_measured_has_its_row() -> None:

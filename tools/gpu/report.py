@@ -15,6 +15,7 @@ from hsvit_ds.errors import counted
 from tools.benchmarks import kernels as benchmarks
 from tools.pages import filled
 
+from .counters import KEPT
 from .ledger import FILE
 from .steps import PARTS
 from .training import GOAL
@@ -123,11 +124,19 @@ def _tuning(_name: str, figures: dict[str, Any]) -> Iterator[str]:
 
 
 def _benchmarks(_name: str, figures: dict[str, Any]) -> Iterator[str]:
+    if kernels := figures.get("kernels"):
+        yield from ("", "Nsight Compute, a step of B512 G16 T33 D64 L8; waits: % of the samples of its warps:", "")
+        cells = ([k["kernel"], *(str(k.get(name, "")) for name in KEPT), _largest(k["waits"])] for k in kernels)
+        yield from _table(["kernel", *KEPT, "waits"], cells)
     for operation, shape in dict.fromkeys((row["operation"], row["shape"]) for row in figures.get("rows", [])):
         names = ["passes", "dropout", "implementation", "ms p50", "TFLOP/s", "% of roof", "error"]
         rows = [row for row in figures["rows"] if row["shape"] == shape]
         yield from ("", f"{operation}, {shape}:", "")
         yield from _table(names, ([_timed(name, row.get(name, "")) for name in names] for row in rows))
+
+
+def _largest(waits: dict[str, float]) -> str:
+    return ", ".join(f"{name} {share}" for name, share in list(waits.items())[:6])
 
 
 def _timed(name: str, value: Any) -> str:

@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from . import kernels, training
+from . import counters, kernels, training
 from .here import Here
 from .ledger import Ledger, Record, save
 
@@ -59,7 +59,10 @@ PARTS: dict[str, dict[str, Step]] = {
     },
     "tuning": {"every place": Step(kernels.tuning)},
     "end to end": {name: Step(run, needs=ENGINE, data=True) for name, run in training.SPEEDS.items()},
-    "benchmarks": {name: Step(run) for name, run in kernels.BENCHMARKS.items()},
+    "benchmarks": {
+        "counters": Step(counters.counters),
+        **{name: Step(run) for name, run in kernels.BENCHMARKS.items()},
+    },
     "scala": {name: Step(partial(_four_widths, name)) for name in ("DeiT-S", "DeiT-B")},
     "training": {name: Step(run, needs=ENGINE, data=True) for name, run in training.RECIPES.items()},
 }

@@ -9,7 +9,6 @@ folder of another name, which becomes visible by one rename after everything is 
 from __future__ import annotations
 
 import json
-import os
 import platform
 import shutil
 import threading
@@ -41,6 +40,8 @@ from .checkpoint_files import (
     read_manifest,
     read_parts,
     shared_parts,
+    sync_folder,
+    write_synced,
 )
 from .ema import EMA
 from .engine import Engine
@@ -209,7 +210,7 @@ class Checkpoints:
             partial.mkdir(parents=True, exist_ok=True)
             own = ((file, save(tensors)) for file, tensors in files.items())
             for file, data in chain(own, self._carried_over(files)):
-                _write_synced(partial / file, data)
+                write_synced(partial / file, data)
                 outcome["files"][file] = {"sha256": digest(data), "bytes": len(data)}
         except (OSError, RefusedError) as error:
             outcome["error"] = f"rank {self.grid.rank}: {error}"
@@ -251,9 +252,9 @@ class Checkpoints:
         """Make a complete folder visible, then forget old ones; why it failed, if it did."""
         try:
             data = json.dumps(about, indent=1).encode()
-            _write_synced(partial / MANIFEST, data)
-            _write_synced(partial / MANIFEST_HASH, digest(data).encode())
-            _sync_folder(partial)
+            write_synced(partial / MANIFEST, data)
+            write_synced(partial / MANIFEST_HASH, digest(data).encode())
+            sync_folder(partial)
             final = self.folder / name
             if final == pointed(self.folder, "latest"):  # which must be there at every moment
                 final = self.folder / f"{name}-2"
@@ -278,9 +279,9 @@ class Checkpoints:
 
     def _point(self, pointer: str, name: str) -> None:
         temporary = self.folder / f"{pointer}.partial-file"
-        _write_synced(temporary, name.encode())
+        write_synced(temporary, name.encode())
         temporary.rename(self.folder / pointer)
-        _sync_folder(self.folder)
+        sync_folder(self.folder)
 
     # Loading
 
@@ -387,18 +388,3 @@ class Checkpoints:
         wrong += [f"{name}: not in this model" for name in sorted(set(weights) - set(shapes))]
         if wrong:
             raise RefusedError(f"{folder} is of another architecture: {'; '.join(wrong[:4])}")
-
-
-def _write_synced(path: Path, data: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

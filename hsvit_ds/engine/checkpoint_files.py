@@ -1,9 +1,10 @@
-"""The files of a checkpoint: found, and read only if they are those that its manifest names."""
+"""The files of a checkpoint: found, read only if they are those that its manifest names, and written to stay."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
@@ -143,6 +144,23 @@ def read_bytes(folder: Path, file: str, manifest: Mapping[str, Any]) -> bytes:
     if digest(data) != entry["sha256"]:
         raise RefusedError(f"{path}: changed since it was saved (sha256 differs); {REMEDY}")
     return data
+
+
+def write_synced(path: Path, data: bytes) -> None:
+    """Write a file that is on the disk afterwards, whatever happens to the machine."""
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def sync_folder(folder: Path) -> None:
+    """Bring the names in a folder to the disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def digest(data: bytes) -> str:

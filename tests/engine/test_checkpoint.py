@@ -170,14 +170,14 @@ def test_a_save_that_fails_leaves_the_one_before_and_says_why(tmp_path: Path, mo
     checkpoints = small(tmp_path).checkpoints
     checkpoints.save(Position(0, 1, 1))
     checkpoints.wait()
-    written = hsvit_ds.engine.checkpoint._write_synced
+    written = hsvit_ds.engine.checkpoint.write_synced
 
     def full_disk(path: Path, data: bytes) -> None:
         if path.name.startswith("submodule-001"):
             raise OSError(28, "No space left on device", str(path))
         written(path, data)
 
-    monkeypatch.setattr(hsvit_ds.engine.checkpoint, "_write_synced", full_disk)
+    monkeypatch.setattr(hsvit_ds.engine.checkpoint, "write_synced", full_disk)
     checkpoints.save(Position(0, 2, 2))
     failure = checkpoints.wait()
     assert failure is not None

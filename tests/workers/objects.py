@@ -51,7 +51,7 @@ def main(arguments: dict[str, Any], folder: Path) -> dict[str, Any]:
     assert run.checkpoints.wait() is None
     before = dict(received)
     if run.grid.rank == 1:
-        checkpoint._write_synced = full_disk
+        checkpoint.write_synced = full_disk
     run.checkpoints.save(Position(1, 0, 99))
     failure = run.checkpoints.wait()
     groups = [sorted(members) for members in dist.distributed_c10d._world.pg_group_ranks.values()]

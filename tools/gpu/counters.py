@@ -65,11 +65,11 @@ def parsed(text: str) -> list[dict[str, Any]]:
         if found := _KERNEL.match(line):
             kernels.append({"kernel": found[1], "waits": {}})
         elif kernels and (found := _METRIC.match(line)):
-            name, unit, value = found[1], found[2] or "", float(found[3].replace(",", ""))
+            name, unit, value = found.groups("")
             if name in KEPT:
-                kernels[-1][name] = f"{found[3]} {unit}".rstrip()
+                kernels[-1][name] = f"{value} {unit}".rstrip()
             elif name.startswith(WAITS) and not name.endswith("_not_issued"):
-                kernels[-1]["waits"][name.removeprefix(WAITS)] = value
+                kernels[-1]["waits"][name.removeprefix(WAITS)] = float(value.replace(",", ""))
     for kernel in kernels:
         whole = sum(kernel["waits"].values())
         shares = sorted(kernel["waits"].items(), key=lambda item: -item[1])

@@ -124,6 +124,8 @@ def deepspeed_config(config: Config, clip: float, bf16: bool, micro_batch: int, 
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 10**9,
+        # It waits for the device twice a step, to time what is not told.
+        "timers": {"throughput": {"enabled": False}},
     }
     if bf16:
         # An empty list keeps the reduction of gradients in fp32; it does not touch what autocast computes in bf16.

@@ -167,6 +167,16 @@ def test_the_ema_averages_masters_and_buffers(stage: int, tmp_path: Path) -> Non
     assert evaluate(here.engine, here.engine.module, here.reader, "val")["loss"] != logits[0]
 
 
+@pytest.mark.parametrize("stage", [0, 1])
+def test_deepspeed_does_not_wait_for_the_device(stage: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from deepspeed.accelerator import get_accelerator
+
+    here, waits = run(tmp_path, f"engine.zero_stage={stage}"), list[int]()
+    monkeypatch.setattr(get_accelerator(), "synchronize", lambda *_: waits.append(1))
+    steps(here, 5)
+    assert waits == []
+
+
 @pytest.mark.parametrize("size", [288, 100, 7])
 def test_evaluation_counts_every_sample_once(size: int, tmp_path: Path) -> None:
     here = run(tmp_path)

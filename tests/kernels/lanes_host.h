@@ -192,6 +192,7 @@ inline void fetched() {}
 inline int warp_of_block() { return this_warp; }
 inline int block(int axis) { return this_block[axis]; }
 inline void barrier() { all_warps->arrive_and_wait(); }
+inline void warp_barrier() {}
 
 // Every block of a grid, one after another.
 template <class F>

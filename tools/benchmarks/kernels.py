@@ -80,8 +80,15 @@ def attention_rows(case: Attention, device: str, dtype: torch.dtype, roofs: Roof
         truth = attention(exact, case)
     for dropout, backward in itertools.product((0.0, 0.2), (False, True)):
         for name, run, leaves in attention_runs(case, dropout, device, dtype):
-            with torch.set_grad_enabled(backward):
-                y = run()
+            try:
+                with torch.set_grad_enabled(backward):
+                    y = run()
+            except RuntimeError as raised:
+                if name.startswith("hsvit_kernels"):
+                    raise
+                # flex_attention launches B G heads blocks on an axis that has at most 65,535
+                print(f"{name}: {raised}", flush=True)
+                continue
             dy = torch.randn_like(y)
             step = training(run, dy) if backward else inference(run)
             error = float((y.detach() - truth).abs().max() / truth.abs().max())

@@ -457,6 +457,7 @@ DEVICE void images_of(const Arguments& a, int group, int layer, int first, int e
     end(dy, a, group, image, warp, mine);
     barrier();
     end_cls(a, group, image, warp, inner && mine, mine);
+    warp_barrier();  // all lanes have read what the warp writes next
 }
 
 // The weights' sums to this block's place, and zeros for the next layer.

@@ -176,6 +176,7 @@ DEVICE void fetched() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 DEVICE int warp_of_block() { return __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x / 32), 0); }
 DEVICE int block(int axis) { return axis ? blockIdx.y : blockIdx.x; }
 DEVICE void barrier() { __syncthreads(); }
+DEVICE void warp_barrier() { __syncwarp(); }
 
 #else
 #include "lanes_host.h"

@@ -162,11 +162,16 @@ def _scala(name: str, figures: dict[str, Any]) -> Iterator[str]:
         yield from _table(["", *names], ([way, *(_timed(n, row[n]) for n in names)] for way, row in ways.items()))
 
 
+def _operation(name: str) -> str:
+    """A kernel's name without what a template was given."""
+    return name.removeprefix("void ").replace("(anonymous namespace)::", "").partition("<")[0]
+
+
 def _end_to_end(name: str, figures: dict[str, Any]) -> Iterator[str]:
     if "host" in figures:
         for clock in ("device", "host"):
             yield from ("", f"Profile of ten steps of fast.toml, by the {clock}'s own time:", "")
-            rows = ([row["name"], str(row["calls"]), str(row["ms"])] for row in figures[clock])
+            rows = ([_operation(row["name"]), str(row["calls"]), str(row["ms"])] for row in figures[clock])
             yield from _table(["operation", "calls", "ms"], rows)
     elif figures:
         said = (f"{key.removeprefix('perf/')} {value:.4g}" for key, value in figures.items() if key.startswith("perf/"))

@@ -194,6 +194,69 @@ def layer_input(
 
 
 @triton.jit
+def backward_slab(
+    slab, y, y_cls, dx_low, dx_cls_low, inside, lane, lane_head, cls_head, own, offset, offset_out,
+    words, calls, inner, threshold, keep_scale, dqkv, o_rows, qkv_weight, qkv_bias, out_weight,
+    N: tl.constexpr, NP: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr, HPS: tl.constexpr, SW: tl.constexpr,
+    DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """A slab's heads: from their outputs' gradients, by dx_low [DP, NP] and dx_cls_low [DP, CC], to dqkv and o.
+
+    What does not change between slabs is given, so that the loop decides whether it is hoisted.
+    """
+    HD: tl.constexpr = D // HEADS
+    FULL: tl.constexpr = y.shape[0] == D and HPS * HD == SW and HEADS % HPS == 0
+    SCALE: tl.constexpr = LOG2E / HD**0.5
+    dtype = qkv_weight.dtype.element_ty
+    first = tl.multiple_of(slab * HPS, HPS)
+    mine = (lane_head < HPS) & (first + lane_head < HEADS)
+    both = mine[:, None] & inside[None, :]
+    # Weights are loaded where they are used, and again for the features: held between, they would spill.
+    w_k = load(qkv_weight + (first * HD + D) * D + offset, both, FULL)
+    w_v = load(qkv_weight + (first * HD + 2 * D) * D + offset, both, FULL)
+    w_o = load(out_weight + first * HD + offset_out, inside[:, None] & mine[None, :], FULL)
+    b_q = load(qkv_bias + first * HD + lane, mine, FULL).to(tl.float32)
+    b_v = load(qkv_bias + (first * HD + 2 * D) + lane, mine, FULL).to(tl.float32)
+    k = tl.dot(w_k, y, input_precision=PRECISION).to(dtype)
+    v = (tl.dot(w_v, y, input_precision=PRECISION) + b_v[:, None]).to(dtype)
+    w_q = load(qkv_weight + first * HD * D + offset, both, FULL)
+    q_cls = (tl.dot(w_q, y_cls, input_precision=PRECISION) + b_q[:, None]) * SCALE
+    q_cls = tl.where(own, q_cls, 0.0)
+    k_cls = tl.dot(w_k, y_cls, input_precision=PRECISION)
+    v_cls = tl.dot(w_v, y_cls, input_precision=PRECISION) + b_v[:, None]
+    do_cls = tl.where(own, tl.dot(tl.trans(w_o), dx_cls_low, input_precision=PRECISION), 0.0)
+
+    ds, ds_cls, used, used_cls = backward_cls(
+        q_cls, k, v, k_cls, v_cls, do_cls, words, calls, first + cls_head, threshold,
+        keep_scale, N, NP, DROPOUT, PRECISION,
+    )  # fmt: skip
+    dq_cls = tl.where(own, tl.dot(k, ds, input_precision=PRECISION) + ds_cls[None, :] * k_cls, 0.0)
+    tl.store(dqkv + first * HD + lane, (tl.sum(dq_cls, 1) * (SCALE / LOG2E)).to(dtype), mask=mine)
+    o_cls = tl.where(own, tl.dot(v, used, input_precision=PRECISION) + used_cls[None, :] * v_cls, 0.0)
+    tl.store(o_rows + first * HD + lane, tl.sum(o_cls, 1).to(dtype), mask=mine)
+    dk_cls = tl.sum(q_cls * ds_cls[None, :], 1)
+    dv_cls = tl.sum(do_cls * used_cls[None, :], 1)
+    dq = tl.zeros((SW, NP), tl.float32)
+    dk = tl.zeros((SW, NP), tl.float32)
+    dv = tl.zeros((SW, NP), tl.float32)
+    o = tl.zeros((SW, NP), tl.float32)
+    if inner:
+        w_q = load(qkv_weight + first * HD * D + offset, both, FULL)
+        w_o = load(out_weight + first * HD + offset_out, inside[:, None] & mine[None, :], FULL)
+        dq, o, dk, dv, dk_cls, dv_cls = backward_attend(
+            (tl.dot(w_q, y, input_precision=PRECISION) + b_q[:, None]) * SCALE, k, v,
+            tl.dot(tl.trans(w_o), dx_low, input_precision=PRECISION),
+            k_cls, v_cls, dk_cls, dv_cls, words, calls, first, threshold, keep_scale,
+            HD, N, NP, HPS, SW, DROPOUT, PRECISION,
+        )  # fmt: skip
+
+    dk = tl.dot(widen(q_cls.to(dtype)), tl.trans(widen(ds)), dk, input_precision=PRECISION)
+    dv = tl.dot(widen(do_cls.to(dtype)), tl.trans(widen(used)), dv, input_precision=PRECISION)
+
+    store_slab(dqkv + first * HD, o_rows + first * HD, mine, dq, dk, dv, o, dk_cls, dv_cls, HD, N, NP, D, SW)
+
+
+@triton.jit
 def backward_layer(
     dx_cls, words, group, layer, inner, threshold, keep_scale, eps, saved, dqkv, o_rows, dx_rows,
     norm_weight, norm_bias, qkv_weight, qkv_bias, out_weight,
@@ -207,8 +270,6 @@ def backward_layer(
     """
     HD: tl.constexpr = D // HEADS
     CALLS: tl.constexpr = HEADS if NP == 32 else (HEADS + 1) // 2
-    FULL: tl.constexpr = D == DP and HPS * HD == SW and HEADS % HPS == 0
-    SCALE: tl.constexpr = LOG2E / HD**0.5
     dtype = qkv_weight.dtype.element_ty
     column = tl.arange(0, DP)
     inside = column < D
@@ -229,53 +290,11 @@ def backward_layer(
     dx_low = tl.trans(load(dx_rows + at_rows, valid, N == NP and D == DP))
     dx_cls_low = dx_cls.to(dtype)
     for slab in tl.range(0, (HEADS + HPS - 1) // HPS, disable_licm=not HOIST):
-        first = tl.multiple_of(slab * HPS, HPS)
-        mine = (lane_head < HPS) & (first + lane_head < HEADS)
-        both = mine[:, None] & inside[None, :]
-        # Weights are loaded where they are used, and again for the features: held between, they would spill.
-        w_k = load(qkv_weight + (first * HD + D) * D + offset, both, FULL)
-        w_v = load(qkv_weight + (first * HD + 2 * D) * D + offset, both, FULL)
-        w_o = load(out_weight + first * HD + offset_out, inside[:, None] & mine[None, :], FULL)
-        b_q = load(qkv_bias + first * HD + lane, mine, FULL).to(tl.float32)
-        b_v = load(qkv_bias + (first * HD + 2 * D) + lane, mine, FULL).to(tl.float32)
-        k = tl.dot(w_k, y, input_precision=PRECISION).to(dtype)
-        v = (tl.dot(w_v, y, input_precision=PRECISION) + b_v[:, None]).to(dtype)
-        w_q = load(qkv_weight + first * HD * D + offset, both, FULL)
-        q_cls = (tl.dot(w_q, y_cls, input_precision=PRECISION) + b_q[:, None]) * SCALE
-        q_cls = tl.where(own, q_cls, 0.0)
-        k_cls = tl.dot(w_k, y_cls, input_precision=PRECISION)
-        v_cls = tl.dot(w_v, y_cls, input_precision=PRECISION) + b_v[:, None]
-        do_cls = tl.where(own, tl.dot(tl.trans(w_o), dx_cls_low, input_precision=PRECISION), 0.0)
-
-        ds, ds_cls, used, used_cls = backward_cls(
-            q_cls, k, v, k_cls, v_cls, do_cls, words, group * 2048 + layer * CALLS, first + cls_head, threshold,
-            keep_scale, N, NP, DROPOUT, PRECISION,
+        backward_slab(
+            slab, y, y_cls, dx_low, dx_cls_low, inside, lane, lane_head, cls_head, own, offset, offset_out,
+            words, group * 2048 + layer * CALLS, inner, threshold, keep_scale, dqkv, o_rows, qkv_weight, qkv_bias,
+            out_weight, N, NP, D, HEADS, HPS, SW, DROPOUT, PRECISION,
         )  # fmt: skip
-        dq_cls = tl.where(own, tl.dot(k, ds, input_precision=PRECISION) + ds_cls[None, :] * k_cls, 0.0)
-        tl.store(dqkv + first * HD + lane, (tl.sum(dq_cls, 1) * (SCALE / LOG2E)).to(dtype), mask=mine)
-        o_cls = tl.where(own, tl.dot(v, used, input_precision=PRECISION) + used_cls[None, :] * v_cls, 0.0)
-        tl.store(o_rows + first * HD + lane, tl.sum(o_cls, 1).to(dtype), mask=mine)
-        dk_cls = tl.sum(q_cls * ds_cls[None, :], 1)
-        dv_cls = tl.sum(do_cls * used_cls[None, :], 1)
-        dq = tl.zeros((SW, NP), tl.float32)
-        dk = tl.zeros((SW, NP), tl.float32)
-        dv = tl.zeros((SW, NP), tl.float32)
-        o = tl.zeros((SW, NP), tl.float32)
-        if inner:
-            w_q = load(qkv_weight + first * HD * D + offset, both, FULL)
-            w_o = load(out_weight + first * HD + offset_out, inside[:, None] & mine[None, :], FULL)
-            dq, o, dk, dv, dk_cls, dv_cls = backward_attend(
-                (tl.dot(w_q, y, input_precision=PRECISION) + b_q[:, None]) * SCALE, k, v,
-                tl.dot(tl.trans(w_o), dx_low, input_precision=PRECISION),
-                k_cls, v_cls, dk_cls, dv_cls, words, group * 2048 + layer * CALLS, first, threshold, keep_scale,
-                HD, N, NP, HPS, SW, DROPOUT, PRECISION,
-            )  # fmt: skip
-
-        dk = tl.dot(widen(q_cls.to(dtype)), tl.trans(widen(ds)), dk, input_precision=PRECISION)
-        dv = tl.dot(widen(do_cls.to(dtype)), tl.trans(widen(used)), dv, input_precision=PRECISION)
-
-        store_slab(dqkv + first * HD, o_rows + first * HD, mine, dq, dk, dv, o, dk_cls, dv_cls, HD, N, NP, D, SW)
-
     tl.debug_barrier()  # what other threads have written is read below
     return layer_input_gradient(
         dx_cls, saved, dqkv, dx_rows, norm_weight, qkv_weight, eps, N, NP, D, DP, CC, BLOCK, PRECISION

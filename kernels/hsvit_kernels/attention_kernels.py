@@ -209,9 +209,7 @@ def forward_layer(
         w_o_cls = load(out_weight + first * HD + offset_out, inside[:, None] & mine[None, :], FULL)
         x_cls = tl.dot(w_o_cls, o_cls, x_cls, input_precision=PRECISION)
     out = load(out_bias + column, inside, D == DP).to(tl.float32)
-    x += out[None, :]
-    x_cls += out[:, None]
-    return x, x_cls
+    return x + out[None, :], x_cls + out[:, None]
 
 
 @triton.jit

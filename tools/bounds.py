@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from hsvit_kernels import attention_cuda
-from hsvit_kernels.grouped_attention import weight_splits
+from hsvit_kernels.attention_triton import weight_splits
 from tools import compiled
 from tools.benchmarks.attention_baselines import ATTENTION, Attention
 from tools.calls import Call
@@ -30,6 +30,8 @@ from tools.compiled import CudaLaunch, Launch
 from tools.machine_code import Trips, read
 
 FLAGS = ("training", "dropout")
+OF_WEIGHTS = ".fold", ".weight_gradients", ".weights"
+"""Kernels that only touch weights, of which there are few."""
 RESULTS = Path(__file__).parents[1] / "kernels/results/bounds.csv"
 TARGET = compiled.NVIDIA[1]
 SCHEDULERS, CLOCK, TENSOR, EXPONENTIALS, MEMORY = 528, 1.755e9, 788e12, 3.7e12, 4.3e12
@@ -79,8 +81,10 @@ def shape(p: Attention, launch: Launch | CudaLaunch, constants: dict[str, Any]) 
     if kernel == "forward":
         return Shape(p.batch * p.groups, (_times(p.depth, _times(slabs)),), (0, 0), slabs, 1)
     if kernel == "backward":
-        columns = -(-3 * p.width // constants["BLOCK"])
-        return Shape(p.batch * p.groups, (_times(p.depth, _times(slabs), _times(columns)),), (0, 0), slabs, 6)
+        rows = -(-p.tokens // 16)  # rounds in which a layer's rows are gone through; a single one is no loop
+        through = [_times(rows)] if rows > 1 else []
+        layer = _times(p.depth, *through, _times(slabs), *through)
+        return Shape(p.batch * p.groups, (layer,), (0, len(through)), slabs, 7)
     splits, share = weight_splits(p.groups * p.depth, p.batch * p.tokens, constants["BLOCK"])
     programs = 4 * splits * p.groups * p.depth
     return Shape(programs, (_times(-(-share // constants["BLOCK"])),), units=6, sums=splits * sums)
@@ -152,12 +156,12 @@ def _occupancy(registers: int, shared: int, warps: int) -> int:
 
 
 def rows(problems: Iterable[Attention]) -> list[dict[str, Any]]:
-    """Of every kernel of a training step but those that only touch weights: there are few of them."""
+    """Of every kernel of a training step but `OF_WEIGHTS`."""
     jobs = []
     for p in problems:
         call = Call("grouped_attention", p.name, (p.tokens - 1, p.width, p.heads), "bf16", "fp32", FLAGS)
         launched = compiled.launched(TARGET, [call])
-        jobs += [(p, launch) for launch in launched if not launch.kernel.endswith(("weight_gradients", ".weights"))]
+        jobs += [(p, launch) for launch in launched if not launch.kernel.endswith(OF_WEIGHTS)]
     with ProcessPoolExecutor() as pool:
         return list(pool.map(row, jobs))
 

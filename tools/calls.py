@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from hsvit_kernels import StepState, configurations, grouped_attention, sliced_linear
-from hsvit_kernels.grouped_attention import _place, _shape, dropout_mask
+from hsvit_kernels.attention_triton import constants, place
+from hsvit_kernels.grouped_attention import dropout_mask
 from hsvit_kernels.random import Draw
 from tools.benchmarks.attention_baselines import ATTENTION
 
@@ -50,12 +51,12 @@ def all_attention_shapes() -> Iterator[tuple[str, tuple[int, int, int]]]:
     for width in range(1, 129):
         for heads in (h for h in range(1, width + 1) if width % h == 0):
             for features in range(1, 65 if width <= 64 else 33):
-                s = _shape(features, width, heads)
+                s = constants(features, width, heads)
                 full = s["HPS"] * width // heads == s["SW"] and heads % s["HPS"] == 0
                 kind = (s["NP"], features == s["NP"], s["DP"], width == s["DP"], s["HPS"], s["SW"], full)
                 if kind not in met:
                     met.add(kind)
-                    yield "x".join(map(str, _place("attention_forward", s)[1])), (features, width, heads)
+                    yield "x".join(map(str, place("attention_forward", s)[1])), (features, width, heads)
 
 
 def calls(shapes: Iterable[tuple[str, tuple[int, int, int]]]) -> Iterator[Call]:

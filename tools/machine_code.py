@@ -16,9 +16,7 @@ from hsvit_ds.errors import counted
 
 Trips = tuple[float, tuple["Trips", ...]]
 """How often a loop goes round for each time it is entered, and the same of the loops within, in order."""
-_INSTRUCTION = re.compile(
-    r"\s+/\*[0-9a-f]{4,}\*/\s+(?P<predicate>@!?U?P\w+ )?(?P<name>[A-Z0-9_]+[A-Za-z0-9_.]*)(?P<rest>.*)"
-)
+_INSTRUCTION = re.compile(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?(?P<name>[A-Z0-9_]+[A-Za-z0-9_.]*)(?P<rest>.*)")
 
 
 @dataclass
@@ -32,8 +30,8 @@ class Loop:
 
 @dataclass
 class Code:
-    """A kernel. registers: of a thread. stack: bytes of one. instructions: their names, in order. ahead: conditional
-    branches ahead, from and to. loop: all of it, with its loops."""
+    """A kernel. registers: of a thread. stack: bytes of one. instructions: their names, in order. ahead: branches
+    ahead, from and to. loop: all of it, with its loops."""
 
     registers: int
     stack: int
@@ -106,16 +104,16 @@ def read(cubin: bytes) -> Code:
     assert resources is not None, usage
     names: list[str] = []
     places: dict[str, int] = {}
-    branches: list[tuple[int, str, bool]] = []
+    branches: list[tuple[int, str]] = []
     for line in assembly.splitlines():
         if label := re.match(r"\s*(\.L_x_\d+):", line):
             places[label[1]] = len(names)
         elif found := _INSTRUCTION.match(line):
             if found["name"].startswith("BRA") and (to := re.search(r"\.L_x_\d+", found["rest"])):
-                branches.append((len(names), to[0], bool(found["predicate"])))
+                branches.append((len(names), to[0]))
             names.append(found["name"])
-    back = {(places[to], at) for at, to, _ in branches if places[to] < at}
-    ahead = [(at, places[to]) for at, to, conditional in branches if conditional and places[to] > at]
+    back = {(places[to], at) for at, to in branches if places[to] < at}
+    ahead = [(at, places[to]) for at, to in branches if places[to] > at]
     return Code(int(resources[1]), int(resources[2]), names, ahead, _nested(back, len(names)))
 
 

@@ -42,9 +42,8 @@ def _grid(kernel: str, shape: tuple[int, ...]) -> Iterator[Options]:
         for warps, stages, block in itertools.product((4, 8), (2, 3, 4), (32, 64, 128)):
             yield {"num_warps": warps, "num_stages": stages, "BLOCK": block}
     elif kernel.startswith("attention"):
-        blocks = (16, 32) if kernel == "attention_backward" else (0,)
-        for warps, stages, hoist, block in itertools.product((1, 2, 4, 8), (1, 2), (True, False), blocks):
-            yield {"num_warps": warps, "num_stages": stages, "HOIST": hoist} | ({"BLOCK": block} if block else {})
+        for warps, stages in itertools.product((1, 2, 4, 8), (1, 2)):
+            yield {"num_warps": warps, "num_stages": stages}
     else:
         wide = ((64, 64), (64, 128), (128, 64), (128, 128))
         sides = wide if shape[0] else ((64, 64), (32, 64), (64, 32), (64, 128))

@@ -1,14 +1,17 @@
-"""The Triton kernel of grouped attention; `grouped_attention.py` launches it, kernels/README.md derives it.
+"""The Triton kernel of grouped attention; `attention_triton.py` launches it, kernels/README.md derives it.
 
 One program computes one group of one image, the whole depth on chip. The N = K/G feature tokens form a tile of
 NP >= N rows, CLS is apart: T = 33 so needs 32 rows and not 64. Heads are narrower than a tensor core's depth of 16,
-hence heads that lie side by side share a slab of SW columns, and a product for one head masks the others' columns of
-one operand. The CLS queries of a slab's heads are the columns of one tile, each masked to its head; where every column
-is the same, CLS has as many as a tensor core needs.
+hence heads share a slab of SW columns, SW / HPS for each, and a product for one head masks the others' columns of one
+operand. The CLS queries of a slab's heads are the columns of one tile, each masked to its head; where every column is
+the same, CLS has as many as a tensor core needs.
+
+Weights are read as `attention_weight_kernels.fold` leaves them: slab by slab and padded, so without masks, LayerNorm's
+factors and offsets in them, and without the key bias, which cancels.
 
 Projections are computed transposed, [SW, NP] = weight [SW, DP] x y^T [DP, NP]: then y waits in shared memory instead of
 registers, and most operands are already where the tensor core wants them. Every program is written for one warp's 255
-registers at T = 33, D = 64; tests/kernels/test_compiled.py counts what the compiler makes of them.
+registers; tests/kernels/test_compiled.py counts what the compiler makes of them.
 
 Shape letters: N feature tokens, T = N + 1, D width, HD head width, SW slab width, HPS heads a slab; NP, DP: padded.
 """
@@ -149,70 +152,6 @@ def softmax(s, s_cls, token, AXIS: tl.constexpr, N: tl.constexpr, NP: tl.constex
 
 
 @triton.jit
-def forward_layer(
-    x, x_cls, words, group, layer, inner, threshold, keep_scale, eps,
-    norm_weight, norm_bias, qkv_weight, qkv_bias, out_weight, out_bias,
-    N: tl.constexpr, NP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, HEADS: tl.constexpr, HPS: tl.constexpr,
-    SW: tl.constexpr, CC: tl.constexpr, HOIST: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """x [NP, DP], x_cls [DP, CC] fp32 to the next layer's; without `inner` the features stay as they are."""
-    HD: tl.constexpr = D // HEADS
-    CALLS: tl.constexpr = HEADS if NP == 32 else (HEADS + 1) // 2
-    FULL: tl.constexpr = D == DP and HPS * HD == SW and HEADS % HPS == 0
-    SCALE: tl.constexpr = LOG2E / HD**0.5
-    dtype = qkv_weight.dtype.element_ty
-    column = tl.arange(0, DP)
-    inside = column < D
-    lane = tl.arange(0, SW)
-    lane_head = lane // HD
-    cls_head = tl.arange(0, CC)
-    own = lane_head[:, None] == cls_head[None, :]
-    offset = lane[:, None] * D + column[None, :]
-    offset_out = column[:, None] * D + lane[None, :]
-    gamma = load(norm_weight + column, inside, D == DP).to(tl.float32)
-    beta = load(norm_bias + column, inside, D == DP).to(tl.float32)
-    y, _ = normalise(x, column, eps, D, DP)
-    y = tl.trans(y * gamma[None, :] + beta[None, :]).to(dtype)
-    y_cls, _ = normalise(tl.trans(x_cls), column, eps, D, DP)
-    y_cls = tl.trans(y_cls * gamma[None, :] + beta[None, :]).to(dtype)
-    for slab in tl.range(0, (HEADS + HPS - 1) // HPS, disable_licm=not HOIST):
-        first = tl.multiple_of(slab * HPS, HPS)
-        mine = (lane_head < HPS) & (first + lane_head < HEADS)
-        both = mine[:, None] & inside[None, :]
-        w_q = load(qkv_weight + first * HD * D + offset, both, FULL)
-        w_k = load(qkv_weight + (first * HD + D) * D + offset, both, FULL)
-        w_v = load(qkv_weight + (first * HD + 2 * D) * D + offset, both, FULL)
-        b_q = load(qkv_bias + first * HD + lane, mine, FULL).to(tl.float32)
-        b_v = load(qkv_bias + (first * HD + 2 * D) + lane, mine, FULL).to(tl.float32)
-        k = tl.dot(w_k, y, input_precision=PRECISION).to(dtype)
-        v = (tl.dot(w_v, y, input_precision=PRECISION) + b_v[:, None]).to(dtype)
-        q_cls = (tl.dot(w_q, y_cls, input_precision=PRECISION) + b_q[:, None]) * SCALE
-        q_cls = tl.where(own, q_cls, 0.0)
-        k_cls = tl.dot(w_k, y_cls, input_precision=PRECISION)
-        v_cls = tl.dot(w_v, y_cls, input_precision=PRECISION) + b_v[:, None]
-        o_cls = attend_cls(
-            q_cls, k, v, k_cls, v_cls, words, group * 2048 + layer * CALLS, first + cls_head, threshold, keep_scale,
-            N, NP, DROPOUT, PRECISION,
-        )  # fmt: skip
-        o_cls = tl.sum(tl.where(own, o_cls, 0.0), 1)
-        o_cls = tl.broadcast_to(o_cls[:, None].to(dtype), (SW, CC))
-
-        # w_o is loaded where it is used, and twice: held over the products between, its registers would spill.
-        if inner:
-            o = attend(
-                (tl.dot(w_q, y, input_precision=PRECISION) + b_q[:, None]) * SCALE, k, v, k_cls, v_cls,
-                words, group * 2048 + layer * CALLS, first, threshold, keep_scale,
-                HD, N, NP, HPS, SW, DROPOUT, PRECISION,
-            )  # fmt: skip
-            w_o = load(out_weight + first * HD + offset_out, inside[:, None] & mine[None, :], FULL)
-            x = tl.dot(o.to(dtype), tl.trans(w_o), x, input_precision=PRECISION)
-        w_o_cls = load(out_weight + first * HD + offset_out, inside[:, None] & mine[None, :], FULL)
-        x_cls = tl.dot(w_o_cls, o_cls, x_cls, input_precision=PRECISION)
-    out = load(out_bias + column, inside, D == DP).to(tl.float32)
-    return x + out[None, :], x_cls + out[:, None]
-
-
-@triton.jit
 def attend_cls(
     q_cls, k, v, k_cls, v_cls, words, calls, head, threshold, keep_scale,
     N: tl.constexpr, NP: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
@@ -231,18 +170,19 @@ def attend_cls(
 
 @triton.jit
 def attend(
-    q, k, v, k_cls, v_cls, words, calls, first, threshold, keep_scale,
-    HD: tl.constexpr, N: tl.constexpr, NP: tl.constexpr, HPS: tl.constexpr, SW: tl.constexpr,
+    q, k, v, k_cls, v_cls, words, calls, first, query, threshold, keep_scale,
+    N: tl.constexpr, NP: tl.constexpr, HPS: tl.constexpr, SW: tl.constexpr,
     DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The feature queries of a slab's heads over all keys: q, k, v [SW, NP], k_cls, v_cls [SW, CC] to o [NP, SW]."""
+    """A slab's heads for the feature queries `query`, over all keys: q [SW, Q], k, v [SW, NP], k_cls, v_cls [SW, CC] to
+    o [Q, SW]."""
     dtype = k.dtype
     token = tl.arange(0, NP)
-    lane_head = tl.arange(0, SW) // HD
+    lane_head = tl.arange(0, SW) // (SW // HPS)
     q = q.to(dtype)
     k_cls = k_cls.to(dtype)
     v_row = tl.max(v_cls, 1)  # all columns are the same
-    o = tl.zeros((NP, SW), tl.float32)
+    o = tl.zeros((q.shape[1], SW), tl.float32)
     for head in tl.static_range(HPS):
         mine = lane_head == head
         q_head = tl.trans(tl.where(mine[:, None], q, 0.0).to(dtype))
@@ -251,69 +191,140 @@ def attend(
         p, p_cls, scale = softmax(s, s_cls, token, 1, N, NP)
         scale *= keep_scale
         if DROPOUT:
-            p = kept(p, words, calls, first + head, token[:, None], token[None, :], threshold, NP == 32)
-            p_cls = kept(p_cls, words, calls, first + head, token, CLS, threshold, NP == 32)
+            p = kept(p, words, calls, first + head, query[:, None], token[None, :], threshold, NP == 32)
+            p_cls = kept(p_cls, words, calls, first + head, query, CLS, threshold, NP == 32)
         v_head = tl.trans(tl.where(mine[:, None], v, 0.0).to(dtype))
         o = tl.dot((p * scale[:, None]).to(dtype), v_head, o, input_precision=PRECISION)
         o += tl.where(mine[None, :], (p_cls * scale)[:, None] * v_row[None, :], 0.0)
     return o
 
 
+@triton.jit
+def again(number):
+    """A loop's `number`, and 0, of which the compiler knows neither, but that the 0 is a multiple of 16.
+
+    Otherwise LLVM keeps an address of every load in two registers through the loop and adds to each in every round, and
+    more registers than there are end in a stack. Grids have two axes: the third place is always 0.
+    """
+    same = number ^ tl.program_id(2)
+    return same, tl.maximum(same - number, 0) * 16
+
+
+@triton.jit
+def slab_heads(
+    slab, nothing, y, y_cls, weights, biases, words, calls, threshold, keep_scale,
+    N: tl.constexpr, NP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, HEADS: tl.constexpr, HPS: tl.constexpr,
+    SW: tl.constexpr, CC: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """A slab of y [DP, NP] and y_cls [DP, CC]: weights and biases of the queries, keys and values of both, and its part
+    of CLS's o, [SW]."""
+    HD: tl.constexpr = D // HEADS
+    dtype = weights.dtype.element_ty
+    lane = tl.arange(0, SW)
+    head = tl.arange(0, CC)
+    own = (lane // (SW // HPS))[:, None] == head[None, :]
+    w = weights + slab * (4 * SW * DP) + (lane[:, None] * DP + tl.arange(0, DP)[None, :] + nothing)
+    b_q = tl.load(biases + slab * (2 * SW) + (lane + nothing))
+    b_v = tl.load(biases + slab * (2 * SW) + SW + (lane + nothing))
+    w_k = tl.load(w + SW * DP)
+    k = tl.dot(w_k, y, input_precision=PRECISION).to(dtype)
+    k_cls = tl.dot(w_k, y_cls, input_precision=PRECISION)
+    w_v = tl.load(w + 2 * SW * DP)
+    v = (tl.dot(w_v, y, input_precision=PRECISION) + b_v[:, None]).to(dtype)
+    v_cls = tl.dot(w_v, y_cls, input_precision=PRECISION) + b_v[:, None]
+    w_q = tl.load(w)
+    q_cls = (tl.dot(w_q, y_cls, input_precision=PRECISION) + b_q[:, None]) * (LOG2E / HD**0.5)
+    o_cls = attend_cls(
+        tl.where(own, q_cls, 0.0), k, v, k_cls, v_cls, words, calls, slab * HPS + head, threshold, keep_scale,
+        N, NP, DROPOUT, PRECISION,
+    )  # fmt: skip
+    return w_q, b_q, k, v, k_cls, v_cls, tl.sum(tl.where(own, o_cls, 0.0), 1).to(dtype)
+
+
+@triton.jit
+def forward_layer(
+    x, x_cls, words, calls, inner, threshold, keep_scale, eps, weights, biases,
+    N: tl.constexpr, NP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, HEADS: tl.constexpr, HPS: tl.constexpr,
+    SW: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """x [NP, DP], x_cls [DP] fp32 to the next layer's; without `inner` the features stay as they are."""
+    HD: tl.constexpr = D // HEADS
+    CC: tl.constexpr = 8
+    dtype = weights.dtype.element_ty
+    column = tl.arange(0, DP)
+    lane = tl.arange(0, SW)
+    y, _ = normalise(x, column, eps, D, DP)
+    y = tl.trans(y).to(dtype)
+    y_cls, _ = normalise(x_cls[None, :], column, eps, D, DP)
+    y_cls = tl.broadcast_to(tl.trans(y_cls).to(dtype), (DP, CC))
+    for number in range((HEADS + HPS - 1) // HPS):
+        slab, nothing = again(number)
+        w_q, b_q, k, v, k_cls, v_cls, o_cls = slab_heads(
+            slab, nothing, y, y_cls, weights, biases, words, calls, threshold, keep_scale,
+            N, NP, D, DP, HEADS, HPS, SW, CC, DROPOUT, PRECISION,
+        )  # fmt: skip
+        # w_o is loaded where it is used, and twice: held over the products between, its registers would spill.
+        w = weights + slab * (4 * SW * DP) + 3 * SW * DP + (lane[:, None] * DP + column[None, :] + nothing)
+        if inner:
+            o = attend(
+                (tl.dot(w_q, y, input_precision=PRECISION) + b_q[:, None]) * (LOG2E / HD**0.5), k, v, k_cls, v_cls,
+                words, calls, slab * HPS, tl.arange(0, NP), threshold, keep_scale,
+                N, NP, HPS, SW, DROPOUT, PRECISION,
+            )  # fmt: skip
+            x = tl.dot(o.to(dtype), tl.load(w), x, input_precision=PRECISION)
+        w_o_cls = tl.load(w)
+        o_cls = tl.broadcast_to(o_cls[:, None], (SW, CC))
+        x_cls += tl.max(tl.dot(tl.trans(w_o_cls), o_cls, input_precision=PRECISION), 1)
+    return x, x_cls
+
+
 @triton.jit(do_not_specialize=["first_group", "threshold", "batch", "depth"])
 def forward(
-    tokens, stride_image, stride_token, stride_column, cls, positions,
-    norm_weight, norm_bias, qkv_weight, qkv_bias, out_weight, out_bias,
+    tokens, stride_image, stride_token, stride_column, cls, positions, weights, biases, out_bias,
     key, images, out, saved, first_group, threshold, keep_scale, eps, batch, depth,
     N: tl.constexpr, NP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, HEADS: tl.constexpr, HPS: tl.constexpr,
-    SW: tl.constexpr, DROPOUT: tl.constexpr, SAVE: tl.constexpr, ALL: tl.constexpr, HOIST: tl.constexpr,
-    PRECISION: tl.constexpr,
+    SW: tl.constexpr, DROPOUT: tl.constexpr, SAVE: tl.constexpr, ALL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Grid (batch, groups). out: [B, G, D], or [B, G, T, D] with ALL. saved: [G, depth, B, T, D], layers' inputs."""
     T: tl.constexpr = N + 1
-    CC: tl.constexpr = 8
+    SLABS: tl.constexpr = (HEADS + HPS - 1) // HPS
+    CALLS: tl.constexpr = HEADS if NP == 32 else (HEADS + 1) // 2
+    FULL: tl.constexpr = N == NP and D == DP
     image = tl.program_id(0)
     group = tl.program_id(1)
     column = tl.arange(0, DP)
     inside = column < D
     token = tl.arange(0, NP)
-    same = tl.zeros((CC,), tl.int32)
-    is_first = (tl.arange(0, CC) == 0)[None, :] & inside[:, None]
     valid = (token < N)[:, None] & inside[None, :]
-    FULL: tl.constexpr = N == NP and D == DP
+    words = hash_key(key, images, image, DROPOUT)
+    threshold = threshold.to(tl.uint32)
     at = (group * N + token)[:, None] * stride_token + column[None, :] * stride_column
     x = load(tokens + image.to(tl.int64) * stride_image + at, valid, FULL).to(tl.float32)
     x += load(positions + (group * T + 1) * D + (token[:, None] * D + column[None, :]), valid, FULL).to(tl.float32)
-    rows = same[None, :] + column[:, None]
-    x_cls = load(cls + group * D + rows, inside[:, None], D == DP).to(tl.float32)
-    x_cls += load(positions + group * T * D + rows, inside[:, None], D == DP).to(tl.float32)
-    norm_weight += group * depth * D
-    norm_bias += group * depth * D
-    qkv_weight += group * depth * 3 * D * D
-    qkv_bias += group * depth * 3 * D
-    out_weight += group * depth * D * D
-    out_bias += group * depth * D
-    saved += ((group * depth).to(tl.int64) * batch + image) * T * D
-    words = hash_key(key, images, image, DROPOUT)
-    threshold = threshold.to(tl.uint32)
-    # What does not change between layers is recomputed, not hoisted: it would fill the registers.
-    for layer in tl.range(0, depth, disable_licm=True):
+    x_cls = load(cls + group * D + column, inside, D == DP).to(tl.float32)
+    x_cls += load(positions + group * T * D + column, inside, D == DP).to(tl.float32)
+    for number in tl.range(0, depth, disable_licm=True):
+        layer, nothing = again(number)
+        place = group * depth + layer
         if SAVE:
-            tl.store(saved + rows, x_cls.to(saved.dtype.element_ty), mask=is_first)
-            tl.store(saved + D + (token[:, None] * D + column[None, :]), x.to(saved.dtype.element_ty), mask=valid)
-            saved += batch.to(tl.int64) * T * D
+            to = saved + (place.to(tl.int64) * batch + image) * T * D
+            tl.store(to + (column + nothing), x_cls.to(saved.dtype.element_ty), mask=inside)
+            at = (token + nothing)[:, None] * D + column[None, :]
+            tl.store(to + D + at, x.to(saved.dtype.element_ty), mask=valid)
         x, x_cls = forward_layer(
-            x, x_cls, words, first_group + group, layer, True if ALL else layer < depth - 1, threshold, keep_scale, eps,
-            norm_weight, norm_bias, qkv_weight, qkv_bias, out_weight, out_bias,
-            N, NP, D, DP, HEADS, HPS, SW, CC, HOIST, DROPOUT, PRECISION,
+            x, x_cls, words, (first_group + group) * 2048 + layer * CALLS, True if ALL else number < depth - 1,
+            threshold, keep_scale, eps,
+            weights + place * (SLABS * 4 * SW * DP), biases + place * (SLABS * 2 * SW),
+            N, NP, D, DP, HEADS, HPS, SW, DROPOUT, PRECISION,
         )  # fmt: skip
-        norm_weight += D
-        norm_bias += D
-        qkv_weight += 3 * D * D
-        qkv_bias += 3 * D
-        out_weight += D * D
-        out_bias += D
-        if layer == depth - 1:  # in the loop, or its addresses would be held through it
+        # The same again, which the compiler does not know, and so need not hold through the layer.
+        layer, nothing = again(number + 1)
+        columns = column + nothing
+        bias = load(out_bias + (group * depth + layer - 1) * D + columns, inside, D == DP).to(tl.float32)
+        x += bias[None, :]
+        x_cls += bias
+        if number == depth - 1:  # in the loop, or its addresses would be held through it
             to = out + (image.to(tl.int64) * tl.num_programs(1) + group) * D * (T if ALL else 1)
-            tl.store(to + rows, x_cls.to(out.dtype.element_ty), mask=is_first)
+            tl.store(to + columns, x_cls.to(out.dtype.element_ty), mask=inside)
             if ALL:
-                tl.store(to + D + (token[:, None] * D + column[None, :]), x.to(out.dtype.element_ty), mask=valid)
+                tl.store(to + D + (token[:, None] * D + columns[None, :]), x.to(out.dtype.element_ty), mask=valid)

@@ -1,6 +1,7 @@
-"""The Triton kernels of grouped attention's gradients for its weights, from the rows that the reversed depth wrote.
+"""The Triton kernels of grouped attention that touch weights: as the others read them, and their gradients.
 
-Products over split rows, then their sums in a fixed order; no atomics, so results repeat bit for bit.
+The gradients are made of the rows that the reversed depth wrote: products over split rows, then their sums in a fixed
+order; no atomics, so results repeat bit for bit.
 """
 
 from __future__ import annotations
@@ -8,12 +9,45 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .attention_kernels import normalise
+
+@triton.jit
+def fold(
+    norm_weight, norm_bias, qkv_weight, qkv_bias, out_weight, weights, biases,
+    D: tl.constexpr, DP: tl.constexpr, HEADS: tl.constexpr, HPS: tl.constexpr, SW: tl.constexpr,
+):  # fmt: skip
+    """Grid (G * depth, SLABS): a slab's weights, padded with zeros, LayerNorm's factors and offsets in them.
+
+    weights [G * depth, SLABS, 4, SW, DP]: of q, k, v and, transposed, of the output. biases [G * depth, SLABS, 2, SW],
+    fp32: of q and v.
+    """
+    HD: tl.constexpr = D // HEADS
+    HW: tl.constexpr = SW // HPS
+    layer = tl.program_id(0).to(tl.int64)
+    slab = tl.program_id(1)
+    place = layer * tl.num_programs(1) + slab
+    column = tl.arange(0, DP)
+    lane = tl.arange(0, SW)
+    head = slab * HPS + lane // HW
+    row = head * HD + lane % HW
+    exists = (lane % HW < HD) & (head < HEADS)
+    both = exists[:, None] & (column < D)[None, :]
+    gamma = tl.load(norm_weight + layer * D + column, mask=column < D, other=0.0).to(tl.float32)
+    beta = tl.load(norm_bias + layer * D + column, mask=column < D, other=0.0).to(tl.float32)
+    to = weights + place * (4 * SW * DP) + (lane[:, None] * DP + column[None, :])
+    for part in tl.static_range(3):
+        at = (layer * 3 + part) * D
+        w = tl.load(qkv_weight + at * D + (row[:, None] * D + column[None, :]), mask=both, other=0.0).to(tl.float32)
+        tl.store(to + part * (SW * DP), (w * gamma[None, :]).to(weights.dtype.element_ty))
+        if part != 1:
+            bias = tl.load(qkv_bias + at + row, mask=exists, other=0.0).to(tl.float32)
+            tl.store(biases + place * (2 * SW) + part // 2 * SW + lane, bias + tl.sum(w * beta[None, :], 1))
+    w = tl.load(out_weight + layer * D * D + (column[None, :] * D + row[:, None]), mask=both, other=0.0)
+    tl.store(to + 3 * SW * DP, w.to(weights.dtype.element_ty))
 
 
 @triton.jit(do_not_specialize=["rows", "share"])
 def weight_products(
-    saved, dqkv, o_rows, dx_rows, products, sums, rows, share, eps,
+    y_rows, dqkv, o_rows, dx_rows, products, sums, rows, share,
     D: tl.constexpr, DP: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Grid (4, splits, G * depth): what the weights' gradients are made of, over `share` of the B * T rows.
@@ -31,7 +65,7 @@ def weight_products(
     of_out = part == 3
     left_rows = tl.where(of_out, dx_rows + layer * rows * D, dqkv + (layer * rows * 3 * D + part * D))
     left_stride = tl.where(of_out, D, 3 * D)
-    right_rows = tl.where(of_out, o_rows, saved) + layer * rows * D
+    right_rows = tl.where(of_out, o_rows, y_rows) + layer * rows * D
     product = tl.zeros((DP, DP), tl.float32)
     total = tl.zeros((DP,), tl.float32)
     stop = tl.minimum((split + 1) * share, rows)
@@ -40,8 +74,6 @@ def weight_products(
         mask = (at < stop) & inside[None, :]
         left = tl.load(left_rows + at * left_stride + column[None, :], mask=mask, other=0.0)
         right = tl.load(right_rows + at * D + column[None, :], mask=mask, other=0.0)
-        normal, _ = normalise(right.to(tl.float32), column, eps, D, DP)
-        right = tl.where(of_out, right, normal.to(right.dtype))
         product = tl.dot(tl.trans(left), right, product, input_precision=PRECISION)
         total += tl.sum(left.to(tl.float32), 0)
     place = (split * tl.num_programs(2) + layer) * 4 + part

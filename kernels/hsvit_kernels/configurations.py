@@ -18,8 +18,8 @@ Place = tuple[str, tuple[int, ...]]
 
 FILE = Path(__file__).with_name("configurations.json")
 PRECISE: dict[str, Options] = {
-    "attention_forward": {"num_warps": 8, "num_stages": 1, "HOIST": False},
-    "attention_backward": {"num_warps": 8, "num_stages": 1, "HOIST": False, "BLOCK": 16},
+    "attention_forward": {"num_warps": 8, "num_stages": 1},
+    "attention_backward": {"num_warps": 8, "num_stages": 1},
     "attention_products": {"num_warps": 8, "num_stages": 2, "BLOCK": 32},
     "linear_forward": {"num_warps": 4, "num_stages": 2, "BM": 32, "BN": 32, "BK": 32},
     "linear_input_gradient": {"num_warps": 4, "num_stages": 2, "BM": 32, "BN": 32, "BK": 32},

@@ -8,16 +8,13 @@ import torch
 import triton
 from torch import Tensor
 
-from . import attention_cuda, mask, reference
-from . import attention_gradient_kernels as gradient_kernels
+from . import attention_cuda, attention_triton, mask, reference
 from . import attention_kernels as kernels
-from . import attention_weight_kernels as weight_kernels
 from .cases import Case, is_listing, note, stand_in
 from .configurations import Place
-from .dispatch import choose, forced, launch, low_dtype, options
+from .dispatch import choose, forced, launch, low_dtype
 from .random import Draw, threshold
 
-PROGRAMS = 528  # of the weights' products, four on each multiprocessor of an H200; fewer, and their rows are split
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 INPUTS = (
     "tokens", "cls", "positions", "norm_weight", "norm_bias", "qkv_weight", "qkv_bias", "out_weight", "out_bias"
@@ -48,9 +45,9 @@ def grouped_attention(
     here, there is no MLP and no final LayerNorm. The key bias cancels in the softmax, is left out and gets an exact
     zero gradient.
 
-    In Triton one launch forward and three backward, for D <= 64 with T <= 65 and D <= 128 with T <= 33, which save
-    every layer's input and nothing quadratic; where `dispatch` decides so, the batched PyTorch reference. Under
-    autocast the products are computed in its dtype, whatever the weights' own; gradients of weights are fp32 sums.
+    In Triton one launch for the weights, one forward and three backward, for D <= 64 with T <= 65 and D <= 128 with
+    T <= 33, which save every layer's input and nothing quadratic; where `dispatch` decides so, the batched reference.
+    Under autocast the products are computed in its dtype, whatever the weights' own; weights' gradients are fp32 sums.
 
     Args:
         tokens: [B, K, D], any strides; K a multiple of G; fp32, fp16 or bf16 (fp64 in the reference).
@@ -197,37 +194,11 @@ def _why_not(tensors: dict[str, Tensor], low: torch.dtype, all_tokens: bool, tra
     return ""
 
 
-def _shape(features: int, width: int, heads: int) -> dict[str, int]:
-    """The compile-time constants that follow from the shapes; attention_kernels.py explains them."""
-    head = width // heads
-    a_slab = 4 if head <= 4 else 2 if head <= 8 else 1
-    return {
-        "N": features,
-        "NP": max(16, triton.next_power_of_2(features)),
-        "D": width,
-        "DP": max(16, triton.next_power_of_2(width)),
-        "HEADS": heads,
-        "HPS": a_slab,
-        "SW": max(16, triton.next_power_of_2(head * a_slab)),
-    }
-
-
-def _place(kernel: str, shape: dict[str, int]) -> Place:
-    """Where the table has a kernel's entry for a shape."""
-    padded = max(64, shape["DP"])
-    full = shape["D"] == shape["DP"] and shape["HPS"] * shape["D"] == shape["HEADS"] * shape["SW"]
-    return kernel, ((padded,) if kernel == "attention_products" else (shape["NP"], padded, int(full)))
-
-
 def places(case: Case) -> list[Place]:
     """The entries of the table that a case is launched with."""
-    shape = _shape(case.size("T") - 1, case.size("D"), case.size("heads"))
+    shape = attention_triton.constants(case.size("T") - 1, case.size("D"), case.size("heads"))
     kernels = ("forward", "backward", "products") if case.size("training") else ("forward",)
-    return [_place(f"attention_{kernel}", shape) for kernel in kernels]
-
-
-def _precision(tokens: Tensor) -> str:
-    return "ieee" if tokens.dtype == torch.float32 else "tf32"  # the latter is not looked at for 16 bits
+    return [attention_triton.place(f"attention_{kernel}", shape) for kernel in kernels]
 
 
 @torch.library.custom_op("hsvit_kernels::grouped_attention", mutates_args=())
@@ -250,42 +221,41 @@ def _forward(
     all_tokens: bool,
     save: bool,
     cuda: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The result, and for the backward the layers' inputs [G, A, B, T, D] and the weights as kernels in CUDA C++ want
-    them; empty without `save` or without `cuda`. drop: in 1/256."""
-    out, saved, folded = _results(tokens, positions, qkv_weight, all_tokens, save, cuda)
-    groups, depth = qkv_weight.shape[:2]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The result, and for the backward the layers' inputs [G, A, B, T, D], empty without `save`, and the weights and
+    biases as the kernels want them. drop: in 1/256."""
+    out, saved, folded, biases = _results(tokens, positions, qkv_weight, heads, all_tokens, save, cuda)
+    depth = qkv_weight.shape[1]
+    weights = [norm_weight, norm_bias, qkv_weight, qkv_bias, out_weight]
     if cuda:
-        weights = [cls, positions, norm_weight, norm_bias, qkv_weight, qkv_bias, out_weight, out_bias]
-        attention_cuda.fold(folded, weights, drop)
+        attention_cuda.fold(folded, [cls, positions, *weights, out_bias], drop)
         attention_cuda.forward(tokens, folded, key, image, out, saved, depth, drop, first_group, eps)
-        return out, saved, folded
-    shape = _shape(tokens.shape[1] // groups, tokens.shape[2], heads)
-    launch(
-        kernels.forward, (len(tokens), groups), tokens,
-        tokens, *tokens.stride(), cls.contiguous(), positions.contiguous(),
-        norm_weight.contiguous(), norm_bias.contiguous(), qkv_weight.to(tokens.dtype).contiguous(),
-        qkv_bias.contiguous(), out_weight.to(tokens.dtype).contiguous(), out_bias.contiguous(),
-        key, image, out, saved, first_group, drop, 256 / (256 - drop), eps, len(tokens), depth,
-        **shape, DROPOUT=drop > 0, SAVE=save, ALL=all_tokens, PRECISION=_precision(tokens),
-        **options(_place("attention_forward", shape), tokens),
+        return out, saved, folded, biases
+    shape = attention_triton.constants(tokens.shape[1] // len(cls), tokens.shape[2], heads)
+    attention_triton.fold(folded, biases, weights, shape)
+    attention_triton.forward(
+        tokens, cls, positions, folded, biases, out_bias, key, image, out, saved, shape,
+        drop, first_group, eps, all_tokens,
     )  # fmt: skip
-    return out, saved, folded
+    return out, saved, folded, biases
 
 
 @_forward.register_fake
-def _forward_fake(tokens: Tensor, cls: Tensor, positions: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return _results(tokens, positions, rest[2], *rest[-3:])
+def _forward_fake(tokens: Tensor, cls: Tensor, positions: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return _results(tokens, positions, rest[2], rest[8], *rest[-3:])
 
 
 def _results(
-    tokens: Tensor, positions: Tensor, qkv_weight: Tensor, all_tokens: bool, save: bool, cuda: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+    tokens: Tensor, positions: Tensor, qkv_weight: Tensor, heads: int, all_tokens: bool, save: bool, cuda: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     (groups, length, width), depth = positions.shape, qkv_weight.shape[1]
     out = tokens.new_empty(_out_shape(tokens, positions, all_tokens))
     saved = tokens.new_empty((groups, depth, len(tokens), length, width) if save else (0,))
-    size = attention_cuda.folded_size(groups, depth) if cuda else 0
-    return out, saved, tokens.new_empty((size,), dtype=torch.int16)
+    if cuda:
+        size = attention_cuda.folded_size(groups, depth)
+        return out, saved, tokens.new_empty((size,), dtype=torch.int16), tokens.new_empty((0,), dtype=torch.float32)
+    shape = attention_triton.constants(length - 1, width, heads)
+    return out, saved, *attention_triton.folded(groups, depth, shape, tokens)
 
 
 def _out_shape(tokens: Tensor, positions: Tensor, all_tokens: bool) -> tuple[int, ...]:
@@ -293,7 +263,7 @@ def _out_shape(tokens: Tensor, positions: Tensor, all_tokens: bool) -> tuple[int
     return (len(tokens), groups, length, width) if all_tokens else (len(tokens), groups, width)
 
 
-def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     tokens, cls, positions, *weights = inputs[:9]
     key, image, ctx.heads, ctx.drop, ctx.first_group, ctx.eps, *_ = inputs[9:]
     ctx.save_for_backward(tokens, cls, positions, *weights, key, image, *output[1:])
@@ -326,73 +296,25 @@ def _backward(
     image: Tensor | None,
     saved: Tensor,
     folded: Tensor,
+    biases: Tensor,
     heads: int,
     drop: int,
     first_group: int,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of the first nine inputs of the forward, in their dtypes."""
-    groups, depth, batch, length, width = saved.shape
-    shape, layers = _shape(tokens.shape[1] // groups, tokens.shape[2], heads), groups * depth
+    shape = attention_triton.constants(tokens.shape[1] // len(cls), tokens.shape[2], heads)
     weight = qkv_weight.contiguous()
-    if folded.numel():
+    if folded.dtype == torch.int16:
         found = attention_cuda.backward(dout, saved, folded, key, image, drop, first_group, eps)
     else:
         weight = weight.to(tokens.dtype)
-        out = out_weight.to(tokens.dtype).contiguous()
-        norms = (norm_weight.contiguous(), norm_bias.contiguous())
-        found = _rows_and_products(dout, saved, norms, weight, qkv_bias, out, key, image, shape, drop, first_group, eps)
-    dtokens, dcls_rows, products, sums = found
-    gradients = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in (
-        cls, positions, norm_weight, norm_bias, qkv_weight, qkv_bias, out_weight, out_bias
-    )]  # fmt: skip
-    dcls, dpositions, *dweights = gradients
-    columns, block = 16, 128
-    programs = layers * (shape["DP"] // columns) + groups * -(-length * width // block)
-    launch(
-        weight_kernels.weight_gradients, (programs,), tokens,
-        products, sums, dtokens, dcls_rows, norm_weight.contiguous(), norm_bias.contiguous(), weight,
-        *dweights, dcls, dpositions, len(products), layers, groups, batch,
-        N=shape["N"], D=width, DP=shape["DP"], COLUMNS=columns, BLOCK=block,
-    )  # fmt: skip
-    return dtokens, dcls, dpositions, *dweights  # type: ignore[return-value]
-
-
-def _rows_and_products(
-    dout: Tensor, saved: Tensor, norms: tuple[Tensor, Tensor], weight: Tensor, qkv_bias: Tensor, out: Tensor,
-    key: Tensor | None, image: Tensor | None, shape: dict[str, int], drop: int, first_group: int, eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """As `attention_cuda.backward`, by two launches of Triton's kernels."""
-    groups, depth, batch, length, width = saved.shape
-    dtokens = saved.new_empty((batch, groups * (length - 1), width))
-    dcls_rows = saved.new_empty((batch, groups, width), dtype=torch.float32)
-    dqkv = saved.new_empty((groups, depth, batch, length, 3 * width))
-    o_rows, dx_rows = torch.empty_like(saved), torch.empty_like(saved)
-    precision = _precision(saved)
-    launch(
-        gradient_kernels.backward, (batch, groups), saved,
-        dout.contiguous(), saved, *norms, weight, qkv_bias.contiguous(), out,
-        key, image, dtokens, dcls_rows, dqkv, o_rows, dx_rows,
-        first_group, drop, 256 / (256 - drop), eps, batch, depth,
-        **shape, DROPOUT=drop > 0, PRECISION=precision, **options(_place("attention_backward", shape), saved),
-    )  # fmt: skip
-    layers, rows = groups * depth, batch * length
-    launched = options(_place("attention_products", shape), saved)
-    splits, share = weight_splits(layers, rows, launched["BLOCK"])
-    products = saved.new_empty((splits, layers, 4, width, width), dtype=torch.float32)
-    sums = saved.new_empty((splits, layers, 4, width), dtype=torch.float32)
-    launch(
-        weight_kernels.weight_products, (4, splits, layers), saved,
-        saved, dqkv, o_rows, dx_rows, products, sums, rows, share, eps,
-        D=width, DP=shape["DP"], PRECISION=precision, **launched,
-    )  # fmt: skip
-    return dtokens, dcls_rows, products, sums
-
-
-def weight_splits(layers: int, rows: int, block: int) -> tuple[int, int]:
-    """Into how many parts the rows of the weights' products are split, and how many there are in one."""
-    parts = max(1, min(PROGRAMS // (4 * layers), rows // (4 * block)))
-    return parts, -(-rows // parts)
+        found = attention_triton.backward(
+            dout, saved, folded, biases, norm_weight, weight, key, image, shape, drop, first_group, eps
+        )
+    inputs = [cls, positions, norm_weight, norm_bias, qkv_weight, qkv_bias, out_weight, out_bias]
+    gradients = attention_triton.weight_gradients(found, inputs, weight, shape, len(tokens))
+    return found[0], *gradients  # type: ignore[return-value]
 
 
 @_backward.register_fake

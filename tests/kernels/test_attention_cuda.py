@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 
-from hsvit_kernels import Case, attention_cuda, dispatch, grouped_attention, prepare
+from hsvit_kernels import Case, attention_cuda, attention_triton, dispatch, grouped_attention, prepare
 from hsvit_kernels.cases import Cases
 from hsvit_kernels.findings import tried
 from hsvit_kernels.random import Draw
@@ -181,9 +181,9 @@ def test_a_step_is_one_launch_forward_and_two_backward_beside_the_weights(
         launches.append(kernel.fn.__name__)
         launch(kernel, *rest, **constants)
 
-    launch = grouped.launch
+    launch = attention_triton.launch
     monkeypatch.setattr(attention_cuda, "launch", count)
-    monkeypatch.setattr(grouped, "launch", count_triton)
+    monkeypatch.setattr(attention_triton, "launch", count_triton)
     attention(inputs, "cuda").sum().backward()
     assert launches == ["weights", "forward", "backward", "weight_gradients"]
 

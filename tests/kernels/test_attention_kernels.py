@@ -19,6 +19,7 @@ from hsvit_kernels import Case as CompileCase
 from hsvit_kernels import StepState, configurations, dispatch, grouped_attention, linear_kernels, sliced_linear
 from hsvit_kernels import attention_gradient_kernels as gradient_kernels
 from hsvit_kernels import attention_kernels as kernels
+from hsvit_kernels import attention_row_kernels as row_kernels
 from hsvit_kernels import attention_weight_kernels as weight_kernels
 from hsvit_kernels.grouped_attention import dropout_mask
 from hsvit_kernels.mask import Keep
@@ -57,6 +58,8 @@ CASES = [
     Case(2, 2, 5, 2, width=24, heads=6),
     Case(2, 1, 1, 2, width=21, heads=3),
 ]
+HELD_AND_NOT = [(9, 16), (35, 60)]
+"""Tokens and width of a problem whose x is held in registers, and of one whose rows wait in memory."""
 GPU_CASES = [  # tokens, width, dropout and dtype are compiled, a few seconds each; the others are not
     Case(batch, groups, tokens, depth, width, dropout=dropout, dtype=dtype)
     for dtype, lengths in {torch.bfloat16: (8, 16, 21, 32), torch.float16: (32,), torch.float32: (32,)}.items()
@@ -172,28 +175,30 @@ def test_a_compiled_reference_draws_the_same_mask(rows: int) -> None:
     assert torch.equal(compiled(), keep.mask(slice(0, 2)))
 
 
-def test_strided_tokens_and_an_empty_batch() -> None:
-    case = Case(2, 2, 8, 1, width=16, heads=2)
+@pytest.mark.parametrize(("tokens", "width"), HELD_AND_NOT)
+def test_strided_tokens_and_an_empty_batch(tokens: int, width: int) -> None:
+    case = Case(2, 2, tokens, 1, width=width, heads=2)
     a = inputs(case)
-    wide = torch.randn(2, 16, 16, device=DEVICE).transpose(1, 2)  # [B, K, D] whose columns lie furthest apart
+    wide = torch.randn(2, width, 2 * tokens, device=DEVICE).mT  # [B, K, D] whose columns lie furthest apart
     rest = {name: a[name] for name in NAMES}
     dispatch.force("triton")
     strided = grouped_attention(wide, **rest, heads=2)
     torch.testing.assert_close(strided, grouped_attention(wide.contiguous(), **rest, heads=2))
     empty = grouped_attention(a["tokens"][:0], **rest, heads=2)
-    assert empty.shape == (0, 2, 16)
+    assert empty.shape == (0, 2, width)
     empty.sum().backward()
 
 
-def test_all_tokens_are_those_of_the_reference() -> None:
-    case = Case(2, 2, 9, 2, width=16, heads=2)
+@pytest.mark.parametrize(("tokens", "width"), HELD_AND_NOT)
+def test_all_tokens_are_those_of_the_reference(tokens: int, width: int) -> None:
+    case = Case(2, 2, tokens, 2, width=width, heads=2)
     a = inputs(case)
     with torch.no_grad():
         found = []
         for choice in ("triton", "reference"):
             dispatch.force(choice)
             found.append(grouped_attention(**a, heads=2, all_tokens=True))
-    assert found[0].shape == (2, 2, 10, 16)
+    assert found[0].shape == (2, 2, tokens + 1, width)
     torch.testing.assert_close(*found)
     dispatch.force("reference")
     torch.testing.assert_close(found[0][:, :, 0], grouped_attention(**a, heads=2))
@@ -221,7 +226,9 @@ def test_gradients_are_those_of_the_function() -> None:
     assert torch.autograd.gradcheck(attention, tuple(a.values()), eps=1e-2, atol=5e-3, rtol=2e-2, fast_mode=True)
 
 
-def test_a_step_of_eight_layers_is_one_launch_forward_and_three_backward(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_of_eight_layers_is_one_launch_forward_and_three_backward_beside_the_weights(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     launches: list[str] = []
 
     def count(kernel: Any) -> None:
@@ -230,16 +237,17 @@ def test_a_step_of_eight_layers_is_one_launch_forward_and_three_backward(monkeyp
             kernel, "run", lambda *args, **kwargs: (launches.append(kernel.fn.__name__), launch(*args, **kwargs))
         )
 
-    for kernel in [k for module in (kernels, gradient_kernels, weight_kernels) for k in vars(module).values()]:
-        if hasattr(kernel, "arg_names"):
-            count(kernel)
-    case = Case(1, 2, 1, 8, width=8, heads=1)  # small, as only the launches are counted
-    a = inputs(case)
+    modules = kernels, row_kernels, gradient_kernels, weight_kernels
+    for kernel in {id(k): k for module in modules for k in vars(module).values() if hasattr(k, "arg_names")}.values():
+        count(kernel)
     dispatch.force("triton")
-    y = grouped_attention(**a, heads=1)
-    assert launches == ["forward"]
-    y.sum().backward()
-    assert launches[1:] == ["backward", "weight_products", "weight_gradients"]
+    for tokens, width, forward in ((1, 8, "forward"), (33, 64, "forward_in_rows")):
+        a = inputs(Case(1, 2, tokens, 8, width=width, heads=1))  # one head, as only the launches are counted
+        y = grouped_attention(**a, heads=1)
+        assert launches == ["fold", forward]
+        y.sum().backward()
+        assert launches[2:] == ["backward", "weight_products", "weight_gradients"]
+        launches.clear()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])

@@ -27,12 +27,8 @@ pytestmark = pytest.mark.heavy
 
 RESULTS, BOUNDS = ROOT / "kernels/results/compiled.csv", ROOT / "kernels/results/bounds.csv"
 SHARED_LIMIT = {"80": 166912, "90": 232448, "100": 232448}  # bytes a program may use, CUDA programming guide
-# Shapes of more registers than there are, but for 32x64x0 (without dropout, on sm_80) of no published model: bytes of
-# stack that they may use where no GPU has timed their launches.
-STACK = {"32x64x0": 8, "64x64x0": 104, "64x64x1": 40, "16x128x0": 16, "32x128x0": 48, "32x128x1": 16}
-STACK |= {"T33 D16": 64, "T25 D16": 104}
 TIMED = {"90": "nvidia-h200"}
-"""By compute capability, where the fastest launches of a GPU stand, each timed beside those that use no stack."""
+"""By compute capability, where the fastest launches of a GPU stand: attention's kernels are others since then."""
 
 
 def compiled(*arguments: str, package: Path | None = None) -> subprocess.CompletedProcess[str]:
@@ -67,13 +63,9 @@ def test_training_compiles_for_sm_80_90_and_100_as_committed() -> None:
     assert {row["for"] for row in rows} == {"sm_80", "sm_90", "sm_100"}
     for row in rows:
         assert int(row["shared"]) <= SHARED_LIMIT[row["for"].removeprefix("sm_")], row
-        if row["kernel"].endswith(("weight_gradients", "add_splits", "dropout_mask")):
-            assert row["stack"] == row["spills"] == "0", row
-            continue
-        assert int(row["tensor core"]) > 0, row
-        if row["for"].removeprefix("sm_") not in TIMED:
-            assert int(row["stack"]) <= STACK.get(row["shape"], 0), row
-            assert row["spills"] == "0" or row["shape"] in STACK, row
+        assert row["stack"] == row["spills"] == "0", row
+        if not row["kernel"].endswith(("fold", "weight_gradients", "add_splits", "dropout_mask")):
+            assert int(row["tensor core"]) > 0, row
     assert found.stdout == RESULTS.read_text(), "python -m tools.compiled writes the new figures; look at them first"
 
 
@@ -83,7 +75,8 @@ def test_what_a_gpu_found_fastest_is_in_the_table(capability: str) -> None:
     tuned = results["parts"]["tuning"]["every place"]["figures"]["tuned"]
     assert tuned.keys() == {place_name(place) for place in configurations.TABLE}
     for place, options in configurations.TABLE.items():
-        assert options.get(capability, options["any"]) == tuned[place_name(place)]["times"][0][1]
+        if not place[0].startswith("attention"):
+            assert options.get(capability, options["any"]) == tuned[place_name(place)]["times"][0][1]
 
 
 @pytest.mark.slow

@@ -18,7 +18,7 @@ from tools.benchmarks.attention_baselines import ATTENTION, attention, attention
 from .here import Here
 
 ROOT = Path(__file__).parents[2]
-KERNELS = "grouped_attention_(forward|backward)|^(forward|backward|weight_products|weight_gradients)$"
+KERNELS = "grouped_attention_(forward|backward)|^(fold|forward(_in_rows)?|backward|weight_(products|gradients))$"
 KEPT = (
     "Duration", "Executed Ipc Active", "Issue Slots Busy", "Registers Per Thread", "Achieved Occupancy",
     "DRAM Throughput", "L2 Hit Rate", "Local Memory Spilling Requests", "Executed Instructions",

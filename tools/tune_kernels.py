@@ -42,7 +42,7 @@ def _grid(kernel: str, shape: tuple[int, ...]) -> Iterator[Options]:
         for warps, stages, block in itertools.product((4, 8), (2, 3, 4), (32, 64, 128)):
             yield {"num_warps": warps, "num_stages": stages, "BLOCK": block}
     elif kernel.startswith("attention"):
-        for warps, stages in itertools.product((1, 2, 4, 8), (1, 2)):
+        for warps, stages in itertools.product((1, 2, 4, 8), (1, 2, 3)):
             yield {"num_warps": warps, "num_stages": stages}
     else:
         wide = ((64, 64), (64, 128), (128, 64), (128, 128))

@@ -207,7 +207,7 @@ def test_three_steps_with_chosen_kernels_are_those_of_the_reference(
         launched.append(kernel)
         launch(kernel, *args, **constants)
 
-    for module in ("grouped_attention", "sliced_linear"):
+    for module in ("attention_triton", "sliced_linear"):
         monkeypatch.setattr(sys.modules[f"hsvit_kernels.{module}"], "launch", counted)
     for chosen in (False, True):
         here = trainer(tmp_path / str(chosen), BASES[base], base=base)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .attention_kernels import CLS, LOG2E, again, hash_key, kept, load, normalise, softmax
+from .attention_kernels import CLS, LOG2E, again, hash_key, kept, keys_and_values, load, normalise, softmax
 
 
 @triton.jit
@@ -127,12 +127,7 @@ def backward_features(
     w = weights + slab * (4 * SW * DP) + (lane[:, None] * DP + column[None, :] + nothing)
     b_v = tl.load(biases + slab * (2 * SW) + SW + (lane + nothing))
     y_cls = load(y_rows + (column[:, None] + tl.zeros((CC,), tl.int32)[None, :] + nothing), inside, D == DP)
-    w_k = tl.load(w + SW * DP)
-    k = tl.dot(w_k, y, input_precision=PRECISION).to(dtype)
-    k_cls = tl.dot(w_k, y_cls, input_precision=PRECISION)
-    w_v = tl.load(w + 2 * SW * DP)
-    v = (tl.dot(w_v, y, input_precision=PRECISION) + b_v[:, None]).to(dtype)
-    v_cls = tl.dot(w_v, y_cls, input_precision=PRECISION) + b_v[:, None]
+    k, v, k_cls, v_cls = keys_and_values(w, b_v, y, y_cls, PRECISION)
     lanes = first * HD + (lane // HW * HD + lane % HW + nothing)
     mine = (lane % HW < HD) & (first + lane // HW < HEADS)
     dk_cls = tl.zeros((SW,), tl.float32)

@@ -211,6 +211,19 @@ def again(number):
 
 
 @triton.jit
+def keys_and_values(w, b_v, y, y_cls, PRECISION: tl.constexpr):
+    """Of y [DP, NP] in its dtype and of y_cls [DP, CC] in fp32, by a slab's weights [SW, DP] that begin at w."""
+    SIZE: tl.constexpr = w.shape[0] * w.shape[1]
+    w_k = tl.load(w + SIZE)
+    k = tl.dot(w_k, y, input_precision=PRECISION).to(y.dtype)
+    k_cls = tl.dot(w_k, y_cls, input_precision=PRECISION)
+    w_v = tl.load(w + 2 * SIZE)
+    v = (tl.dot(w_v, y, input_precision=PRECISION) + b_v[:, None]).to(y.dtype)
+    v_cls = tl.dot(w_v, y_cls, input_precision=PRECISION) + b_v[:, None]
+    return k, v, k_cls, v_cls
+
+
+@triton.jit
 def slab_heads(
     slab, nothing, y, y_cls, weights, biases, words, calls, threshold, keep_scale,
     N: tl.constexpr, NP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, HEADS: tl.constexpr, HPS: tl.constexpr,
@@ -226,12 +239,7 @@ def slab_heads(
     w = weights + slab * (4 * SW * DP) + (lane[:, None] * DP + tl.arange(0, DP)[None, :] + nothing)
     b_q = tl.load(biases + slab * (2 * SW) + (lane + nothing))
     b_v = tl.load(biases + slab * (2 * SW) + SW + (lane + nothing))
-    w_k = tl.load(w + SW * DP)
-    k = tl.dot(w_k, y, input_precision=PRECISION).to(dtype)
-    k_cls = tl.dot(w_k, y_cls, input_precision=PRECISION)
-    w_v = tl.load(w + 2 * SW * DP)
-    v = (tl.dot(w_v, y, input_precision=PRECISION) + b_v[:, None]).to(dtype)
-    v_cls = tl.dot(w_v, y_cls, input_precision=PRECISION) + b_v[:, None]
+    k, v, k_cls, v_cls = keys_and_values(w, b_v, y, y_cls, PRECISION)
     w_q = tl.load(w)
     q_cls = (tl.dot(w_q, y_cls, input_precision=PRECISION) + b_q[:, None]) * (LOG2E / HD**0.5)
     o_cls = attend_cls(
